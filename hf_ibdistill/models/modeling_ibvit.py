@@ -1,0 +1,232 @@
+"""The student: a vision transformer with a class token and one token, with a head of its own, for each teacher."""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.models.vit.modeling_vit import ViTAttention, ViTLayer
+from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_ibvit import IBViTConfig
+from .involution import Involution2d
+
+
+@dataclass
+class IBViTImageClassifierOutput(ModelOutput):
+    """
+    Args:
+        loss: cross-entropy of the class head, when labels were given.
+        logits: (N, classes), the fused prediction; with `"mean_probabilities"` its softmax is the mean of the heads'.
+        class_logits: (N, classes), the class token's head.
+        teacher_token_logits: (N, teachers, classes), each teacher token's head, in the order of `teacher_names`;
+            `None` without teachers.
+        hidden_states: a tuple of (N, tokens, hidden_size), after the embeddings and after each layer.
+        attentions: a tuple of (N, heads, tokens, tokens), one a layer.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    class_logits: torch.Tensor | None = None
+    teacher_token_logits: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+class IBViTStem(nn.Sequential):
+    """3×3 layers at full resolution, then the patch projection: pixels → (N, hidden_size, H/patch, W/patch).
+
+    The first layer is a convolution in both kinds of stem, since involution keeps the number of channels. Group norm,
+    where ResNets have batch norm: a row's result must not depend on the other rows of its batch.
+    """
+
+    def __init__(self, config: IBViTConfig, spatial_operator: str, num_layers: int):
+        layers, channels = [], config.num_channels
+        for i in range(num_layers):
+            layers.append(
+                nn.Conv2d(channels, config.stem_channels, 3, padding=1)
+                if spatial_operator == "convolution" or i == 0
+                else Involution2d(config.stem_channels, 3, norm=partial(nn.GroupNorm, 1))
+            )
+            channels = config.stem_channels
+            layers += [nn.GroupNorm(1, channels), ACT2FN[config.hidden_act]]
+        layers.append(nn.Conv2d(channels, config.hidden_size, config.patch_size, config.patch_size))
+        super().__init__(*layers)
+
+
+class IBViTEmbeddings(nn.Module):
+    """Pixels (N, channels, H, W) → tokens (N, 1 + teachers + patches, hidden_size): class, teachers, patches."""
+
+    def __init__(self, config: IBViTConfig):
+        super().__init__()
+        self.config = config
+        num_teachers = len(config.teacher_names)
+        num_patches = (config.image_size // config.patch_size) ** 2
+        self.class_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+        self.teacher_tokens = nn.Parameter(torch.zeros(1, num_teachers, config.hidden_size))
+        self.position_embeddings = nn.Parameter(torch.zeros(1, 1 + num_teachers + num_patches, config.hidden_size))
+        operators = ("convolution", "involution") if config.patch_embedding == "bias_stems" else ("convolution",)
+        num_layers = 0 if config.patch_embedding == "linear" else config.num_stem_layers
+        self.stems = nn.ModuleDict({name: IBViTStem(config, name, num_layers) for name in operators})
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def interpolate_pos_encoding(self, height: int, width: int) -> torch.Tensor:
+        """The position embeddings for images of another size: bicubic between the patches, the tokens' own kept."""
+        num_tokens = 1 + self.teacher_tokens.shape[1]
+        side = self.config.image_size // self.config.patch_size
+        size = (height // self.config.patch_size, width // self.config.patch_size)
+        if size == (side, side):
+            return self.position_embeddings
+        tokens, patches = self.position_embeddings[:, :num_tokens], self.position_embeddings[:, num_tokens:]
+        patches = patches.unflatten(1, (side, side)).permute(0, 3, 1, 2)
+        patches = nn.functional.interpolate(patches, size, mode="bicubic", align_corners=False)
+        return torch.cat((tokens, patches.flatten(2).transpose(1, 2)), dim=1)
+
+    def forward(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False) -> torch.Tensor:
+        batch_size, num_channels, height, width = pixel_values.shape
+        config = self.config
+        if num_channels != config.num_channels:
+            raise ValueError(f"The model takes images of {config.num_channels} channels; got {num_channels}.")
+        if not interpolate_pos_encoding and (height, width) != (config.image_size, config.image_size):
+            raise ValueError(
+                f"The model takes images of {config.image_size}×{config.image_size} pixels; got {height}×{width}. "
+                "Resize them with the image processor, or pass interpolate_pos_encoding=True."
+            )
+        patches = {name: stem(pixel_values).flatten(2).transpose(1, 2) for name, stem in self.stems.items()}
+        class_token = self.class_token.expand(batch_size, -1, -1)
+        teacher_tokens = self.teacher_tokens.expand(batch_size, -1, -1)
+        if config.patch_embedding == "bias_stems" and config.teacher_names:
+            means = [patches[name].mean(1) for name in config.teacher_spatial_operators]
+            teacher_tokens = teacher_tokens + torch.stack(means, dim=1)
+        embeddings = torch.cat((class_token, teacher_tokens, sum(patches.values())), dim=1)
+        positions = (
+            self.interpolate_pos_encoding(height, width) if interpolate_pos_encoding else self.position_embeddings
+        )
+        return self.dropout(embeddings + positions)
+
+
+class IBViTPreTrainedModel(PreTrainedModel):
+    config: IBViTConfig
+    base_model_prefix = "ibvit"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["IBViTEmbeddings", "ViTLayer"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": ViTLayer, "attentions": ViTAttention}
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, IBViTEmbeddings):
+            init.trunc_normal_(module.class_token, std=std)
+            init.trunc_normal_(module.teacher_tokens, std=std)
+            init.trunc_normal_(module.position_embeddings, std=std)
+        elif isinstance(module, nn.GroupNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.Conv2d):
+            # The stems keep the scale of the signal, which a small fixed deviation would not.
+            init.normal_(module.weight, std=1 / math.sqrt(module.weight[0].numel()))
+
+
+class IBViTModel(IBViTPreTrainedModel):
+    """The transformer without heads. See [`IBViTConfig`] for its shape."""
+
+    def __init__(self, config: IBViTConfig):
+        super().__init__(config)
+        self.embeddings = IBViTEmbeddings(config)
+        self.layers = nn.ModuleList([ViTLayer(config) for _ in range(config.num_hidden_layers)])
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False, **kwargs) -> BaseModelOutput:
+        """
+        Args:
+            pixel_values: (N, num_channels, H, W).
+            interpolate_pos_encoding: accept images of another size than the configuration's.
+
+        Returns:
+            `last_hidden_state` (N, 1 + teachers + patches, hidden_size): class token, teacher tokens, patches; and
+            `hidden_states` and `attentions` when asked for.
+
+        Raises:
+            ValueError: the images have another number of channels, or another size without `interpolate_pos_encoding`.
+        """
+        hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, **kwargs)
+        return BaseModelOutput(last_hidden_state=self.layernorm(hidden_states))
+
+
+class IBViTForImageClassification(IBViTPreTrainedModel):
+    """The transformer with a linear head on the class token and one on each teacher token, fused into one prediction.
+    See [`IBViTConfig`] for its shape and the kinds of fusion."""
+
+    def __init__(self, config: IBViTConfig):
+        super().__init__(config)
+        self.ibvit = IBViTModel(config)
+        self.class_head = nn.Linear(config.hidden_size, config.num_labels)
+        self.teacher_heads = nn.ModuleList(
+            [nn.Linear(config.hidden_size, config.num_labels) for _ in config.teacher_names]
+        )
+        self.post_init()
+
+    def fuse(self, class_logits: torch.Tensor, teacher_token_logits: torch.Tensor | None) -> torch.Tensor:
+        """Class head (N, classes) and teacher heads (N, teachers, classes) → logits (N, classes), by `config.fusion`."""
+        if teacher_token_logits is None or self.config.fusion == "class_token":
+            return class_logits
+        logits = torch.cat((class_logits[:, None], teacher_token_logits), dim=1)
+        if self.config.fusion == "mean_logits":
+            return logits.mean(1)
+        return logits.float().log_softmax(-1).logsumexp(1) - math.log(logits.shape[1])
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        **kwargs,
+    ) -> IBViTImageClassifierOutput:
+        """
+        Args:
+            pixel_values: (N, num_channels, H, W).
+            labels: (N,) class ids; when given, the output has the class head's cross-entropy as `loss`.
+            interpolate_pos_encoding: accept images of another size than the configuration's.
+
+        Raises:
+            ValueError: the images have another number of channels, or another size without `interpolate_pos_encoding`.
+        """
+        outputs = self.ibvit(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
+        tokens = outputs.last_hidden_state
+        class_logits = self.class_head(tokens[:, 0])
+        teacher_token_logits = None
+        if self.config.teacher_names:
+            teacher_token_logits = torch.stack(
+                [head(tokens[:, 1 + i]) for i, head in enumerate(self.teacher_heads)], dim=1
+            )
+        return IBViTImageClassifierOutput(
+            loss=self.loss_function(labels, class_logits, self.config, **kwargs) if labels is not None else None,
+            logits=self.fuse(class_logits, teacher_token_logits),
+            class_logits=class_logits,
+            teacher_token_logits=teacher_token_logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+__all__ = ["IBViTForImageClassification", "IBViTImageClassifierOutput", "IBViTModel", "IBViTPreTrainedModel"]
