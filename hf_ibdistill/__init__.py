@@ -17,6 +17,14 @@ _PUBLIC_NAMES = {
     "models.configuration_ibvit": ["IBViTConfig"],
     "models.modeling_ibvit": ["IBViTModel", "IBViTForImageClassification"],
     "models.involution": ["involution2d"],
+    "data": ["load_image_dataset", "select_per_class"],
+    "teachers": ["Teacher", "load_teachers"],
+    "logits.recording": ["record_teacher_logits"],
+    "training.losses": ["ensemble_distillation_loss"],
+    "training.arguments": ["DistillationArguments"],
+    "training.trainer": ["EnsembleDistillationTrainer", "ImageClassificationTrainer"],
+    "evaluation": ["evaluate_model", "predict"],
+    "model_card": ["create_model_card"],
 }
 _MODULE_OF = {name: module for module, names in _PUBLIC_NAMES.items() for name in names}
 

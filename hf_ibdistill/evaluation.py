@@ -1,0 +1,163 @@
+"""Metrics of image classifiers, through `evaluate`, from modules that the package carries."""
+
+from collections.abc import Mapping, Sequence
+
+import datasets
+import evaluate
+import numpy as np
+import torch
+from accelerate import Accelerator
+from tqdm.auto import tqdm
+from transformers import BaseImageProcessor, EvalPrediction, PreTrainedModel
+
+from .data import class_names, find_columns
+from .images import ImageRows
+from .logits.encoding import column_name
+from .logits.provenance import check_class_names
+from .training.collator import DistillationCollator
+
+
+def _log_softmax(logits):
+    return torch.tensor(logits, dtype=torch.float64).log_softmax(-1).numpy()
+
+
+class _LogitsMetric(evaluate.Metric):
+    """A metric of logits (rows of numbers, one a class) against class ids."""
+
+    def _info(self):
+        features = {"predictions": datasets.List(datasets.Value("float32")), "references": datasets.Value("int64")}
+        return evaluate.MetricInfo(
+            description=self.__doc__, citation="", inputs_description="", features=datasets.Features(features)
+        )
+
+
+class TopKAccuracy(_LogitsMetric):
+    """Share of rows whose class is among the k largest logits."""
+
+    def _compute(self, predictions, references, k=1):
+        logits, labels = np.asarray(predictions), np.asarray(references)
+        larger = (logits > np.take_along_axis(logits, labels[:, None], axis=1)).sum(axis=1)
+        return {"accuracy" if k == 1 else f"top_{k}_accuracy": float((larger < k).mean())}
+
+
+class NegativeLogLikelihood(_LogitsMetric):
+    """Mean of −log p(class), in nats."""
+
+    def _compute(self, predictions, references):
+        log_probabilities = _log_softmax(predictions)
+        picked = np.take_along_axis(log_probabilities, np.asarray(references)[:, None], axis=1)
+        return {"negative_log_likelihood": float(-picked.mean())}
+
+
+class ExpectedCalibrationError(_LogitsMetric):
+    """Mean distance between confidence and accuracy over bins of equal width (arXiv 1706.04599, equation 3)."""
+
+    def _compute(self, predictions, references, num_bins=15):
+        probabilities = np.exp(_log_softmax(predictions))
+        confidence, correct = probabilities.max(axis=1), probabilities.argmax(axis=1) == np.asarray(references)
+        bins = np.clip(np.ceil(confidence * num_bins).astype(int) - 1, 0, num_bins - 1)
+        gaps = np.bincount(bins, weights=correct - confidence, minlength=num_bins)
+        return {"expected_calibration_error": float(np.abs(gaps).sum() / len(correct))}
+
+
+def classification_metrics(
+    logits: np.ndarray,
+    labels: np.ndarray,
+    class_logits: np.ndarray | None = None,
+    teacher_token_logits: np.ndarray | None = None,
+    teacher_logits: np.ndarray | None = None,
+    teacher_names: Sequence[str] | None = None,
+) -> dict[str, float]:
+    """Metrics of one split.
+
+    Args:
+        logits: (N, C), the prediction.
+        labels: (N,), class ids.
+        class_logits: (N, C), the student's class head.
+        teacher_token_logits: (N, T, C), the student's teacher heads.
+        teacher_logits: (N, T, C), the teachers' own.
+        teacher_names: T names, for the names of the metrics; numbers when not given.
+
+    Returns:
+        `accuracy`, `top_5_accuracy` (with more than 5 classes), `negative_log_likelihood` (nats),
+        `expected_calibration_error`; for students `class_token_accuracy` and `<teacher>_token_accuracy`; with teacher
+        logits `<teacher>_agreement`, the share of rows in which student and teacher choose the same class. All but the
+        log-likelihood lie between 0 and 1.
+    """
+    accuracy = TopKAccuracy(keep_in_memory=True)
+    metrics = accuracy.compute(predictions=logits, references=labels, k=1)
+    if logits.shape[1] > 5:
+        metrics |= accuracy.compute(predictions=logits, references=labels, k=5)
+    metrics |= NegativeLogLikelihood(keep_in_memory=True).compute(predictions=logits, references=labels)
+    metrics |= ExpectedCalibrationError(keep_in_memory=True).compute(predictions=logits, references=labels)
+    if teacher_token_logits is not None:
+        metrics["class_token_accuracy"] = float((class_logits.argmax(-1) == labels).mean())
+        names = teacher_names or range(teacher_token_logits.shape[1])
+        for i, name in enumerate(names):
+            metrics[f"{name}_token_accuracy"] = float((teacher_token_logits[:, i].argmax(-1) == labels).mean())
+            if teacher_logits is not None:
+                same = logits.argmax(-1) == teacher_logits[:, i].argmax(-1)
+                metrics[f"{name}_agreement"] = float(same.mean())
+    return metrics
+
+
+def compute_metrics(prediction: EvalPrediction, teacher_names: Sequence[str] | None = None) -> dict[str, float]:
+    """`Trainer`'s `compute_metrics`, for any image classifier and for students."""
+    outputs = prediction.predictions if isinstance(prediction.predictions, tuple) else (prediction.predictions,)
+    return classification_metrics(outputs[0], prediction.label_ids, *outputs[1:3], teacher_names=teacher_names)
+
+
+def predict(
+    model: PreTrainedModel,
+    image_processor: BaseImageProcessor,
+    dataset: datasets.Dataset,
+    *,
+    batch_size: int = 128,
+    num_workers: int = 0,
+    image_column: str | None = None,
+    label_column: str | None = None,
+) -> Mapping[str, np.ndarray]:
+    """Run a classifier over a table.
+
+    Returns:
+        `logits` (N, C) and `labels` (N,); for students also `class_logits` (N, C) and `teacher_token_logits` (N, T, C),
+        and, where the table has all of the student's columns, `teacher_logits` (N, T, C). In the order of the rows.
+
+    Raises:
+        ValueError: the table is empty, or model and table differ in their classes.
+    """
+    if len(dataset) == 0:
+        raise ValueError("The data set is empty; there is nothing to predict.")
+    image_column, label_column = find_columns(dataset, image_column, label_column)
+    config = model.config
+    label_names = [str(config.id2label[i]) for i in range(config.num_labels)]
+    check_class_names(label_names, class_names(dataset, label_column), "the model")
+    teacher_names = getattr(config, "teacher_names", [])
+    columns = [column_name(name) for name in teacher_names if column_name(name) in dataset.column_names]
+    rows = ImageRows(dataset.select_columns([image_column, label_column, *columns]), image_column, columns)
+    loader = torch.utils.data.DataLoader(
+        rows,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        collate_fn=DistillationCollator(image_processor, image_column, label_column, teacher_names),
+    )
+    accelerator = Accelerator()
+    model, loader = accelerator.prepare(model.eval(), loader)
+    results: dict[str, list[torch.Tensor]] = {}
+    for batch in tqdm(loader, desc="Predicting", disable=not accelerator.is_local_main_process):
+        with torch.no_grad():
+            outputs = model(pixel_values=batch["pixel_values"])
+        found = {name: outputs.get(name) for name in ("logits", "class_logits", "teacher_token_logits")}
+        found |= {name: batch.get(name) for name in ("labels", "teacher_logits")}
+        found = {name: value for name, value in found.items() if value is not None}
+        for name, value in accelerator.gather_for_metrics(found).items():
+            results.setdefault(name, []).append(value.float().cpu() if name != "labels" else value.cpu())
+    return {name: torch.cat(values).numpy() for name, values in results.items()}
+
+
+def evaluate_model(
+    model: PreTrainedModel, image_processor: BaseImageProcessor, dataset: datasets.Dataset, **kwargs
+) -> dict[str, float]:
+    """[`predict`], then [`classification_metrics`]; arguments and errors are `predict`'s."""
+    outputs = predict(model, image_processor, dataset, **kwargs)
+    return classification_metrics(**outputs, teacher_names=getattr(model.config, "teacher_names", None))

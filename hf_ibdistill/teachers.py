@@ -1,0 +1,82 @@
+"""Open a teacher, whatever form it comes in: any image classifier of transformers, with its own image processor."""
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoImageProcessor, AutoModelForImageClassification, BaseImageProcessor, PreTrainedModel
+
+
+TeacherLike = PreTrainedModel | tuple[PreTrainedModel, BaseImageProcessor] | str | os.PathLike
+
+
+@dataclass
+class Teacher:
+    """An image classifier with the name that its logits go by and the image processor that prepares its images."""
+
+    name: str
+    model: PreTrainedModel
+    image_processor: BaseImageProcessor
+
+    @property
+    def class_names(self) -> list[str]:
+        """The names of the classes, in the order of the logits."""
+        return [str(self.model.config.id2label[i]) for i in range(self.model.config.num_labels)]
+
+    def logits(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(N, channels, H, W) of this teacher's own image processor → (N, classes) in float32, without gradients."""
+        with torch.no_grad():
+            return self.model(pixel_values=pixel_values).logits.float()
+
+    def weights_sha256(self) -> str:
+        """A hash of every parameter and buffer: name, type, shape and content."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+
+def load_teachers(teachers: Mapping[str, TeacherLike], *, trust_remote_code: bool = False) -> list[Teacher]:
+    """Open teachers by name, in evaluation mode.
+
+    Args:
+        teachers: name → Hub id, folder, model loaded by `from_pretrained`, or (model, image processor).
+        trust_remote_code: run the code of a Hub repository that brings its own.
+
+    Raises:
+        ValueError: no teacher, a name that cannot name a column, or a model without an image processor.
+        OSError: an id or folder that cannot be loaded.
+    """
+    if not teachers:
+        raise ValueError("There is no teacher; give at least one as name → model, Hub id or folder.")
+    return [_load_teacher(name, teacher, trust_remote_code) for name, teacher in teachers.items()]
+
+
+def _load_teacher(name, teacher, trust_remote_code):
+    if not name.isidentifier():
+        raise ValueError(f'A teacher\'s name becomes a column name: letters, digits and "_" only; got "{name}".')
+    if isinstance(teacher, tuple):
+        model, processor = teacher
+    elif isinstance(teacher, (str, os.PathLike)):
+        model = AutoModelForImageClassification.from_pretrained(teacher, trust_remote_code=trust_remote_code)
+        processor = _load_processor(name, str(teacher), trust_remote_code)
+    else:
+        model = teacher
+        processor = _load_processor(name, model.name_or_path, trust_remote_code)
+    return Teacher(name, model.eval(), processor)
+
+
+def _load_processor(name, source, trust_remote_code):
+    missing = (
+        f'The teacher "{name}" has no image processor{f" in {source}" if source else ""}. Save one beside the model '
+        "(image_processor.save_pretrained(folder)), or give the teacher as (model, image_processor)."
+    )
+    if not source:
+        raise ValueError(missing)
+    try:
+        return AutoImageProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except OSError as error:
+        raise ValueError(missing) from error

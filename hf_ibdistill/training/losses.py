@@ -1,0 +1,105 @@
+"""The ensemble distillation loss: pure functions of logits."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+
+MODES = ("soft", "hard")
+
+
+class EnsembleDistillationLoss(NamedTuple):
+    """`loss` and `label_loss` are scalars; `teacher_losses` is (T,), before the weights."""
+
+    loss: torch.Tensor
+    label_loss: torch.Tensor
+    teacher_losses: torch.Tensor
+
+
+def ensemble_distillation_loss(
+    class_logits: torch.Tensor,
+    teacher_token_logits: torch.Tensor,
+    labels: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    *,
+    weights: Sequence[float],
+    temperature: float | Sequence[float] = 1.0,
+    label_weight: float = 1.0,
+    mode: str = "soft",
+    label_smoothing: float = 0.0,
+) -> EnsembleDistillationLoss:
+    r"""Labels teach the class token, each teacher its own token (arXiv 2310.00369; arXiv 2106.12378, equation 3).
+
+    For a row with label y, class-token logits z, teacher tokens' logits s_i, teachers' logits t_i, temperatures τ_i and
+    weights λ_0 (labels) and λ_i (teachers), the `"soft"` loss is
+
+        L = λ_0 · CE(z, y) + Σ_i λ_i · τ_i² · KL( softmax(t_i/τ_i) ‖ softmax(s_i/τ_i) )
+
+    averaged over rows. All weights and temperatures 1 is Co-advise's loss. `"hard"` replaces τ_i²·KL by
+    CE(s_i, argmax t_i); with one teacher and λ = ½, ½ it is DeiT's hard distillation (arXiv 2012.12877, equation 3).
+    Everything is computed in float32.
+
+    Args:
+        class_logits: (N, C), from the class token.
+        teacher_token_logits: (N, T, C), from the teacher tokens.
+        labels: (N,), class ids.
+        teacher_logits: (N, T, C), from the teachers, in the same order. No gradient flows into them.
+        weights: T numbers λ_i.
+        temperature: one number τ for all teachers, or T numbers.
+        label_weight: λ_0.
+        mode: `"soft"` or `"hard"`.
+        label_smoothing: share of a label's weight that is spread over all classes.
+
+    Raises:
+        ValueError: shapes, numbers of weights or temperatures, or the mode do not fit.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from hf_ibdistill import ensemble_distillation_loss
+
+    >>> z, s, t = torch.randn(8, 10), torch.randn(8, 2, 10), torch.randn(8, 2, 10)
+    >>> y = torch.randint(10, (8,))
+    >>> loss, label_loss, teacher_losses = ensemble_distillation_loss(z, s, y, t, weights=[0.5, 0.5], temperature=2.0)
+    ```
+    """
+    num_teachers = teacher_logits.shape[1] if teacher_logits.dim() == 3 else None
+    if num_teachers is None or teacher_token_logits.shape != teacher_logits.shape:
+        raise ValueError(
+            "Teacher tokens and teachers need logits of the same shape (N, T, C); got "
+            f"{tuple(teacher_token_logits.shape)} and {tuple(teacher_logits.shape)}."
+        )
+    if (
+        class_logits.shape != (teacher_logits.shape[0], teacher_logits.shape[2])
+        or labels.shape != class_logits.shape[:1]
+    ):
+        raise ValueError(
+            f"For teacher logits {tuple(teacher_logits.shape)}, class_logits are (N, C) and labels (N,); got "
+            f"{tuple(class_logits.shape)} and {tuple(labels.shape)}."
+        )
+    weights = torch.as_tensor(list(weights), dtype=torch.float32, device=class_logits.device)
+    temperatures = torch.as_tensor(temperature, dtype=torch.float32, device=class_logits.device)
+    if len(weights) != num_teachers or temperatures.shape not in ((), (num_teachers,)):
+        raise ValueError(
+            f"There are {num_teachers} teachers; got {len(weights)} weights and {temperatures.numel()} temperatures."
+        )
+    if mode not in MODES:
+        raise ValueError(f'mode is "soft" or "hard"; got "{mode}".')
+
+    label_loss = F.cross_entropy(class_logits.float(), labels, label_smoothing=label_smoothing)
+    students, teachers = teacher_token_logits.float(), teacher_logits.detach().float()
+    if mode == "hard":
+        losses = F.cross_entropy(students.transpose(1, 2), teachers.argmax(-1).to(labels.device), reduction="none")
+        teacher_losses = losses.mean(0)
+    else:
+        temperatures = temperatures.expand(num_teachers)
+        log_students = (students / temperatures[:, None]).log_softmax(-1)
+        log_teachers = (teachers / temperatures[:, None]).log_softmax(-1)
+        divergences = F.kl_div(log_students, log_teachers, reduction="none", log_target=True).sum(-1)
+        teacher_losses = temperatures**2 * divergences.mean(0)
+    return EnsembleDistillationLoss(
+        label_weight * label_loss + (weights * teacher_losses).sum(), label_loss, teacher_losses
+    )

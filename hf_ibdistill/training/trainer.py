@@ -1,0 +1,211 @@
+"""The trainers: one for any classifier on labels alone, one for a student on stored logits or online teachers."""
+
+from collections.abc import Mapping
+from functools import partial
+
+import torch
+from datasets import Dataset
+from transformers import BaseImageProcessor, PreTrainedModel, Trainer, TrainingArguments
+
+from ..data import class_names, find_columns
+from ..evaluation import compute_metrics
+from ..images import ImageRows
+from ..logits.encoding import column_name
+from ..logits.provenance import check_class_names, check_columns
+from ..teachers import TeacherLike, load_teachers
+from .arguments import DistillationArguments
+from .collator import DistillationCollator
+from .losses import ensemble_distillation_loss
+
+
+class ImageClassificationTrainer(Trainer):
+    """transformers' `Trainer` on tables of images: decodes, preprocesses and batches rows, and measures accuracy.
+
+    Trains teachers, and students without teachers, by plain cross-entropy.
+
+    Args:
+        model: any image classifier.
+        args: training arguments.
+        train_dataset, eval_dataset: tables with an image and a `ClassLabel` column, found unless named.
+        processing_class: the model's image processor, saved with every checkpoint.
+        image_column, label_column: columns of the tables.
+        kwargs: as for `Trainer`.
+
+    Raises:
+        ValueError: before the first step: columns cannot be found, a table is empty, or model and table differ in their
+            classes.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | None = None,
+        args: TrainingArguments | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class: BaseImageProcessor | None = None,
+        image_column: str | None = None,
+        label_column: str | None = None,
+        **kwargs,
+    ):
+        if processing_class is None:
+            raise ValueError("The trainer needs the model's image processor: processing_class=image_processor.")
+        evaluated = eval_dataset if isinstance(eval_dataset, dict) else {"evaluation": eval_dataset}
+        tables = {name: table for name, table in {"training": train_dataset, **evaluated}.items() if table is not None}
+        for name, table in tables.items():
+            if not isinstance(table, Dataset):
+                raise TypeError(f"The {name} set is a datasets.Dataset; got {type(table).__name__}.")
+            if len(table) == 0:
+                raise ValueError(f"The {name} set is empty; it needs at least one row.")
+            image_column, label_column = find_columns(table, image_column, label_column)
+        self.image_column, self.label_column = image_column, label_column
+        kwargs.setdefault("data_collator", self._build_collator(processing_class, image_column, label_column))
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            **kwargs,
+        )
+        config = self.model.config
+        if self.compute_metrics is None:
+            self.compute_metrics = partial(compute_metrics, teacher_names=getattr(config, "teacher_names", None))
+        for name, table in tables.items():
+            label_names = [str(config.id2label[i]) for i in range(config.num_labels)]
+            check_class_names(label_names, class_names(table, label_column), f"the model (beside the {name} set)")
+
+    def _build_collator(self, image_processor, image_column, label_column):
+        return DistillationCollator(image_processor, image_column, label_column)
+
+    # The hook by which `Trainer` prepares every table for its data loader.
+    def _remove_unused_columns(self, dataset: Dataset, description: str | None = None) -> ImageRows:
+        return ImageRows(dataset.select_columns([self.image_column, self.label_column]), self.image_column)
+
+
+class EnsembleDistillationTrainer(ImageClassificationTrainer):
+    """Distils teachers into an `IBViTForImageClassification` by [`ensemble_distillation_loss`].
+
+    The teachers' logits come from the columns that `record_teacher_logits` wrote, or, with `teachers`, from running them
+    in every step. Each term of the loss is logged by its own name: `label_loss` and `<teacher>_loss`. Evaluation needs
+    no logits columns: without them its loss is the labels' term alone.
+
+    Args:
+        model: the student; `model.config.teacher_names` names the teachers.
+        args: [`DistillationArguments`].
+        train_dataset, eval_dataset: tables with an image and a `ClassLabel` column, found unless named.
+        processing_class: the student's image processor.
+        teachers: name → Hub id, folder, model loaded by `from_pretrained`, or (model, image processor), for online
+            distillation. `None` reads the columns.
+        kwargs: as for [`ImageClassificationTrainer`].
+
+    Raises:
+        ValueError: before the first step: the student has no teachers, a logits column is missing or does not fit, weights
+            or temperatures are not one for each teacher, or teachers, student and data differ in their classes.
+
+    Example:
+
+    ```python
+    >>> trainer = EnsembleDistillationTrainer(
+    ...     model=student, args=DistillationArguments("student", temperature=4.0), train_dataset=table,
+    ...     processing_class=image_processor,
+    ... )
+    >>> trainer.train()
+    ```
+    """
+
+    # `compute_loss` divides by the number of rows in the whole accumulated batch.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: PreTrainedModel | None = None,
+        args: DistillationArguments | None = None,
+        *,
+        teachers: Mapping[str, TeacherLike] | None = None,
+        **kwargs,
+    ):
+        self.teacher_names = list(getattr(getattr(model, "config", None), "teacher_names", []))
+        if not self.teacher_names:
+            raise ValueError(
+                "The student has no teacher tokens; build it with IBViTConfig(teacher_names=(...)), or train it without "
+                "teachers with ImageClassificationTrainer."
+            )
+        if args is None:
+            args = DistillationArguments("student")
+        for name in ("teacher_weights", "temperature"):
+            if len(getattr(args, name)) not in (1, len(self.teacher_names)):
+                raise ValueError(
+                    f"{name} is one number or one for each teacher ({', '.join(self.teacher_names)}); got "
+                    f"{getattr(args, name)}."
+                )
+        self.teachers = []
+        if teachers is not None:
+            if set(teachers) != set(self.teacher_names):
+                raise ValueError(
+                    f"The student's teachers are {self.teacher_names}; got teachers {sorted(teachers)}. The names must "
+                    "be the same."
+                )
+            self.teachers = load_teachers({name: teachers[name] for name in self.teacher_names})
+        super().__init__(model=model, args=args, **kwargs)
+        label_names = [str(model.config.id2label[i]) for i in range(model.config.num_labels)]
+        for teacher in self.teachers:
+            check_class_names(teacher.class_names, label_names, f'the teacher "{teacher.name}"')
+            teacher.model.to(self.args.device)
+        if self.train_dataset is not None and not self.teachers:
+            check_columns(self.train_dataset, self.teacher_names, label_names)
+        self._loss_terms = torch.zeros(2 + len(self.teacher_names), dtype=torch.float64)
+
+    def _build_collator(self, image_processor, image_column, label_column):
+        processors = {teacher.name: teacher.image_processor for teacher in self.teachers}
+        names = [] if self.teachers else self.teacher_names
+        return DistillationCollator(image_processor, image_column, label_column, names, processors)
+
+    def _remove_unused_columns(self, dataset: Dataset, description: str | None = None) -> ImageRows:
+        logits = [column_name(name) for name in self.teacher_names]
+        logits = [] if self.teachers else [column for column in logits if column in dataset.column_names]
+        columns = [self.image_column, self.label_column, *logits]
+        return ImageRows(dataset.select_columns(columns), self.image_column, array_columns=logits)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The mean over the rows of the batch, scaled so that the steps of an accumulated batch, over all processes, add
+        up to the mean over all its rows."""
+        labels = inputs["labels"]
+        outputs = model(pixel_values=inputs["pixel_values"])
+        teacher_logits = inputs.get("teacher_logits")
+        if self.teachers and model.training:
+            images = inputs["teacher_pixel_values"]
+            teacher_logits = torch.stack([t.logits(images[t.name]) for t in self.teachers], dim=1)
+        teacher_token_logits = outputs.teacher_token_logits
+        if teacher_logits is None:
+            teacher_token_logits = teacher_logits = teacher_token_logits[:, :0]
+        weights, temperatures = (
+            (values * len(self.teacher_names) if len(values) == 1 else values)[: teacher_logits.shape[1]]
+            for values in (self.args.teacher_weights, self.args.temperature)
+        )
+        losses = ensemble_distillation_loss(
+            outputs.class_logits,
+            teacher_token_logits,
+            labels,
+            teacher_logits,
+            weights=weights,
+            temperature=temperatures,
+            label_weight=self.args.label_weight,
+            mode=self.args.distillation_mode,
+            label_smoothing=self.args.label_smoothing_factor if model.training else 0.0,
+        )
+        loss = losses.loss
+        if model.training:
+            terms = torch.cat((labels.new_ones(1), losses.label_loss.detach()[None], losses.teacher_losses.detach()))
+            self._loss_terms = self._loss_terms.to(terms.device) + len(labels) * terms
+        if num_items_in_batch is not None:
+            # DDP averages the processes' gradients, and the reported loss likewise.
+            loss = loss * (len(labels) * self.accelerator.num_processes / num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs, start_time=None):
+        if "loss" in logs:
+            rows, *terms = self.accelerator.reduce(self._loss_terms, reduction="sum").tolist()
+            names = ["label_loss", *(f"{name}_loss" for name in self.teacher_names)]
+            logs.update({name: term / rows for name, term in zip(names, terms) if rows})
+            self._loss_terms.zero_()
+        super().log(logs, start_time)

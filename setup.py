@@ -1,0 +1,54 @@
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+
+root = Path(__file__).parent
+version = re.search(r'^__version__ = "(.+)"$', (root / "hf_ibdistill" / "__init__.py").read_text(), re.MULTILINE)[1]
+
+setup(
+    name="hf_ibdistill",
+    version=version,
+    description="Teach a vision transformer the inductive biases of convolution and involution, from stored logits",
+    long_description=(root / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords="knowledge distillation vision transformer involution inductive bias hugging face",
+    packages=find_packages(include=["hf_ibdistill*"]),
+    package_data={"hf_ibdistill": ["templates/*"]},
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.9,<3",
+        "torchvision>=0.24,<1",
+        "transformers>=5.20,<6",
+        "datasets>=5.0,<6",
+        "accelerate>=1.10,<2",
+        "huggingface-hub>=2.0,<3",
+        "evaluate>=0.4.5,<0.5",
+        "safetensors>=0.6,<1",
+        "scikit-learn>=1.5,<2",
+        "numpy>=1.26,<3",
+        "pyarrow>=19",
+        "pillow>=10",
+        "pyyaml>=6,<7",
+        "jinja2>=3,<4",
+        "tqdm>=4.66,<5",
+    ],
+    extras_require={
+        "plots": ["matplotlib>=3.8,<4"],
+        "dev": ["matplotlib>=3.8,<4", "pytest>=8,<10", "ruff>=0.12,<1"],
+    },
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

@@ -1,0 +1,342 @@
+"""The operator against plain loops and the published formulation; the layer against its parts."""
+
+import os
+import shutil
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from hf_ibdistill import involution2d
+from hf_ibdistill.models.involution import Involution2d
+
+
+# Half a unit in the last place, relative: what one rounding to this type may change.
+ROUNDING = {torch.float32: 2**-24, torch.float16: 2**-11, torch.bfloat16: 2**-8}
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def loops(input, kernel, grad_output, stride):
+    """Equation 4 of arXiv 2103.06255 and its two derivatives by the product rule, one position and one kernel weight at
+    a time, in float64 and without autograd: (output, grad_input, grad_kernel)."""
+    input, kernel, grad_output = input.double(), kernel.double(), grad_output.double()
+    _, channels, height, width = input.shape
+    groups, taps, out_height, out_width = kernel.shape[1:]
+    kernel_size = int(taps**0.5)
+    channels_of_group = channels // groups
+    output, grad_input, grad_kernel = torch.zeros_like(grad_output), torch.zeros_like(input), torch.zeros_like(kernel)
+    for i in range(out_height):
+        for j in range(out_width):
+            for u in range(kernel_size):
+                for v in range(kernel_size):
+                    y, x = i * stride + u - kernel_size // 2, j * stride + v - kernel_size // 2
+                    if not (0 <= y < height and 0 <= x < width):
+                        continue  # zero padding adds nothing, and no gradient flows to it
+                    tap = u * kernel_size + v
+                    weight = kernel[:, :, tap, i, j].repeat_interleave(channels_of_group, dim=1)
+                    output[:, :, i, j] += weight * input[:, :, y, x]
+                    grad_input[:, :, y, x] += weight * grad_output[:, :, i, j]
+                    product = grad_output[:, :, i, j] * input[:, :, y, x]
+                    grad_kernel[:, :, tap, i, j] = product.unflatten(1, (groups, channels_of_group)).sum(2)
+    return output, grad_input, grad_kernel
+
+
+def unfold_formulation(input, kernel, stride):
+    """The published formulation: K·K copies of the input, multiplied and summed."""
+    batch, groups, taps, height, width = kernel.shape
+    kernel_size = int(taps**0.5)
+    columns = nn.functional.unfold(input, kernel_size, padding=kernel_size // 2, stride=stride)
+    columns = columns.view(batch, groups, -1, taps, height, width)
+    return (kernel[:, :, None] * columns).sum(3).flatten(1, 2)
+
+
+def random_inputs(channels, groups, kernel_size, stride, height, width, batch=2, dtypes=(torch.float32,) * 2):
+    out_height, out_width = (height + stride - 1) // stride, (width + stride - 1) // stride
+    input = torch.randn(batch, channels, height, width).to(dtypes[0])
+    kernel = torch.randn(batch, groups, kernel_size**2, out_height, out_width).to(dtypes[1])
+    return input.requires_grad_(), kernel.requires_grad_()
+
+
+def check_against_loops(input, kernel, stride):
+    output = involution2d(input, kernel, stride)
+    grad_output = torch.randn(output.shape).to(output.dtype)
+    actual = output, *torch.autograd.grad(output, (input, kernel), grad_output)
+    expected = loops(input.detach(), kernel.detach(), grad_output, stride)
+    assert output.dtype == torch.promote_types(input.dtype, kernel.dtype)
+    assert actual[1].dtype == input.dtype and actual[2].dtype == kernel.dtype
+    for value, reference in zip(actual, expected):
+        assert value.shape == reference.shape
+        # The loops start from the same (already rounded) numbers, so what may differ is one rounding of the result and
+        # the float32 sum of at most 49·8 products of order 1, about 400 · 2^-24 < 3e-5.
+        torch.testing.assert_close(value.double(), reference, rtol=ROUNDING[value.dtype], atol=3e-5)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("kernel_size", [3, 5, 7])
+@pytest.mark.parametrize("size", [(6, 6), (7, 7), (5, 8), (8, 5), (1, 3)])  # the last is smaller than every kernel
+@pytest.mark.parametrize("groups", [1, 2, 8])
+def test_value_and_gradients_equal_plain_loops(stride, kernel_size, size, groups):
+    check_against_loops(*random_inputs(8, groups, kernel_size, stride, *size), stride)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("kernel_size", [3, 7])
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float16),
+        (torch.float32, torch.bfloat16),  # what autocast gives: a float32 feature map, a kernel out of a convolution
+        (torch.bfloat16, torch.float32),
+    ],
+    ids=lambda dtypes: "-".join(str(dtype).removeprefix("torch.") for dtype in dtypes),
+)
+def test_half_precision_is_rounded_once(stride, kernel_size, dtypes):
+    check_against_loops(*random_inputs(8, 2, kernel_size, stride, 5, 6, dtypes=dtypes), stride)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    groups=st.integers(1, 4),
+    channels_of_group=st.integers(1, 3),
+    kernel_size=st.sampled_from([1, 3, 5, 7]),
+    stride=st.integers(1, 3),
+    height=st.integers(1, 9),
+    width=st.integers(1, 9),
+    batch=st.integers(1, 3),
+)
+def test_equals_the_published_unfold_formulation(groups, channels_of_group, kernel_size, stride, height, width, batch):
+    channels = groups * channels_of_group
+    input, kernel = random_inputs(channels, groups, kernel_size, stride, height, width, batch)
+    output, expected = involution2d(input, kernel, stride), unfold_formulation(input, kernel, stride)
+    grad_output = torch.randn_like(output)
+    # Both sum in float32, in another order.
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=3e-5)
+    gradients = torch.autograd.grad(output, (input, kernel), grad_output)
+    expected_gradients = torch.autograd.grad(expected, (input, kernel), grad_output)
+    torch.testing.assert_close(gradients, expected_gradients, rtol=1e-5, atol=3e-5)
+
+
+def test_the_kernel_of_one_position_acts_on_that_position_only():
+    input, kernel = random_inputs(4, 2, 3, 1, 6, 6)
+    changed = kernel.detach().clone()
+    changed[0, 1, :, 2, 3] += 1
+    difference = (involution2d(input, changed) - involution2d(input, kernel)).abs() > 0
+    expected = torch.zeros(2, 4, 6, 6, dtype=torch.bool)
+    expected[0, 2:, 2, 3] = True  # the second group's channels
+    assert torch.equal(difference, expected)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("needs", ["input", "kernel"])
+def test_only_one_of_the_two_needs_a_gradient(stride, needs):
+    input, kernel = random_inputs(8, 2, 5, stride, 5, 6)
+    both = torch.autograd.grad(involution2d(input, kernel, stride).square().sum(), (input, kernel))
+    frozen, expected = (kernel, both[0]) if needs == "input" else (input, both[1])
+    frozen.requires_grad_(False)
+    involution2d(input, kernel, stride).square().sum().backward()
+    assert frozen.grad is None
+    assert torch.equal((input if needs == "input" else kernel).grad, expected)
+
+
+def test_without_any_gradient_there_is_no_graph():
+    input, kernel = random_inputs(8, 2, 3, 1, 5, 6)
+    assert not involution2d(input.detach(), kernel.detach()).requires_grad
+    with torch.no_grad():
+        assert not involution2d(input, kernel).requires_grad
+
+
+def channels_last(input, kernel):
+    return input.contiguous(memory_format=torch.channels_last), kernel
+
+
+def transposed(input, kernel):
+    input = input.transpose(2, 3).contiguous().transpose(2, 3)
+    return input, kernel.permute(4, 3, 2, 1, 0).contiguous().permute(4, 3, 2, 1, 0)
+
+
+def sliced(input, kernel):
+    return torch.stack((input, input), dim=-1)[..., 0], torch.stack((kernel, kernel), dim=1)[:, 1]
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("layout", [channels_last, transposed, sliced])
+def test_memory_layout_does_not_matter(layout, stride):
+    input, kernel = (tensor.detach() for tensor in random_inputs(8, 2, 3, stride, 5, 6))
+    other_input, other_kernel = layout(input, kernel)
+    assert not (other_input.is_contiguous() and other_kernel.is_contiguous())
+    check_against_loops(other_input.detach().requires_grad_(), other_kernel.detach().requires_grad_(), stride)
+
+
+def test_non_contiguous_output_gradient():
+    input, kernel = random_inputs(8, 2, 3, 1, 5, 6)
+    output = involution2d(input, kernel)
+    grad_output = torch.randn(output.shape)
+    expected = torch.autograd.grad(output, (input, kernel), grad_output, retain_graph=True)
+    last = grad_output.contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(torch.autograd.grad(output, (input, kernel), last), expected)
+
+
+def test_a_kernel_expanded_over_positions_is_a_depthwise_convolution():
+    # An expanded kernel has stride 0 in memory: its gradient must still be one value a position before it is summed.
+    input = torch.randn(2, 4, 6, 7, requires_grad=True)
+    weight = torch.randn(4, 1, 3, 3, requires_grad=True)
+    kernel = weight.view(1, 4, 9, 1, 1).expand(2, 4, 9, 6, 7)
+    output, expected = involution2d(input, kernel), nn.functional.conv2d(input, weight, padding=1, groups=4)
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+    grad_output = torch.randn_like(output)
+    torch.testing.assert_close(
+        torch.autograd.grad(output, (input, weight), grad_output),
+        torch.autograd.grad(expected, (input, weight), grad_output),
+        rtol=1e-5,
+        atol=3e-5,
+    )
+
+
+def test_an_empty_batch_stays_empty():
+    input, kernel = random_inputs(8, 2, 3, 2, 5, 6, batch=0)
+    output = involution2d(input, kernel, 2)
+    output.sum().backward()
+    assert output.shape == (0, 8, 3, 3) and input.grad.shape == input.shape and kernel.grad.shape == kernel.shape
+
+
+@pytest.mark.parametrize(
+    ("input_shape", "kernel_shape", "stride", "message"),
+    [
+        ((4, 5, 5), (1, 2, 9, 5, 5), 1, r"takes an input \(N, C, H, W\).* got \(4, 5, 5\) and \(1, 2, 9, 5, 5\)"),
+        ((1, 4, 5, 5), (1, 2, 9, 5), 1, r"takes an input \(N, C, H, W\).* got \(1, 4, 5, 5\) and \(1, 2, 9, 5\)"),
+        ((1, 4, 5, 5), (1, 2, 8, 5, 5), 1, r"third dimension is K·K with K odd; got 8"),
+        ((1, 4, 5, 5), (1, 2, 16, 5, 5), 1, r"third dimension is K·K with K odd; got 16"),
+        ((1, 4, 5, 5), (1, 3, 9, 5, 5), 1, r"groups must divide the number of channels; got 3 and 4"),
+        ((2, 4, 5, 5), (1, 2, 9, 5, 5), 1, r"must be \(2, 2, 9, 5, 5\); got \(1, 2, 9, 5, 5\)"),
+        ((1, 4, 5, 5), (1, 2, 9, 5, 5), 2, r"stride 2 the kernel must be \(1, 2, 9, 3, 3\); got \(1, 2, 9, 5, 5\)"),
+        ((1, 4, 5, 6), (1, 2, 9, 2, 3), 2, r"stride 2 the kernel must be \(1, 2, 9, 3, 3\); got \(1, 2, 9, 2, 3\)"),
+        ((1, 4, 5, 6), (1, 2, 9, 6, 5), 1, r"stride 1 the kernel must be \(1, 2, 9, 5, 6\); got \(1, 2, 9, 6, 5\)"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_named(input_shape, kernel_shape, stride, message):
+    with pytest.raises(ValueError, match=message):
+        involution2d(torch.zeros(input_shape), torch.zeros(kernel_shape), stride)
+
+
+def check_compiled(backend, stride, sizes):
+    torch.compiler.reset()
+    compiled = torch.compile(involution2d, fullgraph=True, backend=backend)
+    for size in sizes:
+        input, kernel = random_inputs(4, 2, 3, stride, *size)
+        output, expected = compiled(input, kernel, stride), involution2d(input, kernel, stride)
+        grad_output = torch.randn_like(output)
+        # Compiled code may fuse a multiplication with an addition, which saves a rounding.
+        torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+        gradients = torch.autograd.grad(output, (input, kernel), grad_output)
+        expected_gradients = torch.autograd.grad(expected, (input, kernel), grad_output)
+        torch.testing.assert_close(gradients, expected_gradients, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(
+    not any(shutil.which(name) for name in (os.environ.get("CXX") or "c++", "g++", "clang++")),
+    reason="torch.compile needs a C++ compiler",
+)
+def test_compiled_equals_eager():
+    # One stride and one size: compiling takes ten seconds, and what may differ is traced in the next test.
+    check_compiled("inductor", stride=2, sizes=[(5, 6)])
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_traced_equals_eager_when_the_image_size_changes(stride):
+    # The second size makes the compiler trace again with symbolic sizes.
+    check_compiled("aot_eager", stride, sizes=[(5, 6), (8, 7), (9, 4)])
+
+
+# The layer
+
+
+def generated_kernel(layer, features, kernel_size, stride, group_channels):
+    """Section 3.1 of the paper with the layer's own weights: pool, 1×1 reduction, norm, ReLU, 1×1 expansion."""
+    if stride > 1:
+        features = nn.functional.avg_pool2d(features, stride, stride, ceil_mode=True)
+    reduced = nn.functional.conv2d(features, layer.reduce.weight)
+    if isinstance(layer.norm, nn.BatchNorm2d):
+        reduced = nn.functional.batch_norm(reduced, None, None, layer.norm.weight, layer.norm.bias, training=True)
+    else:
+        reduced = nn.functional.group_norm(reduced, 1, layer.norm.weight, layer.norm.bias)
+    kernel = nn.functional.conv2d(nn.functional.relu(reduced), layer.expand.weight, layer.expand.bias)
+    groups = features.shape[1] // group_channels
+    return kernel.view(features.shape[0], groups, kernel_size**2, *features.shape[2:])
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, lambda channels: nn.GroupNorm(1, channels)], ids=["batch", "group"])
+@pytest.mark.parametrize(
+    ("kernel_size", "stride", "group_channels", "reduction"), [(7, 1, 16, 4), (3, 2, 8, 2), (5, 2, 4, 3)]
+)
+def test_layer_generates_the_kernel_from_the_features(kernel_size, stride, group_channels, reduction, norm):
+    layer = Involution2d(16, kernel_size, stride, group_channels, reduction, norm)
+    nn.init.normal_(layer.norm.weight)
+    nn.init.normal_(layer.norm.bias)
+    features = torch.randn(3, 16, 9, 6)
+    kernel = generated_kernel(layer, features, kernel_size, stride, group_channels)
+    torch.testing.assert_close(layer(features), involution2d(features, kernel, stride), rtol=1e-5, atol=1e-5)
+
+
+def test_layer_defaults_are_the_published_ones():
+    layer = Involution2d(64, 7)
+    assert layer.groups == 4 and layer.stride == 1  # 16 channels a group
+    assert layer.reduce.weight.shape == (16, 64, 1, 1) and layer.reduce.bias is None  # reduction 4
+    assert layer.expand.weight.shape == (7 * 7 * 4, 16, 1, 1) and layer.expand.bias is not None
+    assert isinstance(layer.norm, nn.BatchNorm2d)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 7), (7, 10), (1, 5)])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_layer_has_the_positions_of_a_padded_convolution(size, stride):
+    features = torch.randn(2, 16, *size)
+    convolution = nn.Conv2d(16, 16, 3, stride, padding=1)
+    assert Involution2d(16, 3, stride)(features).shape == convolution(features).shape
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("features_dtype", ["float32", "low"])
+def test_layer_under_autocast(dtype, stride, features_dtype):
+    layer = Involution2d(16, 7, stride, group_channels=8)
+    features = torch.randn(2, 16, 7, 8).to(torch.float32 if features_dtype == "float32" else dtype).requires_grad_()
+    with torch.autocast("cpu", dtype=dtype):
+        output = layer(features)
+        kernel = generated_kernel(layer, features, 7, stride, 8)
+    assert kernel.dtype == dtype and output.dtype == features.dtype
+    # Autocast rounds the kernel, in the convolutions that make it; the sum over it is as exact as without autocast.
+    expected, _, _ = loops(features.detach(), kernel.detach(), output.detach(), stride)
+    torch.testing.assert_close(output.double(), expected, rtol=ROUNDING[output.dtype], atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_under_autocast_are_close_to_float32(dtype):
+    layer = Involution2d(16, 7, group_channels=8)
+    features, grad_output = torch.randn(2, 16, 7, 8, requires_grad=True), torch.randn(2, 16, 7, 8)
+    wanted = features, *layer.parameters()
+    expected = torch.autograd.grad(layer(features), wanted, grad_output)
+    with torch.autocast("cpu", dtype=dtype):
+        output = layer(features)
+    for gradient, reference in zip(torch.autograd.grad(output, wanted, grad_output), expected):
+        assert gradient.dtype == torch.float32
+        # About four roundings lie on the way to each gradient, and ReLU turns a few small activations on or off.
+        assert (gradient - reference).norm() < 8 * ROUNDING[dtype] * reference.norm()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"channels": 16, "kernel_size": 4}, r"odd size; got 4"),
+        ({"channels": 24, "kernel_size": 3}, r"group_channels \(16\) divides.*got 24"),
+        ({"channels": 2, "kernel_size": 3, "group_channels": 2}, r"at least reduction \(4\); got 2"),
+    ],
+)
+def test_layer_arguments_that_do_not_fit_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Involution2d(**arguments)
