@@ -6,7 +6,6 @@ The Auto classes' own modules load torch, which takes seconds; `import transform
 
 import importlib
 import importlib.abc
-import importlib.util
 import sys
 
 
@@ -63,17 +62,18 @@ _AFTER_IMPORT = {
 
 class _AfterImport(importlib.abc.MetaPathFinder):
     def find_spec(self, fullname, path, target=None):
-        action = _AFTER_IMPORT.pop(fullname, None)
-        if action is None:
+        if fullname not in _AFTER_IMPORT:
             return None
-        spec = importlib.util.find_spec(fullname)
-        execute = spec.loader.exec_module
+        others = (finder for finder in sys.meta_path if finder is not self)
+        spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in others)), None)
+        if spec is not None:
+            execute = spec.loader.exec_module
 
-        def execute_then_act(module):
-            execute(module)
-            action(module)
+            def execute_then_act(module):
+                execute(module)
+                _AFTER_IMPORT.pop(fullname, lambda _: None)(module)
 
-        spec.loader.exec_module = execute_then_act
+            spec.loader.exec_module = execute_then_act
         return spec
 
 
@@ -81,6 +81,5 @@ def register_auto_classes() -> None:
     """Let `AutoConfig`, `AutoModel`, `AutoModelForImageClassification` and `AutoImageProcessor` know both families, now
     or as soon as the Auto classes are imported."""
     sys.meta_path.insert(0, _AfterImport())
-    for name in list(_AFTER_IMPORT):
-        if name in sys.modules and name in _AFTER_IMPORT:
-            _AFTER_IMPORT.pop(name)(sys.modules[name])
+    for name in [name for name in _AFTER_IMPORT if name in sys.modules]:
+        _AFTER_IMPORT.pop(name)(sys.modules[name])

@@ -94,6 +94,20 @@ def class_names(dataset: Dataset, label_column: str) -> list[str]:
     return feature.names
 
 
+def class_config(dataset: Dataset, label_column: str = "label") -> dict:
+    """A model configuration's `num_labels`, `id2label` and `label2id` for this data set's classes.
+
+    Raises:
+        ValueError: the column is not a `ClassLabel`.
+    """
+    names = class_names(dataset, label_column)
+    return {
+        "num_labels": len(names),
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: i for i, name in enumerate(names)},
+    }
+
+
 def select_per_class(dataset: Dataset, images_per_class: int, label_column: str, seed: int = 0) -> Dataset:
     """A random subset with this many images of each class. Subsets of one seed are nested: the smaller is part of the
     larger.

@@ -8,7 +8,7 @@ import numpy as np
 import PIL.Image
 import torch
 from datasets import Dataset, Image
-from transformers import BaseImageProcessor
+from transformers import BaseImageProcessor, ViTImageProcessor
 
 
 def decode_image(value: dict) -> PIL.Image.Image:
@@ -78,6 +78,21 @@ class ImageRows(torch.utils.data.Dataset):
                     raise ValueError(f"Row {index}: {error}") from error
                 row[self.image_column] = None
         return rows
+
+
+def build_image_processor(
+    dataset: Dataset, image_column: str = "image", image_size: int | None = None
+) -> ViTImageProcessor:
+    """An image processor for a model trained from nothing on these images: resizes them to squares and scales the pixels
+    to −1 … 1.
+
+    Args:
+        image_size: side in pixels; when not given, that of the first image if it is at most 64, else 224.
+    """
+    if image_size is None:
+        largest = max(ImageRows(dataset, image_column)[0][image_column].size)
+        image_size = largest if largest <= 64 else 224
+    return ViTImageProcessor(size={"height": image_size, "width": image_size})
 
 
 def pixel_values(

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pyarrow as pa
-from datasets import List, Value
+from datasets import Dataset, List, Value
 
 
 DTYPES = ("float16", "float32")
@@ -46,3 +46,9 @@ class NonFiniteLogitsError(ValueError):
         self.rows, self.fits_wider = rows, fits_wider
         advice = 'they fit into dtype="float32"' if fits_wider else "check the teacher and these images"
         super().__init__(f"Logits are NaN or infinite in {len(rows)} rows (first {rows[:10].tolist()}): {advice}.")
+
+
+def recorded_teachers(dataset: Dataset) -> list[str]:
+    """The names of the teachers whose logits the table holds."""
+    suffix = column_name("")
+    return [name.removesuffix(suffix) for name in dataset.column_names if name.endswith(suffix)]

@@ -13,7 +13,7 @@ from datasets import Dataset
 
 from ..data import name_difference
 from ..teachers import Teacher
-from .encoding import column_name
+from .encoding import column_name, recorded_teachers
 
 
 _FORMAT = "hf_ibdistill/1"
@@ -113,7 +113,7 @@ def check_columns(dataset: Dataset, teacher_names: Sequence[str], label_names: S
         ValueError: a column is missing, has another number of classes or numbers that are not finite, or its teacher knew
             other classes.
     """
-    recorded = [name for name in dataset.column_names if name.endswith("_logits")]
+    recorded = [column_name(name) for name in recorded_teachers(dataset)]
     for name in teacher_names:
         column = column_name(name)
         if column not in dataset.column_names:

@@ -18,7 +18,7 @@ import pyarrow as pa
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
-from datasets import Dataset, Features, Image, Value, concatenate_datasets, load_from_disk
+from datasets import Dataset, DatasetDict, Features, Image, Value, concatenate_datasets, load_from_disk
 from datasets.arrow_writer import ArrowWriter
 from tqdm.auto import tqdm
 
@@ -36,7 +36,7 @@ _MANIFEST = "recording.json"
 
 
 def record_teacher_logits(
-    dataset: Dataset,
+    dataset: Dataset | DatasetDict,
     teachers: Mapping[str, TeacherLike],
     *,
     output_dir: str | os.PathLike,
@@ -48,7 +48,7 @@ def record_teacher_logits(
     image_column: str | None = None,
     label_column: str | None = None,
     trust_remote_code: bool = False,
-) -> Dataset:
+) -> Dataset | DatasetDict:
     """Record what each teacher says about each image, once, in a column `<name>_logits` (arXiv 2310.00369).
 
     Every image is decoded once and shown to all teachers, un-augmented, each through its own image processor. Run under
@@ -56,7 +56,8 @@ def record_teacher_logits(
     recording, or returns the finished one.
 
     Args:
-        dataset: rows with an image and a `ClassLabel` column.
+        dataset: rows with an image and a `ClassLabel` column; or several splits of them, all of which are recorded, so
+            that agreement with the teachers can be measured on the held-out ones.
         teachers: name → Hub id, folder, model loaded by `from_pretrained`, or (model, image processor).
         output_dir: folder of the finished table, readable by `datasets.load_from_disk`.
         dtype: `"float16"` or `"float32"`, how the logits are stored.
@@ -70,51 +71,76 @@ def record_teacher_logits(
 
     Returns:
         The input's columns plus a list of as many numbers as there are classes for each teacher, memory-mapped from
-        `output_dir`, with its provenance.
+        `output_dir`, with its provenance. For several splits a `DatasetDict`.
 
     Raises:
         ValueError: before any teacher runs: teachers and data set differ in their classes, a column exists already, the
             folder holds another recording or one by other teachers. While recording: an image cannot be decoded, or
             a logit is not finite; the message names the row, and finished shards are kept.
     """
-    if len(dataset) == 0:
-        raise ValueError("The data set is empty; there is nothing to record.")
-    image_column, label_column = find_columns(dataset, image_column, label_column)
     teachers = load_teachers(teachers, trust_remote_code=trust_remote_code)
+    output_dir = Path(output_dir)
+    shard_size = -(-shard_size // batch_size) * batch_size
+    layout = {"batch_size": batch_size, "shard_size": shard_size, "skip_unreadable": skip_unreadable}
+    splits = dataset if isinstance(dataset, DatasetDict) else {None: dataset}
+    columns = {}
+    for name, split in splits.items():
+        columns[name] = find_columns(split, image_column, label_column)
+        _check_before_recording(split, name, teachers, columns[name][1])
+    accelerator = Accelerator()
+    recorded = {}
+    for name, split in splits.items():
+        folder = output_dir / name if name else output_dir
+        recorded[name] = _record_split(
+            accelerator, split, teachers, folder, dtype, layout, num_workers, *columns[name]
+        )
+    if not isinstance(dataset, DatasetDict):
+        return recorded[None]
+    if accelerator.is_main_process:
+        # What makes `datasets.load_from_disk` see the folders as the splits of one data set.
+        splits_file = output_dir / "dataset_dict.json"
+        _write_beside(splits_file, lambda beside: beside.write_text(json.dumps({"splits": list(splits)})))
+    accelerator.wait_for_everyone()
+    return DatasetDict(recorded)
+
+
+def _check_before_recording(dataset, split, teachers, label_column) -> None:
+    if len(dataset) == 0:
+        what = f'split "{split}"' if split else "data set"
+        raise ValueError(f"The {what} is empty; there is nothing to record.")
     for teacher in teachers:
         if column_name(teacher.name) in dataset.column_names:
             raise ValueError(
                 f'The data set already has a column "{column_name(teacher.name)}"; rename the teacher or remove it.'
             )
         check_class_names(teacher.class_names, class_names(dataset, label_column), f'the teacher "{teacher.name}"')
-    dense = {teacher.name: dense_feature(teacher.model.config.num_labels, dtype) for teacher in teachers}
-    features = Features({_ROW: Value("int64"), **{column_name(name): feature for name, feature in dense.items()}})
 
-    accelerator = Accelerator()
-    output_dir = Path(output_dir)
-    shard_size = -(-shard_size // batch_size) * batch_size
+
+def _record_split(accelerator, dataset, teachers, folder, dtype, layout, num_workers, image_column, label_column):
     record = build_record(
         teachers, _describe_dataset(dataset, image_column, label_column), {"kind": "dense", "dtype": dtype}
     )
-    layout = {"batch_size": batch_size, "shard_size": shard_size, "skip_unreadable": skip_unreadable}
+    dense = {column_name(t.name): dense_feature(t.model.config.num_labels, dtype) for t in teachers}
+    features = Features({_ROW: Value("int64"), **dense})
     with accelerator.main_process_first():
-        finished = _open_folder(output_dir, {"record": record, "layout": layout})
+        finished = _open_folder(folder, {"record": record, "layout": layout})
     if finished:
-        logger.warning("%s already holds this recording; nothing to do.", output_dir)
-        return load_from_disk(str(output_dir))
+        logger.warning("%s already holds this recording; nothing to do.", folder)
+        return load_from_disk(str(folder))
 
-    shards = [range(start, min(start + shard_size, len(dataset))) for start in range(0, len(dataset), shard_size)]
-    pending = [rows for rows in shards if not _shard_path(output_dir, rows).exists()]
+    size = layout["shard_size"]
+    shards = [range(start, min(start + size, len(dataset))) for start in range(0, len(dataset), size)]
+    pending = [rows for rows in shards if not _shard_path(folder, rows).exists()]
     # Nobody writes before everybody has seen what is there.
     accelerator.wait_for_everyone()
     with accelerator.split_between_processes(pending) as own_shards:
-        loader = _image_batches(dataset, image_column, teachers, own_shards, batch_size, num_workers, skip_unreadable)
-        _record_shards(accelerator, teachers, own_shards, loader, output_dir, features, dtype)
+        loader = _image_batches(dataset, image_column, teachers, own_shards, layout, num_workers)
+        _record_shards(accelerator, teachers, own_shards, loader, folder, features, dtype)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        _assemble(dataset, [_shard_path(output_dir, rows) for rows in shards], record, output_dir)
+        _assemble(dataset, [_shard_path(folder, rows) for rows in shards], record, folder)
     accelerator.wait_for_everyone()
-    return load_from_disk(str(output_dir))
+    return load_from_disk(str(folder))
 
 
 def _describe_dataset(dataset, image_column, label_column) -> dict:
@@ -176,10 +202,11 @@ def _write_beside(path, write) -> None:
         beside.unlink(missing_ok=True)
 
 
-def _image_batches(dataset, image_column, teachers, shards, batch_size, num_workers, skip_unreadable):
+def _image_batches(dataset, image_column, teachers, shards, layout, num_workers):
     """(row numbers, each teacher's pixel values) batch by batch, in the order of the shards."""
-    images = ImageRows(dataset.select_columns([image_column]), image_column, skip_unreadable=skip_unreadable)
+    images = ImageRows(dataset.select_columns([image_column]), image_column, skip_unreadable=layout["skip_unreadable"])
     processors = {teacher.name: teacher.image_processor for teacher in teachers}
+    batch_size = layout["batch_size"]
     batches = [list(rows[start : start + batch_size]) for rows in shards for start in range(0, len(rows), batch_size)]
 
     def collate(rows):

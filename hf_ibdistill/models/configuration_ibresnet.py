@@ -42,10 +42,10 @@ class IBResNetConfig(PreTrainedConfig):
         involution_group_channels: channels that share an involution kernel.
         involution_reduction: reduction in the generation of involution kernels.
         hidden_act: activation function.
-        zero_init_residual: start every block as the identity (the last norm's weight is 0).
 
     Raises:
-        ValueError: an unknown operator or stem, or stages described by lists of different lengths.
+        StrictDataclassClassValidationError: an unknown operator or stem, an even kernel size, or stages described by lists
+            of different lengths.
 
     Example:
 
@@ -71,7 +71,6 @@ class IBResNetConfig(PreTrainedConfig):
     involution_group_channels: int = 16
     involution_reduction: int = 4
     hidden_act: str = "relu"
-    zero_init_residual: bool = False
 
     def __post_init__(self, **kwargs):
         self.hidden_sizes, self.depths = list(self.hidden_sizes), list(self.depths)
@@ -86,6 +85,8 @@ class IBResNetConfig(PreTrainedConfig):
             raise ValueError(f'spatial_operator is "convolution" or "involution"; got "{self.spatial_operator}".')
         if self.stem not in ("imagenet", "plain"):
             raise ValueError(f'stem is "imagenet" or "plain"; got "{self.stem}".')
+        if self.kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size is odd, so that a kernel has a middle; got {self.kernel_size}.")
         if not len(self.hidden_sizes) == len(self.depths) == len(self.downsample_strides):
             raise ValueError(
                 "hidden_sizes, depths and downsample_strides have one entry a stage; got "

@@ -17,8 +17,8 @@ class IBViTConfig(PreTrainedConfig):
         patch_embedding: `"linear"` is ViT's own; `"convolution"` puts 3×3 convolutions at full resolution before the
             patch projection; `"bias_stems"` (Co-advise) has a convolution stem and an involution stem, sums their patch
             embeddings, and adds the mean of one stem's patches to each teacher token.
-        stem_channels: channels of the stems; unused by `"linear"`.
-        num_stem_layers: 3×3 layers in a stem; unused by `"linear"`.
+        stem_channels: channels of the stems, for `"bias_stems"` a multiple of 16; unused by `"linear"`.
+        num_stem_layers: 3×3 layers in a stem, for `"bias_stems"` at least 2; unused by `"linear"`.
         teacher_spatial_operators: for `"bias_stems"`, the stem (`"convolution"` or `"involution"`) whose mean
             initialises each teacher token, in the order of `teacher_names`; `None` alternates, convolution first.
         hidden_size: width of the transformer.
@@ -36,7 +36,8 @@ class IBViTConfig(PreTrainedConfig):
         qkv_bias: whether queries, keys and values have a bias.
 
     Raises:
-        ValueError: an unknown fusion or patch embedding, repeated teacher names, or sizes that do not divide.
+        StrictDataclassClassValidationError: an unknown fusion or patch embedding, repeated teacher names, sizes that do
+            not divide, or stems that their operator does not allow.
 
     Example:
 
@@ -50,6 +51,8 @@ class IBViTConfig(PreTrainedConfig):
     """
 
     model_type = "ibvit"
+    # What `Trainer` and `pipeline` see is the fused prediction alone, as from any image classifier.
+    keys_to_ignore_at_inference = ["class_logits", "teacher_token_logits", "hidden_states", "attentions"]
 
     teacher_names: list[str] | tuple[str, ...] = ("conv", "inv")
     fusion: str = "mean_probabilities"
@@ -73,10 +76,13 @@ class IBViTConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         self.teacher_names = list(self.teacher_names)
-        if self.teacher_spatial_operators is None:
-            operators = ("convolution", "involution")
-            self.teacher_spatial_operators = [operators[i % 2] for i in range(len(self.teacher_names))]
         super().__post_init__(**kwargs)
+
+    @property
+    def teacher_token_stems(self) -> list[str]:
+        """For `"bias_stems"`, the stem whose mean initialises each teacher token, in the order of `teacher_names`."""
+        alternating = [("convolution", "involution")[i % 2] for i in range(len(self.teacher_names))]
+        return alternating if self.teacher_spatial_operators is None else list(self.teacher_spatial_operators)
 
     def validate_architecture(self):
         """Part of `@strict`-powered validation."""
@@ -88,12 +94,16 @@ class IBViTConfig(PreTrainedConfig):
             raise ValueError(
                 f'patch_embedding is "linear", "convolution" or "bias_stems"; got "{self.patch_embedding}".'
             )
-        if len(self.teacher_spatial_operators) != len(self.teacher_names) or not set(
-            self.teacher_spatial_operators
-        ) <= {"convolution", "involution"}:
+        if self.patch_embedding == "bias_stems" and (self.num_stem_layers < 2 or self.stem_channels % 16 != 0):
+            raise ValueError(
+                'The involution stem of "bias_stems" needs num_stem_layers of at least 2 and stem_channels in multiples '
+                f"of 16; got {self.num_stem_layers} and {self.stem_channels}."
+            )
+        stems = self.teacher_token_stems
+        if len(stems) != len(self.teacher_names) or not set(stems) <= {"convolution", "involution"}:
             raise ValueError(
                 'teacher_spatial_operators has "convolution" or "involution" for each teacher; got '
-                f"{self.teacher_spatial_operators} for {self.teacher_names}."
+                f"{stems} for {self.teacher_names}."
             )
         if self.hidden_size % self.num_attention_heads != 0:
             raise ValueError(

@@ -114,8 +114,6 @@ class IBResNetPreTrainedModel(PreTrainedModel):
             init.zeros_(module.running_mean)
             init.ones_(module.running_var)
             init.zeros_(module.num_batches_tracked)
-        elif isinstance(module, IBResNetBlock) and self.config.zero_init_residual:
-            init.zeros_(module.expand.normalization.weight)
 
 
 class IBResNetForImageClassification(IBResNetPreTrainedModel):

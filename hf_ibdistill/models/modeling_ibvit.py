@@ -99,11 +99,12 @@ class IBViTEmbeddings(nn.Module):
                 f"The model takes images of {config.image_size}×{config.image_size} pixels; got {height}×{width}. "
                 "Resize them with the image processor, or pass interpolate_pos_encoding=True."
             )
+        pixel_values = pixel_values.to(self.class_token.dtype)
         patches = {name: stem(pixel_values).flatten(2).transpose(1, 2) for name, stem in self.stems.items()}
         class_token = self.class_token.expand(batch_size, -1, -1)
         teacher_tokens = self.teacher_tokens.expand(batch_size, -1, -1)
         if config.patch_embedding == "bias_stems" and config.teacher_names:
-            means = [patches[name].mean(1) for name in config.teacher_spatial_operators]
+            means = [patches[name].mean(1) for name in config.teacher_token_stems]
             teacher_tokens = teacher_tokens + torch.stack(means, dim=1)
         embeddings = torch.cat((class_token, teacher_tokens, sum(patches.values())), dim=1)
         positions = (

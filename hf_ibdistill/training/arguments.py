@@ -1,4 +1,4 @@
-"""The arguments of distillation, beside transformers' own."""
+"""Training arguments: defaults that suit small images, and distillation's own."""
 
 from dataclasses import dataclass, field
 
@@ -7,35 +7,57 @@ from transformers import TrainingArguments
 from .losses import MODES
 
 
+def _default(value, help):
+    return field(default=value, metadata={"help": f"{help} (default: {value})"})
+
+
 @dataclass
-class DistillationArguments(TrainingArguments):
-    """[`~transformers.TrainingArguments`] with the ensemble distillation loss's.
+class ImageTrainingArguments(TrainingArguments):
+    """[`~transformers.TrainingArguments`] with defaults for training a small image classifier from nothing, where
+    transformers' own suit the fine-tuning of a language model."""
+
+    learning_rate: float = _default(
+        2e-3, "Peak learning rate. Fine-tuning a trained model wants a tenth of it or less."
+    )
+    weight_decay: float = _default(0.05, "AdamW's weight decay, on weight matrices only.")
+    lr_scheduler_type: str = _default("cosine", "Shape of the learning rate after the warm-up.")
+    warmup_steps: float = _default(0.1, "Steps of linear warm-up; below 1, their share of all steps.")
+    num_train_epochs: float = _default(30.0, "Passes over the training images.")
+    per_device_train_batch_size: int = _default(64, "Images a step and process.")
+    per_device_eval_batch_size: int = _default(256, "Images an evaluation step and process.")
+    eval_strategy: str = _default("epoch", 'When to evaluate on the validation split: "epoch", "steps" or "no".')
+    save_strategy: str = _default("no", 'When to save a checkpoint to resume from: "epoch", "steps" or "no".')
+    logging_strategy: str = _default("epoch", 'When to log the loss: "epoch", "steps" or "no".')
+
+
+@dataclass
+class DistillationArguments(ImageTrainingArguments):
+    """[`ImageTrainingArguments`] with the ensemble distillation loss's weights, temperatures and mode.
 
     Raises:
         ValueError: a weight below 0, a temperature not above 0, or an unknown mode.
     """
 
-    distillation_mode: str = field(
-        default="soft",
-        metadata={
-            "help": '"soft" lets a teacher token match the teacher\'s whole distribution, "hard" only its first choice '
-            "(DeiT). Soft carries more; try hard when teachers are badly calibrated."
-        },
+    distillation_mode: str = _default(
+        "soft",
+        '"soft" lets a teacher token match the teacher\'s whole distribution, "hard" only its first choice (DeiT). Soft '
+        "carries more; try hard when teachers are badly calibrated.",
     )
     temperature: list[float] = field(
         default_factory=lambda: [4.0],
         metadata={
             "help": "Softens the teachers' distributions: one number for all, or one for each teacher. Higher shows more "
-            "of what a teacher thinks of the classes that it does not choose."
+            "of what a teacher thinks of the classes that it does not choose. (default: 4)"
         },
     )
     teacher_weights: list[float] = field(
-        default_factory=lambda: [1.0],
-        metadata={"help": "Weight of the teachers' terms in the loss: one number for all, or one for each teacher."},
+        default_factory=lambda: [0.25],
+        metadata={
+            "help": "Weight of the teachers' terms in the loss: one number for all, or one for each teacher. (default: "
+            "0.25)"
+        },
     )
-    label_weight: float = field(
-        default=1.0, metadata={"help": "Weight of the labels' cross-entropy in the loss. 0 ignores the labels."}
-    )
+    label_weight: float = _default(1.0, "Weight of the labels' cross-entropy in the loss; 0 ignores the labels.")
 
     def __post_init__(self):
         super().__post_init__()

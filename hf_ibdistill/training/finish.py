@@ -1,0 +1,96 @@
+"""What a finished training run leaves behind: model, image processor, measured results, arguments and a card."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from datasets import Dataset
+from transformers import Trainer
+
+from ..evaluation import evaluate_model
+from ..model_card import create_model_card
+
+
+RESULTS = "results.json"
+_RECIPE = (
+    "learning_rate", "weight_decay", "lr_scheduler_type", "warmup_steps", "per_device_train_batch_size",
+    "gradient_accumulation_steps", "label_smoothing_factor", "max_grad_norm", "optim", "bf16", "fp16", "seed",
+    "distillation_mode", "temperature", "teacher_weights", "label_weight",
+)  # fmt: skip
+
+
+def evaluate_and_save(
+    trainer: Trainer,
+    dataset: Dataset,
+    split: str,
+    *,
+    title: str,
+    data_name: str,
+    teacher_metrics: Mapping[str, Mapping[str, float]] | None = None,
+    picture: str | None = None,
+    notes: str = "",
+) -> dict[str, float]:
+    """Measure the trained model on a split and save it with a card to `trainer.args.output_dir`.
+
+    The folder holds the model (safetensors) and its image processor, for `from_pretrained` and `pipeline`;
+    `results.json`: metrics, data, recipe and learning curve; and `README.md`, the model card, whose figures are those of
+    `results.json`.
+
+    Args:
+        trainer: a trainer of this package after `train()`.
+        dataset: the rows to measure on.
+        split: their split's name, for the card.
+        title: name of the model.
+        data_name: name of the data set.
+        teacher_metrics: for a student, teacher → its metrics on the same split.
+        picture: file name, in the same folder, of a picture for the card.
+        notes: a paragraph for the card.
+
+    Returns:
+        The metrics.
+    """
+    model, args = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False), trainer.args
+    metrics = evaluate_model(
+        model,
+        trainer.processing_class,
+        dataset,
+        batch_size=args.per_device_eval_batch_size,
+        image_column=trainer.image_column,
+        label_column=trainer.label_column,
+    )
+    if trainer.is_world_process_zero():
+        # Not `trainer.save_model`, which adds the arguments as a pickle.
+        model.save_pretrained(args.output_dir)
+        trainer.processing_class.save_pretrained(args.output_dir)
+        values = {name: value for name, value in args.to_dict().items() if name in _RECIPE}
+        recipe = {
+            "training images": len(trainer.train_dataset),
+            "steps": trainer.state.global_step,
+            "epochs": round(trainer.state.epoch, 2),
+            "processes": args.world_size,
+            **values,
+        }
+        results = {
+            "title": title,
+            "data": data_name,
+            "split": split,
+            "metrics": metrics,
+            "recipe": recipe,
+            "log_history": trainer.state.log_history,
+        }
+        folder = Path(args.output_dir)
+        (folder / RESULTS).write_text(json.dumps(results, indent=2))
+        card = create_model_card(
+            model,
+            title=title,
+            data_name=data_name,
+            split=split,
+            metrics=metrics,
+            recipe=recipe,
+            teacher_metrics=teacher_metrics,
+            picture=picture,
+            notes=notes,
+        )
+        card.save(folder / "README.md")
+    trainer.accelerator.wait_for_everyone()
+    return metrics

@@ -1,0 +1,81 @@
+"""The arguments that the scripts share, and how they are read."""
+
+import logging
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from datasets import DatasetDict
+from transformers import HfArgumentParser
+
+from hf_ibdistill.data import find_columns, load_image_dataset, select_per_class
+
+
+@dataclass
+class DataArguments:
+    dataset: str = field(
+        default="digits",
+        metadata={
+            "help": 'The images: "digits" (8×8 handwritten digits, bundled), a folder of class folders, a save_to_disk '
+            "folder, a Parquet file or folder, or the id of a data set on the Hub."
+        },
+    )
+    image_column: str | None = field(default=None, metadata={"help": "Column of the images; found when not given."})
+    label_column: str | None = field(default=None, metadata={"help": "Column of the labels; found when not given."})
+    validation_fraction: float = field(
+        default=0.1, metadata={"help": "Share of the training images held out where there is no validation split."}
+    )
+    images_per_class: int | None = field(
+        default=None, metadata={"help": "Train on a random subset with this many images of each class."}
+    )
+    split_seed: int = field(default=0, metadata={"help": "Seed of the validation split and of the subset."})
+
+    def load(self) -> DatasetDict:
+        splits = load_image_dataset(
+            self.dataset,
+            image_column=self.image_column,
+            label_column=self.label_column,
+            validation_fraction=self.validation_fraction,
+            seed=self.split_seed,
+        )
+        self.image_column, self.label_column = find_columns(splits["train"], self.image_column, self.label_column)
+        if self.images_per_class is not None:
+            splits["train"] = select_per_class(
+                splits["train"], self.images_per_class, self.label_column, seed=self.split_seed
+            )
+        return splits
+
+
+def parse_arguments(*types: type) -> tuple:
+    """Flags, or one YAML or JSON file in place of all of them."""
+    parser = HfArgumentParser(types)
+    if len(sys.argv) == 2 and sys.argv[1].endswith((".yaml", ".yml")):
+        return parser.parse_yaml_file(sys.argv[1])
+    if len(sys.argv) == 2 and sys.argv[1].endswith(".json"):
+        return parser.parse_json_file(sys.argv[1])
+    return parser.parse_args_into_dataclasses()
+
+
+def name_folders(pairs: list[str]) -> dict[str, str]:
+    """`["conv=outputs/conv", …]` → name → folder or Hub id."""
+    named = dict(pair.partition("=")[::2] for pair in pairs)
+    if not all(named.values()):
+        raise ValueError(
+            f"Teachers are given as NAME=FOLDER or NAME=HUB_ID, for example conv=outputs/conv; got {pairs}."
+        )
+    return named
+
+
+def result_split(splits: DatasetDict) -> str:
+    """The split that final results are measured on."""
+    return "test" if "test" in splits else "validation"
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a script; a mistake in its input ends in one sentence instead of a traceback."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    try:
+        main()
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")

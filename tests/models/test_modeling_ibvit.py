@@ -1,0 +1,428 @@
+"""The student and its configuration."""
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassClassValidationError
+from torch import nn
+from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
+
+from hf_ibdistill import IBViTConfig, IBViTForImageClassification, IBViTModel
+
+
+PATCH_EMBEDDINGS = ["linear", "convolution", "bias_stems"]
+NUM_LABELS = 5
+
+
+def small_config(**overrides):
+    """16 patches of 4×4 pixels, 2 layers."""
+    arguments = {"image_size": 16, "patch_size": 4, "hidden_size": 24, "num_attention_heads": 3, "stem_channels": 16}
+    arguments |= {"num_hidden_layers": 2, "intermediate_size": 48, "num_labels": NUM_LABELS, **overrides}
+    return IBViTConfig(**arguments)
+
+
+def small_model(**overrides):
+    model = IBViTForImageClassification(small_config(**overrides)).eval()
+    # A fresh model has zeros for biases, ones for norms and small numbers for the rest: a swapped or forgotten
+    # parameter would hardly show, nor would the image.
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1 and name.endswith("weight"):
+            nn.init.uniform_(parameter, 0.5, 1.5)
+        else:
+            nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+# Configuration
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"teacher_names": ("a", "b", "a")}, r"name of its own; got teacher_names=\['a', 'b', 'a'\]"),
+        ({"teacher_names": "conv"}, r"teacher_names.*'conv'"),
+        ({"fusion": "vote"}, r'fusion is "mean_probabilities", "mean_logits" or "class_token"; got "vote"'),
+        ({"patch_embedding": "stem"}, r'patch_embedding is "linear", "convolution" or "bias_stems"; got "stem"'),
+        (
+            {"teacher_spatial_operators": ("convolution",)},
+            r"teacher_spatial_operators has .* for each teacher; got .*'convolution'.* for \['conv', 'inv'\]",
+        ),
+        (
+            {"teacher_spatial_operators": ("convolution", "attention")},
+            r"teacher_spatial_operators has .* for each teacher; got .*'attention'.* for \['conv', 'inv'\]",
+        ),
+        ({"num_attention_heads": 5}, r"num_attention_heads \(5\) must divide hidden_size \(24\)"),
+        ({"image_size": 18}, r"patch_size \(4\) must divide image_size \(18\)"),
+    ],
+)
+def test_configuration_errors_name_field_and_value(overrides, message):
+    with pytest.raises(StrictDataclassClassValidationError, match=message):
+        small_config(**overrides)
+
+
+def test_stems_alternate_over_the_teachers_unless_given():
+    config = small_config(teacher_names=("a", "b", "c"))
+    assert config.teacher_token_stems == ["convolution", "involution", "convolution"]
+    given = ["involution", "involution"]
+    assert small_config(teacher_spatial_operators=given).teacher_token_stems == given
+    assert small_config(teacher_names=()).teacher_token_stems == []
+
+
+def test_fields_shared_with_vit_have_vits_names_and_defaults():
+    config, vit = IBViTConfig(), ViTConfig()
+    own = {"teacher_names", "fusion", "patch_embedding", "stem_channels", "num_stem_layers"}
+    own |= {"teacher_spatial_operators", "model_type"}
+    shared = config.to_dict().keys() - own
+    assert {name: getattr(config, name) for name in shared} == {name: getattr(vit, name) for name in shared}
+
+
+def test_configuration_survives_saving(tmp_path):
+    config = small_config(
+        teacher_names=("a", "b", "c"),
+        fusion="mean_logits",
+        patch_embedding="bias_stems",
+        teacher_spatial_operators=("involution", "convolution", "involution"),
+        num_channels=1,
+    )
+    config.save_pretrained(tmp_path)
+    assert IBViTConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
+
+
+# Output
+
+
+@pytest.mark.parametrize("patch_embedding", PATCH_EMBEDDINGS)
+@pytest.mark.parametrize("teacher_names", [(), ("a",), ("a", "b", "c")])
+def test_output_shapes(patch_embedding, teacher_names):
+    model = small_model(teacher_names=teacher_names, patch_embedding=patch_embedding)
+    pixel_values = torch.randn(2, 3, 16, 16)
+    outputs = model(pixel_values)
+    assert outputs.loss is None and outputs.hidden_states is None and outputs.attentions is None
+    assert outputs.logits.shape == outputs.class_logits.shape == (2, NUM_LABELS)
+    if teacher_names:
+        assert outputs.teacher_token_logits.shape == (2, len(teacher_names), NUM_LABELS)
+    else:
+        assert outputs.teacher_token_logits is None
+    assert model.ibvit(pixel_values).last_hidden_state.shape == (2, 1 + len(teacher_names) + 16, 24)
+
+
+def test_each_head_reads_its_own_token():
+    model = small_model(teacher_names=("a", "b"))
+    pixel_values = torch.randn(2, 3, 16, 16)
+    outputs, tokens = model(pixel_values), model.ibvit(pixel_values).last_hidden_state
+    assert torch.equal(outputs.class_logits, model.class_head(tokens[:, 0]))
+    assert torch.equal(outputs.teacher_token_logits[:, 0], model.teacher_heads[0](tokens[:, 1]))
+    assert torch.equal(outputs.teacher_token_logits[:, 1], model.teacher_heads[1](tokens[:, 2]))
+
+
+def test_hidden_states_and_attentions():
+    model = small_model(attn_implementation="eager")
+    outputs = model(torch.randn(2, 3, 16, 16), output_hidden_states=True, output_attentions=True)
+    assert [tuple(state.shape) for state in outputs.hidden_states] == [(2, 19, 24)] * 3
+    assert [tuple(attention.shape) for attention in outputs.attentions] == [(2, 3, 19, 19)] * 2
+    for attention in outputs.attentions:
+        torch.testing.assert_close(attention.sum(-1), torch.ones(2, 3, 19))
+    tokens = model.ibvit.layernorm(outputs.hidden_states[-1])
+    assert torch.equal(model.class_head(tokens[:, 0]), outputs.class_logits)
+
+
+def test_return_dict_false_gives_a_tuple():
+    model, pixel_values, labels = small_model(), torch.randn(2, 3, 16, 16), torch.tensor([0, 3])
+    expected = model(pixel_values, labels=labels)
+    outputs = model(pixel_values, labels=labels, return_dict=False)
+    for output, name in zip(outputs, ("loss", "logits", "class_logits", "teacher_token_logits"), strict=True):
+        assert torch.equal(output, expected[name])
+
+
+def test_loss_is_the_class_heads_cross_entropy():
+    model, pixel_values, labels = small_model(), torch.randn(3, 3, 16, 16), torch.tensor([0, 4, 2])
+    outputs = model(pixel_values, labels=labels)
+    torch.testing.assert_close(outputs.loss, nn.functional.cross_entropy(outputs.class_logits, labels))
+    assert abs(outputs.loss - nn.functional.cross_entropy(outputs.logits, labels)) > 0.01
+    # The Trainer divides the sum over an accumulated step's batches by the number of rows in all of them.
+    accumulated = model(pixel_values, labels=labels, num_items_in_batch=12).loss
+    torch.testing.assert_close(accumulated, outputs.loss * 3 / 12)
+
+
+def test_trainer_sees_the_fused_prediction_alone(tmp_path):
+    # compute_metrics functions written for any image classifier take the arg max of the predictions.
+    model = small_model()
+    rows = [{"pixel_values": torch.randn(3, 16, 16), "labels": i % NUM_LABELS} for i in range(6)]
+    arguments = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True, disable_tqdm=True)
+    predictions = Trainer(model, arguments).predict(rows).predictions
+    expected = model(torch.stack([row["pixel_values"] for row in rows])).logits
+    assert not isinstance(predictions, tuple), f"arrays of shape {[array.shape for array in predictions]}"
+    torch.testing.assert_close(torch.as_tensor(predictions), expected)
+
+
+# Fusion
+
+
+def fused(fusion, num_teachers):
+    model = small_model(teacher_names=[f"teacher{i}" for i in range(num_teachers)], fusion=fusion)
+    outputs = model(torch.randn(4, 3, 16, 16))
+    return outputs.logits, [outputs.class_logits, *outputs.teacher_token_logits.unbind(1)]
+
+
+@pytest.mark.parametrize("num_teachers", [1, 2, 3])
+def test_mean_probabilities(num_teachers):
+    logits, heads = fused("mean_probabilities", num_teachers)
+    expected = sum(head.softmax(-1) for head in heads) / (1 + num_teachers)
+    torch.testing.assert_close(logits.softmax(-1), expected)
+    # They are log-probabilities, not just proportional to them.
+    torch.testing.assert_close(logits.exp(), expected)
+
+
+@pytest.mark.parametrize("num_teachers", [1, 2, 3])
+def test_mean_logits(num_teachers):
+    logits, heads = fused("mean_logits", num_teachers)
+    torch.testing.assert_close(logits, sum(heads) / (1 + num_teachers))
+
+
+@pytest.mark.parametrize("num_teachers", [1, 2, 3])
+def test_class_token(num_teachers):
+    logits, heads = fused("class_token", num_teachers)
+    assert torch.equal(logits, heads[0])
+
+
+@pytest.mark.parametrize("fusion", ["mean_probabilities", "mean_logits", "class_token"])
+def test_without_teachers_every_fusion_is_the_class_head(fusion):
+    outputs = small_model(teacher_names=(), fusion=fusion)(torch.randn(2, 3, 16, 16))
+    assert torch.equal(outputs.logits, outputs.class_logits)
+
+
+def test_mean_probabilities_of_extreme_logits_are_finite():
+    model = small_model(teacher_names=("a",))
+    class_logits = torch.tensor([[200.0, 0.0, 0.0, 0.0, -200.0]], requires_grad=True)
+    logits = model.fuse(class_logits, -class_logits[:, None])
+    expected = torch.tensor([[0.5, 0.0, 0.0, 0.0, 0.5]])
+    torch.testing.assert_close(logits.softmax(-1), expected)
+    logits.sum().backward()
+    assert logits.isfinite().all() and class_logits.grad.isfinite().all()
+
+
+# The transformer
+
+
+def as_vit(model):
+    """transformers' own ViT with the weights of a student without teachers."""
+    config = model.config
+    shared = {name: value for name, value in config.to_dict().items() if hasattr(ViTConfig(), name)}
+    shared.pop("model_type")
+    vit = ViTForImageClassification(ViTConfig(**{**shared, "num_labels": config.num_labels})).eval()
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        if name == "ibvit.embeddings.teacher_tokens":
+            assert tensor.numel() == 0
+            continue
+        name = name.replace("ibvit.", "vit.").replace("class_head", "classifier").replace("class_token", "cls_token")
+        weights[name.replace("stems.convolution.0", "patch_embeddings.projection")] = tensor
+    vit.load_state_dict(weights)
+    return vit
+
+
+@pytest.mark.parametrize(("size", "interpolate"), [((16, 16), False), ((16, 16), True), ((24, 12), True)])
+def test_without_teachers_it_is_transformers_vit(size, interpolate):
+    model = small_model(teacher_names=())
+    vit, pixel_values, labels = as_vit(model), torch.randn(3, 3, *size), torch.tensor([0, 1, 2])
+    arguments = {"labels": labels, "interpolate_pos_encoding": interpolate, "output_hidden_states": True}
+    outputs, expected = model(pixel_values, **arguments), vit(pixel_values, **arguments)
+    torch.testing.assert_close(outputs.logits, expected.logits)
+    torch.testing.assert_close(outputs.loss, expected.loss)
+    torch.testing.assert_close(outputs.hidden_states, expected.hidden_states)
+
+
+def test_sdpa_and_eager_attention_are_equal():
+    model, pixel_values = small_model(), torch.randn(2, 3, 16, 16)
+    results = []
+    for implementation in ("sdpa", "eager"):
+        model.set_attn_implementation(implementation)
+        assert model.ibvit.layers[0].attention.config._attn_implementation == implementation
+        results.append(model(pixel_values))
+    torch.testing.assert_close(results[0].logits, results[1].logits)
+    torch.testing.assert_close(results[0].teacher_token_logits, results[1].teacher_token_logits)
+
+
+@pytest.mark.parametrize("patch_embedding", PATCH_EMBEDDINGS)
+def test_gradient_checkpointing_gives_the_same_gradients(patch_embedding):
+    model = small_model(patch_embedding=patch_embedding).train()
+    pixel_values, labels = torch.randn(3, 3, 16, 16), torch.tensor([0, 1, 2])
+    calls = []
+    for layer in model.ibvit.layers:
+        layer.layernorm_before.register_forward_hook(lambda *_: calls.append(1))
+
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        model.zero_grad()
+        calls.clear()
+        outputs = model(pixel_values, labels=labels)
+        (outputs.loss + outputs.logits.square().mean()).backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+        assert len(calls) == (4 if checkpointing else 2)  # a checkpointed layer runs again in the backward pass
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_dropout_acts_in_training_only():
+    model = small_model(hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5)
+    pixel_values = torch.randn(2, 3, 16, 16)
+    assert torch.equal(model(pixel_values).logits, model(pixel_values).logits)
+    model.train()
+    assert not torch.equal(model(pixel_values).logits, model(pixel_values).logits)
+
+
+# Embeddings
+
+
+@pytest.mark.parametrize("patch_embedding", PATCH_EMBEDDINGS)
+def test_every_parameter_gets_a_gradient(patch_embedding):
+    model = small_model(patch_embedding=patch_embedding).train()
+    labels = torch.tensor([0, 1, 2])
+    outputs = model(torch.randn(3, 3, 16, 16), labels=labels)
+    teacher_losses = [nn.functional.cross_entropy(head, labels) for head in outputs.teacher_token_logits.unbind(1)]
+    (outputs.loss + sum(teacher_losses)).backward()
+    without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    zero = [name for name, parameter in model.named_parameters() if not parameter.grad.abs().sum() > 0]
+    assert without == []
+    # A bias on the keys adds the same number to all of a query's scores, so its gradient is zero but for rounding.
+    assert [name for name in zero if not name.endswith("k_proj.bias")] == []
+
+
+@pytest.mark.parametrize("patch_embedding", PATCH_EMBEDDINGS)
+def test_bf16_autocast_forward_and_backward(patch_embedding):
+    model = IBViTForImageClassification(small_config(patch_embedding=patch_embedding))
+    pixel_values, labels = torch.randn(3, 3, 16, 16), torch.tensor([0, 1, 2])
+    expected = model(pixel_values, labels=labels)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs = model(pixel_values, labels=labels)
+    (outputs.loss + outputs.logits.square().mean()).backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+    torch.testing.assert_close(outputs.loss.float(), expected.loss, rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("patch_embedding", PATCH_EMBEDDINGS)
+def test_a_row_does_not_depend_on_the_other_rows(patch_embedding, training):
+    model = small_model(patch_embedding=patch_embedding).train(training)
+    pixel_values = torch.randn(4, 3, 16, 16)
+    other = torch.cat((pixel_values[:1], 10 * torch.randn(2, 3, 16, 16) + 5))
+    first, alone, again = (model(images) for images in (pixel_values, pixel_values[:1], other))
+    for name in ("logits", "class_logits", "teacher_token_logits"):
+        # Matrices of another height may be multiplied in another order.
+        torch.testing.assert_close(alone[name][0], first[name][0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(again[name][0], first[name][0], rtol=1e-4, atol=1e-5)
+
+
+def test_linear_patch_embedding_is_vits_projection():
+    embeddings = small_model().ibvit.embeddings
+    pixel_values = torch.randn(2, 3, 16, 16)
+    tokens = embeddings(pixel_values) - embeddings.position_embeddings
+    ((projection,),) = embeddings.stems.values()
+    patches = pixel_values.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 1, 4, 5).reshape(2, 16, 48)
+    expected = patches @ projection.weight.flatten(1).T + projection.bias
+    torch.testing.assert_close(tokens[:, 3:], expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(tokens[:, :1], embeddings.class_token.expand(2, -1, -1))
+    torch.testing.assert_close(tokens[:, 1:3], embeddings.teacher_tokens.expand(2, -1, -1))
+
+
+@pytest.mark.parametrize("operators", [None, ("involution", "convolution"), ("involution", "involution")])
+def test_bias_stems_initialise_each_teacher_token_by_the_mean_of_its_stem(operators):
+    model = small_model(patch_embedding="bias_stems", teacher_spatial_operators=operators)
+    embeddings, pixel_values = model.ibvit.embeddings, torch.randn(2, 3, 16, 16)
+    tokens = embeddings(pixel_values) - embeddings.position_embeddings
+    patches = {name: stem(pixel_values).flatten(2).transpose(1, 2) for name, stem in embeddings.stems.items()}
+    assert patches.keys() == {"convolution", "involution"}
+    torch.testing.assert_close(tokens[:, 3:], patches["convolution"] + patches["involution"])
+    torch.testing.assert_close(tokens[:, 0], embeddings.class_token[0].expand(2, -1))
+    for i, name in enumerate(operators or ("convolution", "involution")):
+        expected = embeddings.teacher_tokens[:, i] + patches[name].mean(1)
+        torch.testing.assert_close(tokens[:, 1 + i], expected)
+
+
+def test_stems_differ_in_the_operator_after_the_first_layer():
+    stems = small_model(patch_embedding="bias_stems", num_stem_layers=3).ibvit.embeddings.stems
+    layers = {name: [type(layer).__name__ for layer in stem][::3] for name, stem in stems.items()}
+    assert layers["convolution"] == ["Conv2d"] * 4
+    assert layers["involution"] == ["Conv2d", "Involution2d", "Involution2d", "Conv2d"]
+
+
+def test_teacher_tokens_and_positions_start_random():
+    # Equal tokens would get equal gradients wherever their heads agree.
+    embeddings = IBViTForImageClassification(small_config(hidden_size=96)).ibvit.embeddings
+    for parameter in (embeddings.class_token, embeddings.teacher_tokens, embeddings.position_embeddings):
+        assert 0.01 < parameter.std() < 0.03
+
+
+@pytest.mark.parametrize("patch_embedding", PATCH_EMBEDDINGS)
+def test_interpolating_to_the_same_size_changes_nothing(patch_embedding):
+    model, pixel_values = small_model(patch_embedding=patch_embedding), torch.randn(2, 3, 16, 16)
+    assert torch.equal(model(pixel_values, interpolate_pos_encoding=True).logits, model(pixel_values).logits)
+
+
+@pytest.mark.parametrize("size", [(24, 24), (8, 20)])
+@pytest.mark.parametrize("patch_embedding", PATCH_EMBEDDINGS)
+def test_images_of_another_size_are_interpolated_on_request(patch_embedding, size):
+    model, pixel_values = small_model(patch_embedding=patch_embedding), torch.randn(2, 3, *size)
+    outputs = model(pixel_values, interpolate_pos_encoding=True, output_hidden_states=True)
+    assert outputs.hidden_states[0].shape == (2, 3 + size[0] * size[1] // 16, 24)
+    assert outputs.teacher_token_logits.shape == (2, 2, NUM_LABELS)
+    with pytest.raises(ValueError, match=rf"16×16 pixels; got {size[0]}×{size[1]}.*interpolate_pos_encoding=True"):
+        model(pixel_values)
+
+
+def test_interpolation_keeps_the_tokens_own_positions():
+    embeddings = small_model().ibvit.embeddings
+    positions = embeddings.interpolate_pos_encoding(32, 16)
+    assert positions.shape == (1, 3 + 8 * 4, 24)
+    assert torch.equal(positions[:, :3], embeddings.position_embeddings[:, :3])
+
+
+def test_wrong_number_of_channels_is_named():
+    with pytest.raises(ValueError, match=r"takes images of 3 channels; got 1"):
+        small_model()(torch.randn(2, 1, 16, 16))
+    assert small_model(num_channels=1)(torch.randn(2, 1, 16, 16)).logits.shape == (2, NUM_LABELS)
+
+
+# Saving and loading
+
+
+def equal_state_dicts(model, other):
+    other = other.state_dict()
+    return model.state_dict().keys() == other.keys() and all(
+        torch.equal(tensor, other[name]) for name, tensor in model.state_dict().items()
+    )
+
+
+@pytest.mark.parametrize("patch_embedding", PATCH_EMBEDDINGS)
+@pytest.mark.parametrize("teacher_names", [(), ("conv", "inv")])
+def test_saving_and_loading_is_bit_exact(patch_embedding, teacher_names, tmp_path):
+    model = small_model(patch_embedding=patch_embedding, teacher_names=teacher_names)
+    pixel_values = torch.randn(2, 3, 16, 16)
+    model.save_pretrained(tmp_path)
+    loaded = IBViTForImageClassification.from_pretrained(tmp_path)
+    assert not loaded.training and equal_state_dicts(loaded, model)
+    assert loaded.config.teacher_names == list(teacher_names)
+    with torch.no_grad():
+        for name, expected in model(pixel_values).items():
+            assert torch.equal(loaded(pixel_values)[name], expected)
+
+
+def test_the_transformer_loads_without_its_heads(tmp_path):
+    model = small_model(patch_embedding="bias_stems")
+    model.save_pretrained(tmp_path)
+    assert equal_state_dicts(IBViTModel.from_pretrained(tmp_path), model.ibvit)
+
+
+def test_loading_with_another_number_of_labels(tmp_path):
+    model = small_model(teacher_names=("a", "b", "c"))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        IBViTForImageClassification.from_pretrained(tmp_path, num_labels=3)
+    loaded = IBViTForImageClassification.from_pretrained(tmp_path, num_labels=3, ignore_mismatched_sizes=True)
+    assert loaded.config.num_labels == 3 and loaded.config.teacher_names == ["a", "b", "c"]
+    outputs = loaded(torch.randn(2, 3, 16, 16), labels=torch.tensor([0, 2]))
+    assert outputs.logits.shape == (2, 3) and outputs.teacher_token_logits.shape == (2, 3, 3)
+    assert outputs.loss.isfinite()
+    assert equal_state_dicts(loaded.ibvit, model.ibvit)
+    for head in (loaded.class_head, *loaded.teacher_heads):
+        assert 0.005 < head.weight.std() < 0.05 and (head.bias == 0).all()
