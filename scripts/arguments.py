@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import DatasetDict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import HfArgumentParser
 
 from hf_ibdistill.data import find_columns, load_image_dataset, select_per_class
@@ -77,5 +78,5 @@ def run(main: Callable[[], None]) -> None:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
         main()
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, StrictDataclassError) as error:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")

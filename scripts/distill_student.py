@@ -2,7 +2,7 @@
 
     python scripts/distill_student.py --dataset outputs/table --output_dir outputs/student
     python scripts/distill_student.py --teachers conv=outputs/conv inv=outputs/inv --output_dir outputs/student
-    python scripts/distill_student.py --teacher_names --output_dir outputs/plain_vit
+    python scripts/distill_student.py --without_teachers --output_dir outputs/plain_vit
 
 The last trains the same student on labels alone.
 """
@@ -32,11 +32,10 @@ class StudentArguments:
     teacher_names: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Teachers to learn from, in the order of their tokens; by default all whose logits are recorded. "
-            "The flag without a name trains on labels alone.",
-            "nargs": "*",
+            "help": "Teachers to learn from, in the order of their tokens; by default all whose logits are recorded."
         },
     )
+    without_teachers: bool = field(default=False, metadata={"help": "Train the same student on labels alone."})
     teachers: list[str] = field(
         default_factory=list,
         metadata={"help": "NAME=FOLDER or NAME=HUB_ID for each teacher: run them while training, read no columns."},
@@ -64,7 +63,7 @@ class StudentArguments:
 
     def build(self, splits, data) -> tuple[IBViTForImageClassification, object]:
         processor = build_image_processor(splits["train"], data.image_column, self.image_size)
-        names = self.teacher_names
+        names = [] if self.without_teachers else self.teacher_names
         if names is None:
             names = list(name_folders(self.teachers)) or recorded_teachers(splits["train"])
         classes = class_config(splits["train"], data.label_column)

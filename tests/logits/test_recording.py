@@ -1,0 +1,338 @@
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value, load_dataset, load_from_disk
+from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
+
+from hf_ibdistill import IBResNetConfig, IBResNetForImageClassification, record_teacher_logits
+from hf_ibdistill.images import decode_image
+from hf_ibdistill.logits.provenance import read_records
+
+
+NAMES = ["cat", "dog", "eel"]
+
+
+def image_bytes(seed, size=8):
+    pixels = np.random.default_rng(seed).integers(0, 256, (size, size), dtype=np.uint8)
+    buffer = io.BytesIO()
+    PIL.Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def images(num_rows=50, broken=()):
+    features = Features({"image": Image(), "label": ClassLabel(names=NAMES), "note": Value("string")})
+    encoded = [b"not an image" if row in broken else image_bytes(row) for row in range(num_rows)]
+    rows = {
+        "image": [{"bytes": content, "path": None} for content in encoded],
+        "label": [row % 3 for row in range(num_rows)],
+        "note": [f"row {row}" for row in range(num_rows)],
+    }
+    return Dataset.from_dict(rows, features=features)
+
+
+def save_teacher(folder, preset="convolution-small", seed=0, size=8, names=NAMES):
+    torch.manual_seed(seed)
+    config = IBResNetConfig.from_preset(
+        preset, depths=(1, 1, 1), hidden_sizes=(16, 16, 32), id2label=dict(enumerate(names)), num_labels=len(names)
+    )
+    IBResNetForImageClassification(config).save_pretrained(folder)
+    ViTImageProcessor(size={"height": size, "width": size}).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("teachers")
+    return {
+        "conv": save_teacher(folder / "conv"),
+        # Sees the images at another size: every teacher has its own image processor.
+        "inv": save_teacher(folder / "inv", "involution-small", seed=1, size=12),
+    }
+
+
+def logits_by_hand(folder, dataset):
+    """One image at a time, through the folder's own image processor."""
+    from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+    model = AutoModelForImageClassification.from_pretrained(folder).eval()
+    processor = AutoImageProcessor.from_pretrained(folder)
+    rows = []
+    for row in dataset.cast_column("image", Image(decode=False)):
+        inputs = processor(decode_image(row["image"]), return_tensors="pt")
+        with torch.no_grad():
+            rows.append(model(**inputs).logits[0].numpy())
+    return np.stack(rows)
+
+
+def columns(table, names=("conv_logits", "inv_logits")):
+    return {name: np.asarray(table.with_format("numpy")[name]) for name in names}
+
+
+@pytest.fixture(scope="module")
+def recorded(teachers, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("recorded") / "table"
+    record_teacher_logits(images(), teachers, output_dir=folder, batch_size=8, shard_size=16)
+    return folder
+
+
+def test_the_columns_are_what_each_teacher_says_alone(recorded, teachers):
+    table = load_from_disk(recorded)
+    for name, values in columns(table).items():
+        expected = logits_by_hand(teachers[name.removesuffix("_logits")], images())
+        assert table.features[name] == List(Value("float16"), length=3)
+        # Batches may round differently from single images before the cast to float16.
+        np.testing.assert_allclose(values, expected, rtol=2e-3, atol=2e-3)
+
+
+def test_the_input_columns_are_kept(recorded):
+    table, original = load_from_disk(recorded), images()
+    assert table.column_names == ["image", "label", "note", "conv_logits", "inv_logits"]
+    assert table.features["label"].names == NAMES
+    assert table["note"][:] == original["note"][:]
+    assert all(np.array_equal(a, b) for a, b in zip(table["image"], original["image"]))
+
+
+def test_the_folder_holds_the_finished_table_alone(recorded):
+    names = {path.name for path in recorded.iterdir()}
+    assert {"state.json", "dataset_info.json"} <= names
+    assert not any("shard" in name or "partial" in name or name == "recording.json" for name in names)
+
+
+def test_provenance_tells_who_made_the_columns(recorded, teachers):
+    (record,) = read_records(load_from_disk(recorded))
+    assert [teacher["name"] for teacher in record["teachers"]] == ["conv", "inv"]
+    assert record["teachers"][0]["source"] == teachers["conv"]
+    assert record["teachers"][1]["image_processor"]["size"] == {"height": 12, "width": 12}
+    assert record["teachers"][1]["label_names"] == NAMES
+    assert record["dataset"]["num_rows"] == 50
+
+
+def test_logits_stay_with_their_rows(recorded, teachers):
+    table = load_from_disk(recorded)
+    whole = dict(zip(table["note"], columns(table)["conv_logits"].tolist()))
+    mixed = table.shuffle(seed=1).select(range(5, 45)).filter(lambda row: row["label"] != 1)
+    for note, row in zip(mixed["note"], columns(mixed)["conv_logits"].tolist()):
+        assert row == whole[note]
+
+
+def test_recording_a_shuffled_selection_equals_selecting_the_recorded(recorded, teachers, tmp_path):
+    order = np.random.default_rng(0).permutation(50)[:21]
+    table = record_teacher_logits(images().select(order), teachers, output_dir=tmp_path / "t", dtype="float32")
+    whole = load_from_disk(recorded).select(order)
+    for name, values in columns(table).items():
+        np.testing.assert_allclose(values, columns(whole)[name], rtol=2e-3, atol=2e-3)
+
+
+def test_float32(teachers, tmp_path):
+    table = record_teacher_logits(images(9), teachers, output_dir=tmp_path / "t", dtype="float32")
+    assert table.features["conv_logits"] == List(Value("float32"), length=3)
+    values = columns(table)["conv_logits"]
+    np.testing.assert_allclose(values, logits_by_hand(teachers["conv"], images(9)), rtol=1e-5, atol=1e-5)
+
+
+def test_every_split_is_recorded(teachers, tmp_path):
+    splits = DatasetDict({"train": images(20), "test": images(7)})
+    tables = record_teacher_logits(splits, teachers, output_dir=tmp_path / "t")
+    loaded = load_from_disk(tmp_path / "t")
+    assert {name: len(split) for name, split in loaded.items()} == {"train": 20, "test": 7}
+    assert columns(loaded["test"])["inv_logits"].tolist() == columns(tables["test"])["inv_logits"].tolist()
+
+
+def test_images_in_files_become_part_of_the_table(teachers, tmp_path):
+    for row in range(6):
+        folder = tmp_path / "images" / NAMES[row % 3]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{row}.png").write_bytes(image_bytes(row))
+    dataset = load_dataset(str(tmp_path / "images"), split="train", cache_dir=str(tmp_path / "cache"))
+    expected = [np.asarray(image) for image in dataset["image"]]
+    record_teacher_logits(dataset, teachers, output_dir=tmp_path / "t")
+    for path in (tmp_path / "images").rglob("*.png"):
+        path.unlink()
+    for image, other in zip(load_from_disk(tmp_path / "t")["image"], expected):
+        assert np.array_equal(np.asarray(image), other)
+
+
+def test_a_teacher_of_another_library_family(tmp_path):
+    config = ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic", id2label=dict(enumerate(NAMES))
+    )
+    ResNetForImageClassification(config).save_pretrained(tmp_path / "resnet")
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "resnet")
+    table = record_teacher_logits(images(10), {"resnet": tmp_path / "resnet"}, output_dir=tmp_path / "t")
+    np.testing.assert_allclose(
+        columns(table, ["resnet_logits"])["resnet_logits"],
+        logits_by_hand(tmp_path / "resnet", images(10)),
+        rtol=2e-3,
+        atol=2e-3,
+    )
+
+
+def test_calling_again_returns_the_finished_table_untouched(recorded, teachers):
+    before = {path.name: path.stat().st_mtime_ns for path in recorded.iterdir()}
+    again = record_teacher_logits(images(), teachers, output_dir=recorded, batch_size=8, shard_size=16)
+    assert len(again) == 50
+    assert {path.name: path.stat().st_mtime_ns for path in recorded.iterdir()} == before
+
+
+def test_another_data_set_or_teacher_is_refused_in_a_finished_folder(recorded, teachers, tmp_path):
+    with pytest.raises(
+        ValueError, match="holds a finished recording that differs: dataset: num_rows 50 instead of 30"
+    ):
+        record_teacher_logits(images(30), teachers, output_dir=recorded)
+    changed = {**teachers, "inv": save_teacher(tmp_path / "other", "involution-small", seed=7, size=12)}
+    with pytest.raises(ValueError, match='teacher "inv": weights_sha256 .* instead of'):
+        record_teacher_logits(images(), changed, output_dir=recorded)
+
+
+def test_a_folder_with_something_else_is_refused(teachers, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="holds something else than a recording; choose an empty folder"):
+        record_teacher_logits(images(5), teachers, output_dir=tmp_path)
+    images(5).save_to_disk(tmp_path / "table")
+    with pytest.raises(ValueError, match="holds another table; choose an empty folder"):
+        record_teacher_logits(images(5), teachers, output_dir=tmp_path / "table")
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_wrong_input_is_refused_before_anything_is_written(teachers, tmp_path):
+    target = tmp_path / "t"
+    with pytest.raises(ValueError, match="The data set is empty"):
+        record_teacher_logits(images(5).select([]), teachers, output_dir=target)
+    with pytest.raises(ValueError, match='already has a column "conv_logits"'):
+        record_teacher_logits(images(5).rename_column("note", "conv_logits"), teachers, output_dir=target)
+    with pytest.raises(ValueError, match="There is no image column; the columns are label, note"):
+        record_teacher_logits(images(5).remove_columns("image"), teachers, output_dir=target)
+    with pytest.raises(ValueError, match="There is no label column; the columns are image, note"):
+        record_teacher_logits(images(5).remove_columns("label"), teachers, output_dir=target)
+    with pytest.raises(ValueError, match="float16 or float32"):
+        record_teacher_logits(images(5), teachers, output_dir=target, dtype="int8")
+    other = save_teacher(tmp_path / "other", names=["dog", "cat", "eel"])
+    with pytest.raises(ValueError, match='the teacher "other" differ: the same names in another order'):
+        record_teacher_logits(images(5), {"other": other}, output_dir=target)
+    two = save_teacher(tmp_path / "two", names=["dog", "cat"])
+    with pytest.raises(ValueError, match='the teacher "two" has 2 classes; the data set has 3'):
+        record_teacher_logits(images(5), {"two": two}, output_dir=target)
+    assert not target.exists()
+
+
+def test_an_unreadable_image_names_its_row_and_keeps_what_is_recorded(teachers, tmp_path):
+    with pytest.raises(ValueError, match="Row 41: The image cannot be decoded"):
+        record_teacher_logits(images(broken=[41]), teachers, output_dir=tmp_path, batch_size=8, shard_size=16)
+    assert sorted(path.name for path in (tmp_path / "shards").iterdir()) == [
+        "000000000000-000000000016.arrow",
+        "000000000016-000000000032.arrow",
+    ]
+
+
+# A whole batch, and a whole shard, may be unreadable too.
+@pytest.mark.parametrize("broken", [[41], [0, 3, 49], list(range(8, 16)), list(range(16, 32))])
+def test_unreadable_images_can_be_left_out(broken, teachers, recorded, tmp_path, caplog):
+    table = record_teacher_logits(
+        images(broken=broken), teachers, output_dir=tmp_path, batch_size=8, shard_size=16, skip_unreadable=True
+    )
+    kept = [row for row in range(50) if row not in broken]
+    assert table["note"][:] == [f"row {row}" for row in kept]
+    assert f"{len(broken)} rows were left out, their images cannot be decoded: {broken}" in caplog.text
+    whole = columns(load_from_disk(recorded))
+    for name, values in columns(table).items():
+        np.testing.assert_allclose(values, whole[name][kept], rtol=2e-3, atol=2e-3)
+
+
+def test_a_logit_that_is_not_finite_names_teacher_and_row(teachers, tmp_path):
+    model = IBResNetForImageClassification.from_pretrained(teachers["conv"]).eval()
+    processor = ViTImageProcessor(size={"height": 8, "width": 8})
+    forward, calls = model.forward, []
+
+    def fail_in_the_second_batch(**inputs):
+        outputs = forward(**inputs)
+        calls.append(len(outputs.logits))
+        if len(calls) == 2:
+            outputs.logits[3] = float("nan")
+        return outputs
+
+    model.forward = fail_in_the_second_batch
+    with pytest.raises(ValueError, match=r'"conv" gave NaN or infinite logits for row 11 .*: check the teacher'):
+        record_teacher_logits(images(), {"conv": (model, processor)}, output_dir=tmp_path, batch_size=8, shard_size=8)
+    assert [path.name for path in (tmp_path / "shards").iterdir()] == ["000000000000-000000000008.arrow"]
+
+
+def run_script(arguments, **kwargs):
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
+    return subprocess.Popen(
+        arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs
+    )
+
+
+SCRIPT = """
+import sys, torch
+from accelerate import PartialState
+from datasets import load_from_disk
+from hf_ibdistill import record_teacher_logits
+torch.set_num_threads(1)
+data, output, *teachers = sys.argv[1:]
+table = record_teacher_logits(
+    load_from_disk(data), dict(pair.split("=") for pair in teachers), output_dir=output, batch_size=8, shard_size=8
+)
+state = PartialState()
+print(f'process {state.process_index} of {state.num_processes}: {len(table)}')
+"""
+
+
+@pytest.fixture
+def script(tmp_path, teachers):
+    (tmp_path / "record.py").write_text(SCRIPT)
+    images(200).save_to_disk(tmp_path / "images")
+    pairs = [f"{name}={folder}" for name, folder in teachers.items()]
+    return lambda output: [str(tmp_path / "record.py"), str(tmp_path / "images"), str(tmp_path / output), *pairs]
+
+
+def test_two_processes_record_the_same_table_as_one(script, tmp_path):
+    one = run_script([sys.executable, *script("one")])
+    assert one.communicate()[1] is not None and one.returncode == 0
+    # `accelerate launch --cpu --num_processes 2` starts one process only, so the launcher beneath it.
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    two = run_script([*launch, *script("two")])
+    printed, errors = two.communicate()
+    assert two.returncode == 0, errors[-2000:]
+    assert "process 0 of 2: 200" in printed and "process 1 of 2: 200" in printed
+    first, second = columns(load_from_disk(tmp_path / "one")), columns(load_from_disk(tmp_path / "two"))
+    assert all(first[name].tobytes() == second[name].tobytes() for name in first)
+
+
+def test_a_killed_recording_continues_to_the_same_table(script, tmp_path, teachers):
+    killed = run_script([sys.executable, *script("killed")])
+    shards = tmp_path / "killed" / "shards"
+    deadline = time.monotonic() + 120
+    while killed.poll() is None and len(list(shards.glob("*.arrow"))) < 3 and time.monotonic() < deadline:
+        time.sleep(0.005)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    assert killed.returncode == -signal.SIGKILL
+    finished = {path.name: path.stat().st_mtime_ns for path in shards.glob("*.arrow")}
+    assert len(finished) >= 3
+
+    dataset = load_from_disk(tmp_path / "images")
+    with pytest.raises(ValueError, match="holds an interrupted recording that differs: .*batch_size 8 instead of 4"):
+        record_teacher_logits(dataset, teachers, output_dir=tmp_path / "killed", batch_size=4, shard_size=8)
+    manifest = json.loads((tmp_path / "killed" / "recording.json").read_text())
+    assert manifest["layout"]["shard_size"] == 8
+    changed = {**teachers, "conv": save_teacher(tmp_path / "changed", seed=9)}
+    with pytest.raises(ValueError, match='teacher "conv": weights_sha256'):
+        record_teacher_logits(dataset, changed, output_dir=tmp_path / "killed", batch_size=8, shard_size=8)
+    assert {path.name: path.stat().st_mtime_ns for path in shards.glob("*.arrow")} == finished
+
+    continued = record_teacher_logits(dataset, teachers, output_dir=tmp_path / "killed", batch_size=8, shard_size=8)
+    whole = record_teacher_logits(dataset, teachers, output_dir=tmp_path / "whole", batch_size=8, shard_size=8)
+    first, second = columns(continued), columns(whole)
+    assert all(first[name].tobytes() == second[name].tobytes() for name in first)
+    assert not list(Path(tmp_path / "killed").rglob("*.partial"))

@@ -1,0 +1,159 @@
+"""The scripts, as a user runs them."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import PIL.Image
+import pytest
+from datasets import load_from_disk
+
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+NAMES = sorted(path.name for path in SCRIPTS.glob("*.py") if path.name != "arguments.py")
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+def run(script, *arguments):
+    """In this process, since starting one and importing everything takes longer than most scripts here."""
+    before = sys.argv, sys.path[:]
+    sys.argv, sys.path[:0] = [str(SCRIPTS / script), *map(str, arguments)], [str(SCRIPTS)]
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    finally:
+        sys.argv, sys.path[:] = before
+
+
+def run_process(*command):
+    done = subprocess.run([sys.executable, *map(str, command)], env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory):
+    """Two teachers of one step, their table and a student of one step."""
+    folder = tmp_path_factory.mktemp("outputs")
+    few = ["--images_per_class", "3"]
+    for name, preset in (("conv", "convolution-small"), ("inv", "involution-small")):
+        run("train_teacher.py", *few, "--preset", preset, "--max_steps", "1", "--output_dir", folder / name)
+    teachers = [f"{name}={folder / name}" for name in ("conv", "inv")]
+    run("record_logits.py", *few, "--teachers", *teachers, "--output_dir", folder / "table")
+    run("distill_student.py", "--dataset", folder / "table", "--max_steps", "1", "--output_dir", folder / "student")
+    return folder
+
+
+def test_teachers_record_and_student_fit_together(outputs):
+    tables = load_from_disk(outputs / "table")
+    assert set(tables) == {"train", "validation", "test"}
+    assert len(tables["train"]) == 30
+    results = json.loads((outputs / "student" / "results.json").read_text())
+    assert results["split"] == "test"
+    assert {"accuracy", "conv_token_accuracy", "inv_agreement"} <= results["metrics"].keys()
+    assert f"| accuracy | {results['metrics']['accuracy']:.4f} |" in (outputs / "student" / "README.md").read_text()
+
+
+def test_evaluate_model_repeats_the_measured_figures(outputs, capsys):
+    measured = json.loads((outputs / "student" / "results.json").read_text())["metrics"]
+    capsys.readouterr()
+    run("evaluate_model.py", "--model", outputs / "student", "--dataset", outputs / "table")
+    printed = json.loads(capsys.readouterr().out)
+    # Another batch size may round differently.
+    assert printed["metrics"] == pytest.approx(measured, rel=1e-4)
+    assert printed["split"] == "test"
+
+
+def test_a_student_loads_in_a_fresh_process_and_classifies_an_image_file(outputs, tmp_path):
+    PIL.Image.new("L", (20, 30), 128).save(tmp_path / "image.png")
+    code = (
+        "import hf_ibdistill, transformers, sys;"
+        "print(transformers.pipeline('image-classification', model=sys.argv[1])(sys.argv[2])[0]['label'])"
+    )
+    label = run_process("-c", code, outputs / "student", tmp_path / "image.png").strip()
+    assert label in {str(digit) for digit in range(10)}
+
+
+def test_online_teachers_and_a_student_without_teachers(outputs, tmp_path):
+    few = ["--images_per_class", "3", "--max_steps", "1"]
+    teachers = [f"conv={outputs / 'conv'}"]
+    run("distill_student.py", *few, "--teachers", *teachers, "--output_dir", tmp_path / "online")
+    assert json.loads((tmp_path / "online" / "config.json").read_text())["teacher_names"] == ["conv"]
+    run("distill_student.py", *few, "--without_teachers", "--output_dir", tmp_path / "alone")
+    assert json.loads((tmp_path / "alone" / "config.json").read_text())["teacher_names"] == []
+
+
+@pytest.mark.parametrize("kind", ["yaml", "json"])
+def test_a_file_in_place_of_flags(kind, outputs, tmp_path):
+    settings = {"dataset": str(outputs / "table"), "output_dir": str(tmp_path / "s"), "max_steps": 1, "temperature": 2}
+    path = tmp_path / f"settings.{kind}"
+    # JSON is YAML too.
+    path.write_text(json.dumps(settings))
+    run("distill_student.py", path)
+    assert json.loads((tmp_path / "s" / "results.json").read_text())["recipe"]["temperature"] == [2.0]
+
+
+def test_two_processes_train(outputs, tmp_path):
+    # `accelerate launch --cpu --num_processes 2` starts one process only, so the launcher beneath it.
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", SCRIPTS / "distill_student.py"]
+    run_process(
+        *launcher,
+        "--use_cpu",
+        "--dataset",
+        outputs / "table",
+        "--max_steps",
+        "2",
+        "--output_dir",
+        tmp_path / "student",
+    )
+    results = json.loads((tmp_path / "student" / "results.json").read_text())
+    assert results["recipe"]["processes"] == 2
+    assert results["recipe"]["steps"] == 2
+
+
+def test_quickstart_leaves_table_student_card_and_picture(tmp_path, capsys):
+    steps = ["--teacher_steps", "2", "--student_steps", "2", "--images_per_class", "3"]
+    run("quickstart.py", *steps, "--output_dir", tmp_path, "--seeds", "0", "1")
+    printed = capsys.readouterr().out
+    for model in ("conv", "inv", "student without teachers", "student with both teachers"):
+        assert f"| {model} | " in printed
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["seeds"] == [0, 1] and len(summary["metrics"]) == 2
+    student = tmp_path / "seed_1" / "student"
+    accuracy = summary["metrics"][1]["student with both teachers"]["accuracy"]
+    assert f"| accuracy | {accuracy:.4f} |" in (student / "README.md").read_text()
+    with PIL.Image.open(student / "quickstart.png") as picture:
+        assert min(picture.size) > 300
+    # Nothing that needs unpickling: only weights in safetensors, JSON, Markdown and the picture.
+    endings = {path.suffix for path in student.iterdir()}
+    assert endings == {".safetensors", ".json", ".md", ".png"}
+
+
+@pytest.mark.parametrize("script", NAMES)
+def test_help_explains_every_flag(script, capsys):
+    with pytest.raises(SystemExit) as exit:
+        run(script, "--help")
+    assert exit.value.code == 0
+    assert "--output_" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("train_teacher.py", ["--preset", "resnet7", "--output_dir", "x"], 'There is no preset "resnet7"'),
+        ("train_teacher.py", ["--dataset", "./nowhere", "--output_dir", "x"], "no folder or file ./nowhere"),
+        ("train_teacher.py", ["--images_per_class", "500", "--output_dir", "x"], '500 images of class "0"'),
+        ("record_logits.py", ["--teachers", "conv", "--output_dir", "x"], "given as NAME=FOLDER"),
+        ("distill_student.py", ["--teacher_names", "conv", "--output_dir", "x"], 'no column "conv_logits"'),
+        ("distill_student.py", ["--temperature", "0", "--output_dir", "x"], "A temperature is above 0"),
+        ("evaluate_model.py", ["--model", "x", "--split", "dev"], 'There is no split "dev"; the splits are'),
+    ],
+)
+def test_mistakes_end_in_one_sentence(script, arguments, message, tmp_path):
+    arguments = [tmp_path / "x" if argument == "x" else argument for argument in arguments]
+    with pytest.raises(SystemExit) as exit:
+        run(script, *arguments)
+    assert message in exit.value.code
+    assert "\n" not in exit.value.code

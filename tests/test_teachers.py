@@ -1,0 +1,176 @@
+"""Teachers in every form they come in, the logits they give and the hash that tells their weights apart."""
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForImageClassification,
+    ConvNextImageProcessor,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+)
+
+from hf_ibdistill import IBResNetConfig, IBResNetForImageClassification, Teacher, load_teachers
+
+
+LABELS = {0: "cat", 1: "dog", 2: "owl"}
+PROCESSOR = ViTImageProcessor(size={"height": 8, "width": 8}, image_mean=[0.1, 0.2, 0.3])
+
+
+def small_model(family):
+    shape = {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1], "id2label": LABELS}
+    if family == "resnet":
+        return ResNetForImageClassification(ResNetConfig(layer_type="basic", **shape))
+    if family == "vit":
+        sizes = {"image_size": 8, "patch_size": 4, "hidden_size": 16, "intermediate_size": 16, "id2label": LABELS}
+        return ViTForImageClassification(ViTConfig(num_hidden_layers=1, num_attention_heads=2, **sizes))
+    config = IBResNetConfig(stem="plain", downsample_strides=[1, 2], reduction=1, spatial_operator=family, **shape)
+    return IBResNetForImageClassification(config)
+
+
+FAMILIES = ["convolution", "involution", "resnet", "vit"]
+
+
+def save(model, folder, processor=PROCESSOR):
+    model.save_pretrained(folder)
+    if processor is not None:
+        processor.save_pretrained(folder)
+    return folder
+
+
+# Forms of a teacher
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("form", ["folder", "folder as text", "model", "tuple"])
+def test_forms_of_a_teacher(form, family, tmp_path):
+    model, pixel_values = small_model(family).eval(), torch.randn(2, 3, 8, 8)
+    save(model, tmp_path)
+    given = {
+        "folder": tmp_path,
+        "folder as text": str(tmp_path),
+        "model": AutoModelForImageClassification.from_pretrained(tmp_path),
+        "tuple": (model, PROCESSOR),
+    }[form]
+    (teacher,) = load_teachers({"light_1": given})
+    assert isinstance(teacher, Teacher) and teacher.name == "light_1"
+    assert type(teacher.model) is type(model) and not teacher.model.training
+    assert list(teacher.image_processor.image_mean) == [0.1, 0.2, 0.3]
+    assert teacher.class_names == ["cat", "dog", "owl"]
+    with torch.no_grad():
+        torch.testing.assert_close(teacher.logits(pixel_values), model(pixel_values).logits, rtol=0, atol=1e-5)
+
+
+def test_several_teachers_keep_their_order_and_their_own_processors(tmp_path):
+    save(small_model("resnet"), tmp_path / "a", ConvNextImageProcessor(size={"shortest_edge": 12}))
+    teachers = load_teachers({"z": tmp_path / "a", "a": (small_model("involution"), PROCESSOR)})
+    assert [teacher.name for teacher in teachers] == ["z", "a"]
+    assert teachers[0].image_processor.size["shortest_edge"] == 12 and teachers[1].image_processor is PROCESSOR
+
+
+def test_a_model_in_training_mode_is_put_into_evaluation_mode():
+    model = small_model("resnet").train()
+    (teacher,) = load_teachers({"a": (model, PROCESSOR)})
+    before = teacher.weights_sha256()
+    pixel_values = torch.randn(4, 3, 8, 8)
+    together, alone = teacher.logits(pixel_values), teacher.logits(pixel_values[:1])
+    # Batch norm by running statistics, which stay as they are: a row's logits do not depend on its batch.
+    torch.testing.assert_close(together[:1], alone, rtol=0, atol=1e-5)
+    assert teacher.weights_sha256() == before
+
+
+# Errors
+
+
+@pytest.mark.parametrize("form", ["folder", "model of a folder", "model of no folder"])
+@pytest.mark.parametrize("family", ["involution", "resnet"])
+def test_a_missing_image_processor_is_explained(family, form, tmp_path):
+    model = small_model(family)
+    save(model, tmp_path, processor=None)
+    if form == "model of a folder":
+        model = AutoModelForImageClassification.from_pretrained(tmp_path)
+    where = f" in {tmp_path}" if form != "model of no folder" else ""
+    message = (
+        rf'The teacher "light" has no image processor{where}\. Save one beside the model '
+        r"\(image_processor\.save_pretrained\(folder\)\), or give the teacher as \(model, image_processor\)\."
+    )
+    with pytest.raises(ValueError, match=message):
+        load_teachers({"light": tmp_path if form == "folder" else model})
+
+
+@pytest.mark.parametrize("name", ["", "my teacher", "conv-1", "1st", "a.b", "org/name"])
+def test_names_that_cannot_name_a_column_are_refused(name):
+    with pytest.raises(ValueError, match=f'A teacher\'s name becomes a column name: .*; got "{name}"'):
+        load_teachers({"good": (small_model("resnet"), PROCESSOR), name: (small_model("resnet"), PROCESSOR)})
+
+
+def test_no_teacher_is_refused():
+    with pytest.raises(ValueError, match="There is no teacher; give at least one as name → model, Hub id or folder"):
+        load_teachers({})
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(OSError, match="nothing-here"):
+        load_teachers({"a": tmp_path / "nothing-here"})
+
+
+# Logits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_logits_are_float32_without_gradients(dtype, family, tmp_path):
+    model, pixel_values = small_model(family).to(dtype).eval(), torch.randn(2, 3, 8, 8)
+    # transformers opens a checkpoint in the type it was saved in; image processors give float32 all the same.
+    (teacher,) = load_teachers({"a": save(model, tmp_path)})
+    logits = teacher.logits(pixel_values)
+    assert logits.dtype == torch.float32 and logits.shape == (2, 3)
+    assert not logits.requires_grad
+    with torch.no_grad():
+        expected = model(pixel_values.to(dtype)).logits.float()
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5 if dtype == torch.float32 else 2e-2)
+
+
+# Hash
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_hash_survives_saving_and_use(family, dtype, tmp_path):
+    model = small_model(family).to(dtype)
+    teacher = Teacher("a", model.eval(), PROCESSOR)
+    before = teacher.weights_sha256()
+    assert len(before) == 64 and int(before, 16) >= 0
+    (loaded,) = load_teachers({"other_name": save(model, tmp_path)})
+    assert loaded.weights_sha256() == before
+    with torch.no_grad():
+        model(torch.randn(2, 3, 8, 8, dtype=dtype))
+    assert teacher.weights_sha256() == before
+
+
+@pytest.mark.parametrize("family", ["convolution", "involution", "resnet"])
+def test_the_hash_changes_with_any_parameter_or_buffer(family):
+    teacher = Teacher("a", small_model(family), PROCESSOR)
+    hashes = [teacher.weights_sha256()]
+    tensors = teacher.model.state_dict()
+    assert any(name.endswith("running_mean") for name in tensors)
+    for tensor in tensors.values():
+        # The smallest change there is, in one number.
+        flat = tensor.view(-1)
+        flat[-1] = torch.nextafter(flat[-1], torch.tensor(9.0)) if tensor.is_floating_point() else flat[-1] + 1
+        hashes.append(teacher.weights_sha256())
+    assert len(set(hashes)) == len(tensors) + 1
+
+
+def test_the_hash_tells_types_and_places_apart():
+    model = small_model("resnet")
+    teacher = Teacher("a", model, PROCESSOR)
+    before = teacher.weights_sha256()
+    weight = model.classifier[1].weight.data
+    # The same numbers in another order, and then in another type.
+    weight.copy_(weight.flip(0))
+    flipped = teacher.weights_sha256()
+    model.double()
+    assert len({before, flipped, teacher.weights_sha256()}) == 3
