@@ -60,12 +60,12 @@ class QuickstartArguments:
         metadata={"help": "One run for each: the seed of the subset, the first weights and the order of the images."},
     )
     teacher_steps: int = field(default=300, metadata={"help": "Training steps of each teacher."})
-    student_steps: int = field(default=1000, metadata={"help": "Training steps of each student."})
+    student_steps: int = field(default=600, metadata={"help": "Training steps of each student."})
     batch_size: int = field(default=50, metadata={"help": "Images a step."})
     teacher_learning_rate: float = field(default=1e-2, metadata={"help": "Peak learning rate of the teachers."})
-    student_learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate of the students."})
-    temperature: float = field(default=4.0, metadata={"help": "Softens the teachers' distributions."})
-    teacher_weight: float = field(default=0.25, metadata={"help": "Weight of each teacher's term in the loss."})
+    student_learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate of the students."})
+    temperature: float = field(default=8.0, metadata={"help": "Softens the teachers' distributions."})
+    teacher_weight: float = field(default=0.1, metadata={"help": "Weight of each teacher's term in the loss."})
 
 
 class Stopwatch:

@@ -357,19 +357,24 @@ def test_an_unlabelled_test_split_is_left_out(feature, tmp_path, caplog):
     assert "test split carries no labels" in caplog.text
 
 
-@pytest.mark.parametrize("form", ["parquet", "saved"])
+@pytest.mark.parametrize("shards", [{}, {"train": 1, "validation": 1, "test": 1}], ids=["no file", "an empty file"])
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
-def test_empty_splits_are_refused(split, form, tmp_path):
+def test_empty_splits_are_refused(split, shards, tmp_path):
     names = ClassLabel(names=ANIMALS)
     parts = {name: table([0, 1, 2], names) for name in ("train", "validation", "test")}
     parts[split] = parts[split].select([])
-    (tmp_path / "data").mkdir()
-    if form == "saved":
-        save(tmp_path, **parts)
-    else:
-        for name, part in parts.items():
-            part.to_parquet(tmp_path / "data" / f"{name}.parquet")
+    # Left to itself, `save_to_disk` writes no file at all for a split without rows.
+    DatasetDict(parts).save_to_disk(tmp_path / "data", num_shards=shards or None)
     with pytest.raises(ValueError, match=f'The split "{split}" of .*data is empty'):
+        load_image_dataset(tmp_path / "data")
+
+
+def test_an_empty_parquet_file_names_its_split(tmp_path):
+    (tmp_path / "data").mkdir()
+    full = table([0, 1, 2], ClassLabel(names=ANIMALS))
+    full.to_parquet(tmp_path / "data" / "train.parquet")
+    full.select([]).to_parquet(tmp_path / "data" / "validation.parquet")
+    with pytest.raises(ValueError, match='"validation" .*(no data|is empty)'):
         load_image_dataset(tmp_path / "data")
 
 

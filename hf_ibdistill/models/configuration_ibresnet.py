@@ -18,7 +18,7 @@ PRESETS = {
     **{f"rednet{name}": {"spatial_operator": "involution", "depths": depths} for name, depths in _DEPTHS.items()},
     **{f"resnet{name}": {"spatial_operator": "convolution", "depths": depths} for name, depths in _DEPTHS.items()},
     "convolution-small": {"spatial_operator": "convolution", **_SMALL},
-    "involution-small": {"spatial_operator": "involution", **_SMALL},
+    "involution-small": {"spatial_operator": "involution", "kernel_size": 5, **_SMALL},
 }
 
 

@@ -1,0 +1,343 @@
+"""Metrics against scikit-learn and naive loops, and predictions against the model called by hand."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Image, List, Value
+from sklearn.metrics import accuracy_score, log_loss, top_k_accuracy_score
+from transformers import EvalPrediction, ResNetConfig, ResNetForImageClassification, ViTImageProcessor
+
+import hf_ibdistill
+from hf_ibdistill import IBViTConfig, IBViTForImageClassification, evaluate_model, predict
+from hf_ibdistill.evaluation import ExpectedCalibrationError, classification_metrics, compute_metrics
+
+
+NAMES = ["cat", "dog", "owl"]
+LABELS = {"id2label": dict(enumerate(NAMES)), "label2id": {name: i for i, name in enumerate(NAMES)}}
+PROCESSOR = ViTImageProcessor(size={"height": 8, "width": 8})
+PLAIN_KEYS = {"accuracy", "negative_log_likelihood", "expected_calibration_error"}
+
+
+def random_logits(rows, classes, scale=2.0, seed=0):
+    return (scale * np.random.default_rng(seed).normal(size=(rows, classes))).astype(np.float32)
+
+
+def random_labels(rows, classes, seed=1):
+    labels = np.random.default_rng(seed).integers(0, classes, rows)
+    labels[:classes] = np.arange(classes)[:rows]
+    return labels
+
+
+def softmax(logits):
+    exponentials = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
+    return exponentials / exponentials.sum(axis=1, keepdims=True)
+
+
+# Metrics
+
+
+@pytest.mark.parametrize("scale", [0.01, 2.0, 30.0])
+@pytest.mark.parametrize("classes", [2, 3, 7, 20])
+def test_metrics_equal_scikit_learns(classes, scale):
+    logits, labels = random_logits(200, classes, scale), random_labels(200, classes)
+    metrics = classification_metrics(logits, labels)
+    assert metrics["accuracy"] == pytest.approx(accuracy_score(labels, logits.argmax(axis=1)), abs=1e-12)
+    if classes > 5:
+        expected = top_k_accuracy_score(labels, logits, k=5, labels=range(classes))
+        assert metrics["top_5_accuracy"] == pytest.approx(expected, abs=1e-12)
+    if scale < 30:  # scikit-learn clips probabilities below its smallest number
+        expected = log_loss(labels, softmax(logits), labels=range(classes))
+        assert metrics["negative_log_likelihood"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_log_likelihood_of_hopeless_predictions_is_finite_and_exact():
+    # Softmax first would give log 0.
+    metrics = classification_metrics(np.array([[0.0, 2000.0], [0.0, 0.0]], np.float32), np.array([0, 1]))
+    assert metrics["negative_log_likelihood"] == pytest.approx((2000 + np.log(2)) / 2, rel=1e-6)
+
+
+def naive_calibration_error(logits, labels, bins):
+    """Equation 3 of arXiv 1706.04599, bins (m/M, (m+1)/M]."""
+    probabilities, error = softmax(logits), 0
+    for m in range(bins):
+        hits = confidence = rows = 0
+        for row, label in zip(probabilities, labels):
+            if m / bins < max(row) <= (m + 1) / bins:
+                rows += 1
+                confidence += max(row)
+                hits += list(row).index(max(row)) == label
+        if rows:
+            error += rows / len(labels) * abs(hits / rows - confidence / rows)
+    return error
+
+
+@pytest.mark.parametrize("scale", [0.3, 2.0, 30.0])
+@pytest.mark.parametrize("classes", [2, 7])
+def test_calibration_error_equals_a_naive_loop(classes, scale):
+    logits, labels = random_logits(200, classes, scale), random_labels(200, classes)
+    expected = naive_calibration_error(logits, labels, 15)
+    metrics = classification_metrics(logits, labels)
+    assert metrics["expected_calibration_error"] == pytest.approx(expected, abs=1e-6)
+    two_bins = ExpectedCalibrationError(keep_in_memory=True).compute(predictions=logits, references=labels, num_bins=2)
+    expected = naive_calibration_error(logits, labels, 2)
+    assert two_bins["expected_calibration_error"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_calibration_error_by_hand():
+    # Sure and right three times of four: the confidence is 1, the accuracy 3/4.
+    logits = np.array([[100.0, 0.0]] * 4, np.float32)
+    metrics = classification_metrics(logits, np.array([0, 0, 0, 1]))
+    assert metrics["expected_calibration_error"] == pytest.approx(0.25, abs=1e-6)
+
+
+def test_ties_are_not_counted_as_right():
+    # A model that says nothing is right as often as its argmax.
+    logits, labels = np.zeros((9, 3), np.float32), np.repeat([0, 1, 2], 3)
+    assert classification_metrics(logits, labels)["accuracy"] == pytest.approx(1 / 3)
+    assert classification_metrics(np.zeros((8, 8), np.float32), np.arange(8))["top_5_accuracy"] == pytest.approx(5 / 8)
+
+
+def test_a_diverged_model_is_not_perfect():
+    logits, labels = np.full((12, 6), np.nan, np.float32), np.arange(12) % 6
+    metrics = classification_metrics(logits, labels)
+    assert not metrics["accuracy"] > 1 / 6
+    assert not metrics["top_5_accuracy"] > 5 / 6
+    assert np.isnan(metrics["negative_log_likelihood"])
+
+
+def student_arrays(rows=30, teachers=2, classes=4):
+    logits = [random_logits(rows, classes, seed=seed) for seed in range(2 + 2 * teachers)]
+    token, own = np.stack(logits[2 : 2 + teachers], axis=1), np.stack(logits[2 + teachers :], axis=1)
+    return logits[0], random_labels(rows, classes), logits[1], token, own
+
+
+def test_metrics_of_plain_models():
+    assert classification_metrics(random_logits(9, 5), random_labels(9, 5)).keys() == PLAIN_KEYS
+    metrics = classification_metrics(random_logits(9, 6), random_labels(9, 6))
+    assert metrics.keys() == PLAIN_KEYS | {"top_5_accuracy"}
+    assert all(type(value) is float for value in metrics.values())
+
+
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("with_teachers", [True, False])
+def test_metrics_of_students(with_teachers, named):
+    logits, labels, class_logits, token_logits, teacher_logits = student_arrays()
+    names = ["inv", "conv"] if named else ["0", "1"]
+    metrics = classification_metrics(
+        logits,
+        labels,
+        class_logits,
+        token_logits,
+        teacher_logits if with_teachers else None,
+        names if named else None,
+    )
+    expected = classification_metrics(logits, labels)
+    expected["class_token_accuracy"] = accuracy_score(labels, class_logits.argmax(axis=1))
+    for i, name in enumerate(names):
+        expected[f"{name}_token_accuracy"] = accuracy_score(labels, token_logits[:, i].argmax(axis=1))
+        if with_teachers:
+            pairs = [(logits[n].argmax(), teacher_logits[n, i].argmax()) for n in range(len(labels))]
+            expected[f"{name}_agreement"] = sum(ours == theirs for ours, theirs in pairs) / len(labels)
+    assert metrics == pytest.approx(expected)
+
+
+def test_the_trainers_predictions_are_understood():
+    logits, labels, class_logits, token_logits, _ = student_arrays()
+    assert compute_metrics(EvalPrediction(logits, labels)) == classification_metrics(logits, labels)
+    outputs = (logits, class_logits, token_logits)
+    expected = classification_metrics(logits, labels, class_logits, token_logits, teacher_names=["a", "b"])
+    assert compute_metrics(EvalPrediction(outputs, labels), teacher_names=["a", "b"]) == expected
+
+
+# Predictions
+
+
+def student(**overrides):
+    sizes = {"image_size": 8, "patch_size": 4, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    config = IBViTConfig(num_attention_heads=2, initializer_range=0.5, **{**sizes, **LABELS, **overrides})
+    return IBViTForImageClassification(config).eval()
+
+
+def plain():
+    config = ResNetConfig(layer_type="basic", embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], **LABELS)
+    return ResNetForImageClassification(config).eval()
+
+
+def table(rows=11, names=NAMES, image_column="image", label_column="label", logits=()):
+    random = np.random.default_rng(0)
+    features = Features({image_column: Image(), label_column: ClassLabel(names=names)})
+    images = [PIL.Image.fromarray(random.integers(0, 256, (8, 8, 3), dtype=np.uint8)) for _ in range(rows)]
+    dataset = Dataset.from_dict({image_column: images, label_column: random_labels(rows, 3)}, features=features)
+    for name in logits:
+        values = random_logits(rows, 3, seed=len(name))
+        dataset = dataset.add_column(f"{name}_logits", list(values), feature=List(Value("float32"), length=3))
+    return dataset
+
+
+def by_hand(model, dataset, name="logits"):
+    with torch.no_grad():
+        results = [model(PROCESSOR(image, return_tensors="pt")["pixel_values"])[name] for image in dataset["image"]]
+    return torch.cat(results).numpy()
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 11, 128])
+def test_predictions_are_the_models_in_the_order_of_the_rows(batch_size):
+    model, dataset = plain(), table().shuffle(seed=2)
+    outputs = predict(model, PROCESSOR, dataset, batch_size=batch_size)
+    assert outputs.keys() == {"logits", "labels"}
+    np.testing.assert_allclose(outputs["logits"], by_hand(model, dataset), atol=1e-5)
+    np.testing.assert_array_equal(outputs["labels"], dataset["label"][:])
+    assert outputs["logits"].dtype == np.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_models_in_half_precision(dtype):
+    # transformers opens a checkpoint in the type it was saved in; image processors give float32 all the same.
+    model, dataset = plain(), table()
+    expected = by_hand(model, dataset)
+    outputs = predict(model.to(dtype), PROCESSOR, dataset)
+    assert outputs["logits"].dtype == np.float32
+    np.testing.assert_allclose(outputs["logits"], expected, atol=2e-2)
+
+
+def test_predictions_of_a_student():
+    model, dataset = student(teacher_names=("conv", "inv")), table().select([10, 3, 0, 7, 5])
+    outputs = predict(model, PROCESSOR, dataset, batch_size=2)
+    assert outputs.keys() == {"logits", "class_logits", "teacher_token_logits", "labels"}
+    for name in ("logits", "class_logits", "teacher_token_logits"):
+        np.testing.assert_allclose(outputs[name], by_hand(model, dataset, name), atol=1e-5)
+    assert outputs["teacher_token_logits"].shape == (5, 2, 3)
+
+
+def test_predictions_of_a_student_without_teachers():
+    model, dataset = student(teacher_names=()), table(logits=["conv"])
+    outputs = predict(model, PROCESSOR, dataset)
+    assert outputs.keys() == {"logits", "class_logits", "labels"}
+    assert evaluate_model(model, PROCESSOR, dataset).keys() == PLAIN_KEYS
+
+
+def test_teacher_logits_come_from_the_columns_in_the_students_order():
+    dataset = table(logits=["conv", "unrelated", "inv"]).shuffle(seed=4)
+    outputs = predict(student(teacher_names=("inv", "conv")), PROCESSOR, dataset, batch_size=3)
+    expected = np.stack([dataset["inv_logits"], dataset["conv_logits"]], axis=1)
+    np.testing.assert_array_equal(outputs["teacher_logits"], expected.astype(np.float32))
+
+
+def test_there_are_no_teacher_logits_where_a_column_is_missing():
+    outputs = predict(student(teacher_names=("conv", "inv")), PROCESSOR, table(logits=["conv"]))
+    assert "teacher_logits" not in outputs
+
+
+def test_agreement_with_stored_teachers():
+    model, dataset = student(teacher_names=("conv", "inv")), table(logits=["conv", "inv"])
+    metrics = evaluate_model(model, PROCESSOR, dataset, batch_size=4)
+    chosen = by_hand(model, dataset).argmax(axis=1)
+    heads = by_hand(model, dataset, "teacher_token_logits").argmax(axis=2)
+    assert metrics.keys() == PLAIN_KEYS | {"class_token_accuracy"} | {
+        f"{name}_{kind}" for name in ("conv", "inv") for kind in ("token_accuracy", "agreement")
+    }
+    assert metrics["accuracy"] == pytest.approx(accuracy_score(dataset["label"][:], chosen))
+    for i, name in enumerate(("conv", "inv")):
+        theirs = np.argmax(dataset[f"{name}_logits"], axis=1)
+        assert metrics[f"{name}_agreement"] == pytest.approx(np.mean(chosen == theirs))
+        assert metrics[f"{name}_token_accuracy"] == pytest.approx(accuracy_score(dataset["label"][:], heads[:, i]))
+
+
+def test_columns_of_other_names_are_found_or_given():
+    model, dataset = plain(), table()
+    expected = predict(model, PROCESSOR, dataset)["logits"]
+    renamed = table(image_column="scan", label_column="kind").add_column("width", [8] * 11)
+    np.testing.assert_array_equal(predict(model, PROCESSOR, renamed)["logits"], expected)
+    given = predict(model, PROCESSOR, renamed, image_column="scan", label_column="kind")
+    np.testing.assert_array_equal(given["logits"], expected)
+
+
+def test_other_image_modes_are_converted():
+    features = Features({"image": Image(), "label": ClassLabel(names=NAMES)})
+    image = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8))
+    modes = [image, image.convert("RGB"), image.convert("RGBA"), image.convert("LA")]
+    dataset = Dataset.from_dict({"image": modes, "label": [0, 1, 2, 0]}, features=features)
+    logits = predict(plain(), PROCESSOR, dataset)["logits"]
+    np.testing.assert_allclose(logits, np.broadcast_to(logits[:1], logits.shape), atol=1e-5)
+
+
+def test_predictions_without_dropout_even_from_a_model_in_training_mode():
+    model, dataset = student(hidden_dropout_prob=0.5), table()
+    expected = by_hand(model, dataset)
+    np.testing.assert_allclose(predict(model.train(), PROCESSOR, dataset)["logits"], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["cat", "dog", "owl", "yak"], "the model has 3 classes; the data set has 4"),
+        (
+            ["cat", "dog", "yak"],
+            r"classes and those of the model differ: \['yak'\] only in the first, \['owl'\] only in",
+        ),
+        (["dog", "cat", "owl"], "classes and those of the model differ: the same names in another order"),
+    ],
+)
+def test_other_classes_than_the_models_are_refused(names, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate_model(plain(), PROCESSOR, table(names=names))
+
+
+def test_classes_without_names_pass_by_their_number():
+    unnamed = [f"LABEL_{i}" for i in range(3)]
+    assert predict(plain(), PROCESSOR, table(names=unnamed))["logits"].shape == (11, 3)
+    unnamed = {"id2label": dict(enumerate(unnamed)), "label2id": {name: i for i, name in enumerate(unnamed)}}
+    assert predict(student(**unnamed), PROCESSOR, table())["logits"].shape == (11, 3)
+
+
+def test_an_empty_data_set_is_refused():
+    with pytest.raises(ValueError, match="The data set is empty; there is nothing to predict"):
+        evaluate_model(plain(), PROCESSOR, table().select([]))
+
+
+def test_an_unreadable_image_names_its_row():
+    dataset = table().cast_column("image", Image(decode=False))
+    cells = list(dataset["image"])
+    cells[7] = {"bytes": b"not an image", "path": None}
+    rows = {"image": cells, "label": dataset["label"][:]}
+    with pytest.raises(ValueError, match="Row 7: The image cannot be decoded"):
+        predict(plain(), PROCESSOR, Dataset.from_dict(rows, features=table().features), batch_size=4)
+
+
+OFFLINE = """
+import sys
+
+attempts = []
+
+def forbid(event, arguments):
+    # Recorded too: a library might catch the error and go on.
+    if event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto"):
+        attempts.append(event)
+        raise OSError("there is no network")
+
+sys.addaudithook(forbid)
+
+from transformers import ViTConfig, ViTForImageClassification
+from hf_ibdistill import build_image_processor, class_config, evaluate_model, load_image_dataset
+
+dataset = load_image_dataset("digits")["test"].select(range(20))
+sizes = {"image_size": 8, "patch_size": 4, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+model = ViTForImageClassification(ViTConfig(num_attention_heads=2, **sizes, **class_config(dataset)))
+print(sorted(evaluate_model(model, build_image_processor(dataset), dataset)), attempts)
+"""
+
+
+def test_evaluation_needs_no_network(tmp_path):
+    root = Path(hf_ibdistill.__file__).parents[1]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(root), environment.get("PYTHONPATH", "")])
+    command = [sys.executable, "-c", OFFLINE]
+    completed = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert completed.returncode == 0, completed.stderr[-4000:]
+    assert completed.stdout.strip() == f"{sorted(PLAIN_KEYS | {'top_5_accuracy'})} []"

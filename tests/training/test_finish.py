@@ -1,0 +1,254 @@
+"""What a finished run leaves behind, read as somebody who finds the folder would read it.
+
+Run as a script, this file is one process of a distributed run; see the last test.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Image, List, Value, load_from_disk
+from huggingface_hub import ModelCard
+from transformers import ViTImageProcessor
+
+import hf_ibdistill
+from hf_ibdistill import (
+    DistillationArguments,
+    EnsembleDistillationTrainer,
+    IBResNetConfig,
+    IBResNetForImageClassification,
+    IBViTConfig,
+    IBViTForImageClassification,
+    ImageClassificationTrainer,
+    ImageTrainingArguments,
+    evaluate_model,
+    predict,
+)
+from hf_ibdistill.training.finish import evaluate_and_save
+
+
+CLASSES = ["cat", "dog", "owl", "fox", "cow", "hen"]
+PROCESSOR = ViTImageProcessor(size={"height": 8, "width": 8}, image_mean=[0.4, 0.5, 0.6])
+TEACHER_METRICS = {"conv": {"accuracy": 0.8125}, "inv": {"accuracy": 0.6875}}
+
+
+def small_table(num_rows, seed):
+    rng = np.random.default_rng(seed)
+    features = {"picture": Image(), "animal": ClassLabel(names=CLASSES)}
+    columns = {"picture": list(rng.integers(0, 256, (num_rows, 8, 8, 3), dtype=np.uint8))}
+    columns["animal"] = rng.integers(0, len(CLASSES), num_rows)
+    for name in ("conv", "inv"):
+        features[f"{name}_logits"] = List(Value("float16"), length=len(CLASSES))
+        columns[f"{name}_logits"] = list(rng.normal(size=(num_rows, len(CLASSES))).astype(np.float16))
+    return Dataset.from_dict(columns, features=Features(features))
+
+
+def finish(kind, tables, output_dir):
+    """Train a student or a teacher for 2 epochs, then save it. Returns the trainer and the metrics."""
+    torch.manual_seed(0)
+    classes = {"id2label": dict(enumerate(CLASSES)), "label2id": {name: i for i, name in enumerate(CLASSES)}}
+    settings = {"num_train_epochs": 2, "per_device_train_batch_size": 8, "per_device_eval_batch_size": 5}
+    settings |= {"use_cpu": True, "disable_tqdm": True}
+    data = {name: load_from_disk(tables / name) for name in ("train", "test")}
+    shared = {"train_dataset": data["train"], "eval_dataset": data["test"], "processing_class": PROCESSOR}
+    if kind == "teacher":
+        shape = {"embedding_size": 16, "hidden_sizes": (16,), "depths": (1,), "downsample_strides": (1,)}
+        config = IBResNetConfig(
+            spatial_operator="involution", stem="plain", kernel_size=3, reduction=1, **shape, **classes
+        )
+        model, args = IBResNetForImageClassification(config), ImageTrainingArguments(str(output_dir), **settings)
+        trainer = ImageClassificationTrainer(model, args, **shared)
+        card = {"title": "A teacher", "data_name": "animals"}
+    else:
+        shape = {"image_size": 8, "patch_size": 4, "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+        model = IBViTForImageClassification(IBViTConfig(intermediate_size=32, **shape, **classes))
+        args = DistillationArguments(str(output_dir), temperature=[2.0, 3.0], teacher_weights=0.5, **settings)
+        trainer = EnsembleDistillationTrainer(model, args, **shared)
+        card = {"title": "A student", "data_name": "animals", "teacher_metrics": TEACHER_METRICS}
+        card |= {"picture": "curves.png", "notes": "A note on this run."}
+    trainer.train()
+    return trainer, evaluate_and_save(trainer, data["test"], "test", **card)
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory):
+    """21 rows to train on; 13 to measure on, which neither batches of 5 nor two processes divide."""
+    folder = tmp_path_factory.mktemp("tables")
+    small_table(21, seed=0).save_to_disk(folder / "train")
+    small_table(13, seed=1).save_to_disk(folder / "test")
+    return folder
+
+
+@pytest.fixture(scope="module", params=["student", "teacher"])
+def finished(request, tables, tmp_path_factory):
+    """(kind, folder, trainer, metrics) of a finished run."""
+    folder = tmp_path_factory.mktemp(request.param)
+    torch.set_num_threads(1)
+    return request.param, folder, *finish(request.param, tables, folder)
+
+
+def results_in(folder):
+    # Strictly JSON: "NaN" is not.
+    def refuse(constant):
+        raise AssertionError(f"results.json has {constant}")
+
+    return json.loads((folder / "results.json").read_text(), parse_constant=refuse)
+
+
+def rows_of_table(text, header):
+    """name → value of the Markdown table under this header."""
+    body = text.split(f"| {header} |\n| --- | --- |\n")[1].split("\n\n")[0]
+    return dict(re.fullmatch(r"\| (.+) \| (.+) \|", line).groups() for line in body.splitlines())
+
+
+def test_the_folder_holds_what_from_pretrained_needs_and_no_pickle(finished):
+    _, folder, _, _ = finished
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert {"config.json", "model.safetensors", "preprocessor_config.json", "results.json", "README.md"} == files
+
+
+def run_in_new_process(*command, timeout=300):
+    root = Path(hf_ibdistill.__file__).parents[1]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(root), environment.get("PYTHONPATH", "")])
+    command = [sys.executable, *map(str, command)]
+    completed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
+    assert completed.returncode == 0, completed.stderr[-4000:]
+
+
+def test_a_new_process_predicts_the_same(finished, tables, tmp_path):
+    _, folder, trainer, _ = finished
+    code = """
+import sys
+import numpy as np
+from datasets import load_from_disk
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+import hf_ibdistill
+folder, table, output = sys.argv[1:]
+model = AutoModelForImageClassification.from_pretrained(folder)
+outputs = hf_ibdistill.predict(model, AutoImageProcessor.from_pretrained(folder), load_from_disk(table), batch_size=5)
+np.savez(output, **outputs)
+"""
+    run_in_new_process("-c", code, folder, tables / "test", tmp_path / "outputs.npz")
+    expected = predict(trainer.model, PROCESSOR, load_from_disk(tables / "test"), batch_size=5)
+    with np.load(tmp_path / "outputs.npz") as found:
+        assert set(found) == set(expected)
+        for name, values in expected.items():
+            np.testing.assert_array_equal(found[name], values, err_msg=name)
+
+
+def test_results_are_the_returned_metrics(finished, tables):
+    kind, folder, trainer, metrics = finished
+    results = results_in(folder)
+    assert results["metrics"] == metrics
+    assert results["data"] == "animals" and results["split"] == "test" and results["title"] == f"A {kind}"
+    # The log went through JSON; everything in it was JSON before.
+    assert results["log_history"] == trainer.state.log_history
+    assert sum("eval_accuracy" in entry for entry in results["log_history"]) == 2
+
+
+def test_metrics_are_those_of_the_saved_model(finished, tables):
+    kind, folder, _, metrics = finished
+    model_class = IBViTForImageClassification if kind == "student" else IBResNetForImageClassification
+    model = model_class.from_pretrained(folder).eval()
+    processor, table = ViTImageProcessor.from_pretrained(folder), load_from_disk(tables / "test")
+    labels = np.array(table["animal"])
+    with torch.no_grad():
+        outputs = model(processor([image for image in table["picture"]], return_tensors="pt")["pixel_values"])
+    logits = outputs.logits.double()
+    assert metrics["accuracy"] == pytest.approx((logits.argmax(-1).numpy() == labels).mean())
+    likelihoods = logits.softmax(-1)[torch.arange(len(labels)), torch.tensor(labels)]
+    assert metrics["negative_log_likelihood"] == pytest.approx(-likelihoods.log().mean().item(), rel=1e-5)
+    names = {"accuracy", "top_5_accuracy", "negative_log_likelihood", "expected_calibration_error"}
+    if kind == "student":
+        names |= {
+            "class_token_accuracy",
+            "conv_token_accuracy",
+            "inv_token_accuracy",
+            "conv_agreement",
+            "inv_agreement",
+        }
+        for i, name in enumerate(["conv", "inv"]):
+            choices = np.array(table[f"{name}_logits"]).argmax(-1)
+            assert metrics[f"{name}_agreement"] == pytest.approx((logits.argmax(-1).numpy() == choices).mean())
+            tokens = outputs.teacher_token_logits[:, i].argmax(-1).numpy()
+            assert metrics[f"{name}_token_accuracy"] == pytest.approx((tokens == labels).mean())
+    assert set(metrics) == names
+
+
+def test_the_recipe_is_what_was_run(finished):
+    kind, folder, _, _ = finished
+    recipe = results_in(folder)["recipe"]
+    expected = {"training images": 21, "steps": 6, "epochs": 2.0, "processes": 1, "per_device_train_batch_size": 8}
+    expected |= {"learning_rate": 2e-3, "weight_decay": 0.05, "lr_scheduler_type": "cosine", "warmup_steps": 0.1}
+    expected |= {"gradient_accumulation_steps": 1, "seed": 42, "bf16": False}
+    if kind == "student":
+        expected |= {
+            "temperature": [2.0, 3.0],
+            "teacher_weights": [0.5],
+            "label_weight": 1.0,
+            "distillation_mode": "soft",
+        }
+    assert expected == {name: recipe[name] for name in expected}
+    assert ("temperature" in recipe) == (kind == "student")
+
+
+def test_the_cards_figures_are_the_measured_ones(finished):
+    kind, folder, _, metrics = finished
+    card = ModelCard.load(folder / "README.md")
+    shown = rows_of_table(card.text, "metric | test")
+    assert {name: float(value) for name, value in shown.items()} == {
+        name: pytest.approx(value, abs=5.1e-5) for name, value in metrics.items()
+    }
+    # What the Hub reads.
+    results = {result.metric_name.replace(" ", "_"): result for result in card.data.eval_results}
+    assert {name: result.metric_value for name, result in results.items()} == pytest.approx(metrics, abs=1e-6)
+    assert all(result.dataset_split == "test" and result.dataset_name == "animals" for result in results.values())
+    recipe = results_in(folder)["recipe"]
+    assert rows_of_table(card.text, "setting | value") == {name: f"`{value}`" for name, value in recipe.items()}
+
+
+def test_the_cards_other_parts(finished):
+    kind, folder, trainer, _ = finished
+    card = ModelCard.load(folder / "README.md")
+    assert f"# A {kind}\n" in card.text and "`animals`" in card.text
+    assert card.data.library_name == "transformers" and card.data.pipeline_tag == "image-classification"
+    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+    assert f"{parameters:,} parameters, 6 classes" in card.text
+    if kind == "student":
+        shown = rows_of_table(card.text, "teacher | accuracy (test)")
+        assert shown == {"conv": "81.25 %", "inv": "68.75 %"}
+        assert "A note on this run." in card.text and "](curves.png)" in card.text
+    else:
+        assert "teacher |" not in card.text and "![" not in card.text
+
+
+def test_two_processes_leave_the_metrics_of_one(tables, tmp_path):
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    run_in_new_process(*launch, __file__, tables, tmp_path)
+    results = results_in(tmp_path / "student")
+    assert results["recipe"]["processes"] == 2 and results["recipe"]["steps"] == 4
+    model = IBViTForImageClassification.from_pretrained(tmp_path / "student")
+    expected = evaluate_model(model, PROCESSOR, load_from_disk(tables / "test"), batch_size=5)
+    # No row is counted twice, though each process needs as many batches as the other.
+    assert results["metrics"] == pytest.approx(expected, rel=1e-5)
+    for rank in (0, 1):
+        assert json.loads((tmp_path / f"returned-{rank}.json").read_text()) == results["metrics"]
+    assert not [path for path in (tmp_path / "student").rglob("*") if path.suffix in (".bin", ".pt", ".pth", ".pkl")]
+
+
+def main():
+    tables, folder = map(Path, sys.argv[1:])
+    trainer, metrics = finish("student", tables, folder / "student")
+    (folder / f"returned-{trainer.args.process_index}.json").write_text(json.dumps(metrics))
+
+
+if __name__ == "__main__":
+    main()
