@@ -20,6 +20,7 @@ _PUBLIC_NAMES = {
     "images": ["build_image_processor"],
     "data": ["class_config", "load_image_dataset", "select_per_class"],
     "teachers": ["Teacher", "load_teachers"],
+    "logits.views": ["ViewRecipe"],
     "logits.recording": ["record_teacher_logits"],
     "training.losses": ["ensemble_distillation_loss"],
     "training.arguments": ["DistillationArguments", "ImageTrainingArguments"],

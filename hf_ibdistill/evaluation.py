@@ -12,7 +12,7 @@ from transformers import BaseImageProcessor, EvalPrediction, PreTrainedModel
 
 from .data import class_names, find_columns
 from .images import ImageRows
-from .logits.encoding import column_name
+from .logits.encoding import column_name, describe_column
 from .logits.provenance import check_class_names
 from .training.collator import DistillationCollator
 
@@ -134,7 +134,10 @@ def predict(
     check_class_names(label_names, class_names(dataset, label_column), "the model")
     teacher_names = getattr(config, "teacher_names", [])
     columns = [column_name(name) for name in teacher_names if column_name(name) in dataset.column_names]
-    rows = ImageRows(dataset.select_columns([image_column, label_column, *columns]), image_column, columns)
+    if len(columns) < len(teacher_names) or any(describe_column(dataset.features[c])[1] is not None for c in columns):
+        # Views' logits are about other images than the ones that are predicted here.
+        columns = []
+    rows = ImageRows(dataset, image_column, [label_column], columns, config.num_labels)
     loader = torch.utils.data.DataLoader(
         rows,
         batch_size=batch_size,

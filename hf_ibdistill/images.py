@@ -10,6 +10,9 @@ import torch
 from datasets import Dataset, Image
 from transformers import BaseImageProcessor, ViTImageProcessor
 
+from .logits.encoding import ROW_KEY, decode, describe_column
+from .logits.views import ViewRecipe, make_view, row_key
+
 
 def decode_image(value: dict) -> PIL.Image.Image:
     """Decode an undecoded `datasets.Image` value into an 8-bit RGB image; greyscale, palette and RGBA are converted.
@@ -33,12 +36,19 @@ def decode_image(value: dict) -> PIL.Image.Image:
 
 
 class ImageRows(torch.utils.data.Dataset):
-    """A table's rows with their images decoded to RGB, as dicts; the other columns as they are.
+    """A table's rows with their images decoded to RGB, as dicts.
+
+    With a view recipe, the image is a view of it (uint8, (3, height, width)): number `epoch` modulo the recipe's number
+    of views, so that training walks through them. `set_epoch`, which transformers' `Trainer` calls, reaches data loader
+    workers that are already running.
 
     Args:
         dataset: the table; its rows keep their numbers.
         image_column: the column to decode.
-        array_columns: list columns to read as numpy arrays, which is many times faster than Python lists.
+        columns: other columns to return, as they are.
+        logits_columns: columns to decode into arrays of `num_classes` logits, of the same view as the image.
+        num_classes: classes of the logits columns.
+        views: recipe of the views to make; `None` returns the images as they are.
         skip_unreadable: give a row whose image cannot be decoded the image `None` instead of raising.
 
     Raises:
@@ -49,7 +59,10 @@ class ImageRows(torch.utils.data.Dataset):
         self,
         dataset: Dataset,
         image_column: str,
-        array_columns: Sequence[str] = (),
+        columns: Sequence[str] = (),
+        logits_columns: Sequence[str] = (),
+        num_classes: int | None = None,
+        views: ViewRecipe | None = None,
         skip_unreadable: bool = False,
     ):
         if dataset.format["type"] == "custom":
@@ -58,25 +71,47 @@ class ImageRows(torch.utils.data.Dataset):
                 "preprocessed here, so that teachers and student see the same ones."
             )
         self.image_column = image_column
-        self.skip_unreadable = skip_unreadable
-        encoded = dataset.cast_column(image_column, Image(decode=False))
-        self.rows = encoded.with_format("numpy", columns=list(array_columns), output_all_columns=True)
+        self.columns, self.logits_columns = list(columns), list(logits_columns)
+        self.num_classes, self.views, self.skip_unreadable = num_classes, views, skip_unreadable
+        stored_key = [ROW_KEY] if views is not None and ROW_KEY in dataset.column_names else []
+        wanted = dict.fromkeys([image_column, *self.columns, *stored_key, *self.logits_columns])
+        encoded = dataset.select_columns(list(wanted)).cast_column(image_column, Image(decode=False))
+        self._table = encoded.with_format("arrow")
+        self._views_stored = {
+            column: describe_column(dataset.features[column])[1] is not None for column in self.logits_columns
+        }
+        # Shared memory: persistent workers hold a copy of this object, made before the first epoch.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Turn to the views of this epoch."""
+        self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self._table)
 
     def __getitem__(self, index: int) -> dict:
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict]:
-        rows = self.rows.__getitems__(list(indices))
+        indices = list(indices)
+        table = self._table[indices]
+        view = None if self.views is None else int(self._epoch) % self.views.num_views
+        values = {name: table[name].to_pylist() for name in table.column_names if name not in self.logits_columns}
+        for name in self.logits_columns:
+            values[name] = decode(table[name], self.num_classes, view if self._views_stored[name] else None)
+        rows = [dict(zip(values, row)) for row in zip(*values.values())]
         for index, row in zip(indices, rows):
             try:
-                row[self.image_column] = decode_image(row[self.image_column])
+                image = decode_image(row[self.image_column])
             except ValueError as error:
                 if not self.skip_unreadable:
                     raise ValueError(f"Row {index}: {error}") from error
-                row[self.image_column] = None
+                image = None
+            if image is not None and self.views is not None:
+                key = row.pop(ROW_KEY) if ROW_KEY in row else row_key(image)
+                image = make_view(image, self.views, key, view)
+            row[self.image_column] = image
         return rows
 
 
@@ -96,7 +131,7 @@ def build_image_processor(
 
 
 def pixel_values(
-    images: Sequence[PIL.Image.Image], processors: Mapping[str, BaseImageProcessor]
+    images: Sequence[PIL.Image.Image | torch.Tensor], processors: Mapping[str, BaseImageProcessor]
 ) -> dict[str, torch.Tensor]:
     """The batch (N, channels, H, W) that each image processor makes of the images. Processors with the same settings
     share one tensor."""

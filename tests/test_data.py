@@ -388,14 +388,17 @@ def test_string_labels_where_the_splits_have_other_columns_besides(tmp_path):
 # Validation split
 
 
-def test_the_validation_split_is_stratified_disjoint_and_announced(tmp_path, caplog):
+@pytest.mark.parametrize("seed", [3, 4, 5])
+def test_the_validation_split_is_stratified_disjoint_and_announced(seed, tmp_path, caplog):
     labels = [0] * 60 + [1] * 30 + [2] * 10
     source = save(tmp_path, train=table(labels, ClassLabel(names=ANIMALS)), test=table([0], ClassLabel(names=ANIMALS)))
-    splits = load_image_dataset(source, validation_fraction=0.2, seed=3)
+    splits = load_image_dataset(source, validation_fraction=0.2, seed=seed)
     assert Counter(splits["validation"]["label"][:]) == {0: 12, 1: 6, 2: 2}
     assert sorted(numbers(splits["train"]) + numbers(splits["validation"])) == list(range(100))
     assert all(labels[n] == label for n, label in zip(numbers(splits["train"]), splits["train"]["label"]))
-    assert "has no validation split: a stratified 20 of its 100 training images become one (seed 3)" in caplog.text
+    assert (
+        f"has no validation split: a stratified 20 of its 100 training images become one (seed {seed})" in caplog.text
+    )
     assert "drawn at random" not in caplog.text
 
 

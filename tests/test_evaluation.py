@@ -9,13 +9,14 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features, Image, List, Value
+from datasets import ClassLabel, Dataset, Features, Image, List, Value, concatenate_datasets
 from sklearn.metrics import accuracy_score, log_loss, top_k_accuracy_score
 from transformers import EvalPrediction, ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
 import hf_ibdistill
 from hf_ibdistill import IBViTConfig, IBViTForImageClassification, evaluate_model, predict
 from hf_ibdistill.evaluation import ExpectedCalibrationError, classification_metrics, compute_metrics
+from hf_ibdistill.logits.encoding import LogitsEncoding
 
 
 NAMES = ["cat", "dog", "owl"]
@@ -94,6 +95,14 @@ def test_calibration_error_by_hand():
     logits = np.array([[100.0, 0.0]] * 4, np.float32)
     metrics = classification_metrics(logits, np.array([0, 0, 0, 1]))
     assert metrics["expected_calibration_error"] == pytest.approx(0.25, abs=1e-6)
+
+
+def test_a_confidence_on_the_edge_of_two_bins_belongs_to_the_lower():
+    # One row of confidence 1/2, wrong, and one of 3/4, right: in one bin their gaps would cancel in part.
+    logits = np.array([[0, 0], [np.log(3), 0]], np.float32)
+    metric = ExpectedCalibrationError(keep_in_memory=True)
+    error = metric.compute(predictions=logits, references=np.array([1, 0]), num_bins=2)["expected_calibration_error"]
+    assert error == pytest.approx((1 / 2 + 1 / 4) / 2, abs=1e-6)
 
 
 def test_ties_are_not_counted_as_right():
@@ -234,6 +243,12 @@ def test_there_are_no_teacher_logits_where_a_column_is_missing():
     assert "teacher_logits" not in outputs
 
 
+def test_logits_of_views_are_not_taken_for_logits_of_the_image():
+    feature = LogitsEncoding("float32").feature(num_classes=3, num_views=2)
+    dataset = table().add_column("conv_logits", np.zeros((11, 2, 3)).tolist(), feature=feature)
+    assert "teacher_logits" not in predict(student(teacher_names=("conv",)), PROCESSOR, dataset)
+
+
 def test_agreement_with_stored_teachers():
     model, dataset = student(teacher_names=("conv", "inv")), table(logits=["conv", "inv"])
     metrics = evaluate_model(model, PROCESSOR, dataset, batch_size=4)
@@ -254,8 +269,11 @@ def test_columns_of_other_names_are_found_or_given():
     expected = predict(model, PROCESSOR, dataset)["logits"]
     renamed = table(image_column="scan", label_column="kind").add_column("width", [8] * 11)
     np.testing.assert_array_equal(predict(model, PROCESSOR, renamed)["logits"], expected)
-    given = predict(model, PROCESSOR, renamed, image_column="scan", label_column="kind")
+    # "image" and "label" would be found; the ones given count.
+    both = concatenate_datasets([dataset.select(range(10, -1, -1)), renamed], axis=1)
+    given = predict(model, PROCESSOR, both, image_column="scan", label_column="kind")
     np.testing.assert_array_equal(given["logits"], expected)
+    np.testing.assert_array_equal(given["labels"], dataset["label"][:])
 
 
 def test_other_image_modes_are_converted():

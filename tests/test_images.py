@@ -11,6 +11,8 @@ from datasets import Dataset, Features, Image, List, Value, load_from_disk
 from transformers import ConvNextImageProcessor, ViTImageProcessor
 
 from hf_ibdistill.images import ImageRows, build_image_processor, decode_image, pixel_values
+from hf_ibdistill.logits.encoding import LogitsEncoding
+from hf_ibdistill.logits.views import ViewRecipe, make_view, row_key
 
 
 def random_pixels(*shape):
@@ -122,7 +124,7 @@ def test_cameras_orientation_is_applied(orientation):
 def test_unreadable_images_are_explained_and_their_row_named(cell, message):
     with pytest.raises(ValueError, match=message):
         decode_image(cell)
-    rows = ImageRows(table([grey(0), grey(1), cell, grey(3)]), "image")
+    rows = ImageRows(table([grey(0), grey(1), cell, grey(3)]), "image", ["row"])
     with pytest.raises(ValueError, match=f"Row 2: .*{message}"):
         rows[2]
     with pytest.raises(ValueError, match="Row 2: "):
@@ -160,7 +162,7 @@ def test_damaged_files_give_an_image_or_the_documented_error(format):
 
 def test_unreadable_images_can_be_skipped():
     cells = [grey(10), UNREADABLE, None, {"bytes": None, "path": "gone.png"}, grey(40)]
-    rows = ImageRows(table(cells), "image", skip_unreadable=True).__getitems__(range(5))
+    rows = ImageRows(table(cells), "image", ["row"], skip_unreadable=True).__getitems__(range(5))
     assert [row["image"] and row["image"].getpixel((0, 0))[0] for row in rows] == [10, None, None, None, 40]
     assert [row["row"] for row in rows] == [0, 1, 2, 3, 4]
 
@@ -178,7 +180,7 @@ def test_images_in_files_are_read(tmp_path):
 
 def test_rows_are_those_of_the_table_after_shuffle_and_select():
     dataset = table([grey(20 * i) for i in range(10)]).shuffle(seed=1).select([7, 2, 2, 9, 0])
-    rows = ImageRows(dataset, "image")
+    rows = ImageRows(dataset, "image", ["row"])
     assert len(rows) == 5
     assert [rows[i]["row"] for i in range(5)] == dataset["row"][:]
     order = [4, 0, 0, 3]
@@ -194,21 +196,28 @@ def test_errors_count_rows_as_the_given_table_does():
         ImageRows(dataset, "image")[3]
 
 
+def test_rows_hold_the_image_and_the_columns_that_were_asked_for():
+    dataset = table([grey(0), grey(1)], conv_logits=np.zeros((2, 5), np.float16))
+    assert ImageRows(dataset, "image")[0].keys() == {"image"}
+    assert ImageRows(dataset, "image", ["row"])[0].keys() == {"image", "row"}
+    assert ImageRows(dataset, "image", [], ["conv_logits"], 5)[0].keys() == {"image", "conv_logits"}
+    # A list column that is not logits comes as it is.
+    assert ImageRows(dataset, "image", ["conv_logits"])[1]["conv_logits"] == [0.0] * 5
+
+
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 @pytest.mark.parametrize("saved", [False, True])
-def test_array_columns_are_the_stored_numbers(dtype, saved, tmp_path):
+def test_logits_columns_are_arrays_of_the_stored_numbers(dtype, saved, tmp_path):
     conv, inv = np.random.default_rng(0).normal(size=(2, 6, 5)).astype(dtype)
     dataset = table([grey(i) for i in range(6)], conv_logits=conv, inv_logits=inv).shuffle(seed=2)
     if saved:
         dataset.save_to_disk(tmp_path / "data")
         dataset = load_from_disk(tmp_path / "data")
-    for row in ImageRows(dataset, "image", ["conv_logits", "inv_logits"]).__getitems__([5, 0, 3]):
-        assert isinstance(row["conv_logits"], np.ndarray)
+    rows = ImageRows(dataset, "image", ["row"], ["inv_logits", "conv_logits"], 5)
+    for row in rows.__getitems__([5, 0, 3]):
+        assert isinstance(row["conv_logits"], np.ndarray) and row["conv_logits"].dtype == dtype
         np.testing.assert_array_equal(row["conv_logits"], conv[row["row"]])
         np.testing.assert_array_equal(row["inv_logits"], inv[row["row"]])
-    # Columns that were not asked for come as they are.
-    row = ImageRows(dataset, "image", ["inv_logits"])[1]
-    assert isinstance(row["conv_logits"], list) and row["conv_logits"] == conv[row["row"]].tolist()
 
 
 def test_a_data_set_with_a_transform_is_refused():
@@ -217,22 +226,76 @@ def test_a_data_set_with_a_transform_is_refused():
     with pytest.raises(ValueError, match=r"has a transform of its own. Remove it \(dataset.reset_format\(\)\)"):
         ImageRows(dataset, "image")
     dataset.reset_format()
-    assert ImageRows(dataset, "image")[0]["row"] == 0
+    assert ImageRows(dataset, "image", ["row"])[0]["row"] == 0
 
 
 def test_the_data_sets_format_neither_matters_nor_changes():
     dataset = table([grey(50), grey(60)]).with_format("torch", columns=["row"])
-    row = ImageRows(dataset, "image")[1]
+    row = ImageRows(dataset, "image", ["row"])[1]
     assert row["row"] == 1 and row["image"].getpixel((0, 0)) == (60, 60, 60)
     assert dataset.format["type"] == "torch" and dataset.format["columns"] == ["row"]
 
 
 def test_workers_read_the_same_rows():
-    rows = ImageRows(table([grey(20 * i) for i in range(5)]), "image")
+    rows = ImageRows(table([grey(20 * i) for i in range(5)]), "image", ["row"])
     loader = torch.utils.data.DataLoader(rows, batch_size=2, num_workers=1, collate_fn=list)
     assert [(row["row"], row["image"].getpixel((0, 0))[0]) for batch in loader for row in batch] == [
         (i, 20 * i) for i in range(5)
     ]
+
+
+# Views
+
+
+RECIPE = ViewRecipe(num_views=3, crop="pad", horizontal_flip=0.5, photometric_ops=1)
+
+
+def random_images(number):
+    random = np.random.default_rng(0)
+    return [PIL.Image.fromarray(random.integers(0, 256, (8, 8, 3), dtype=np.uint8)) for _ in range(number)]
+
+
+def test_the_epoch_chooses_the_view_and_its_logits():
+    images = random_images(4)
+    logits = np.random.default_rng(1).normal(size=(4, 3, 5)).astype(np.float32)
+    dataset = table([encoded(image) for image in images])
+    feature = LogitsEncoding("float32").feature(num_classes=5, num_views=3)
+    dataset = dataset.add_column("conv_logits", logits.tolist(), feature=feature).shuffle(seed=1)
+    rows = ImageRows(dataset, "image", ["row"], ["conv_logits"], 5, views=RECIPE)
+    seen = set()
+    for epoch in range(5):
+        rows.set_epoch(epoch)
+        for row in rows.__getitems__([2, 0, 3]):
+            image = images[row["row"]]
+            assert torch.equal(row["image"], make_view(image, RECIPE, row_key(image), epoch % 3))
+            np.testing.assert_array_equal(row["conv_logits"], logits[row["row"], epoch % 3])
+            seen.add(row["image"].numpy().tobytes())
+    assert len(seen) == 3 * 3
+
+
+def test_a_stored_key_counts_even_where_the_pixels_have_changed():
+    images = random_images(2)
+    dataset = table([encoded(image) for image in images])
+    dataset = dataset.add_column("row_key", [7, 2**64 - 1], feature=Value("uint64"))
+    for image, key, row in zip(images, (7, 2**64 - 1), ImageRows(dataset, "image", ["row"], views=RECIPE)):
+        assert row.keys() == {"image", "row"}
+        assert torch.equal(row["image"], make_view(image, RECIPE, key, 0))
+
+
+def test_a_new_epoch_reaches_workers_that_are_already_running():
+    images = random_images(2)
+    rows = ImageRows(table([encoded(image) for image in images]), "image", views=RECIPE)
+    loader = torch.utils.data.DataLoader(rows, num_workers=1, persistent_workers=True, collate_fn=list)
+    for epoch in (0, 1, 2):
+        rows.set_epoch(epoch)
+        views = [row["image"] for batch in loader for row in batch]
+        for image, view in zip(images, views):
+            assert torch.equal(view, make_view(image, RECIPE, row_key(image), epoch))
+
+
+def test_unreadable_images_have_no_view():
+    rows = ImageRows(table([grey(1), UNREADABLE]), "image", views=RECIPE, skip_unreadable=True)
+    assert rows[0]["image"].shape == (3, 2, 2) and rows[1]["image"] is None
 
 
 # Image processors

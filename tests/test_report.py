@@ -79,8 +79,9 @@ def test_plots_show_every_image(images, tmp_path):
     assert (np.diff(columns.astype(int)) == 1).sum() == images
 
 
-def test_wrong_predictions_stand_out(tmp_path):
+@pytest.mark.parametrize("wrong_names", [["dog", "dog"], ["cat", "cat"]], ids=["first image", "second image"])
+def test_wrong_predictions_stand_out(wrong_names, tmp_path):
     right = {"class": ["cat", "dog"], "conv": ["cat", "dog"]}
-    wrong = {"class": ["cat", "dog"], "conv": ["cat", "cat"]}
+    wrong = {"class": ["cat", "dog"], "conv": wrong_names}
     assert count(draw(tmp_path / "right.png", images=2, predictions=right), CRIMSON) == 0
     assert count(draw(tmp_path / "wrong.png", images=2, predictions=wrong), CRIMSON) > 20

@@ -174,3 +174,10 @@ def test_the_hash_tells_types_and_places_apart():
     flipped = teacher.weights_sha256()
     model.double()
     assert len({before, flipped, teacher.weights_sha256()}) == 3
+
+
+def test_the_hash_tells_names_and_shapes_apart():
+    numbers = torch.arange(6.0)
+    tensors = [{"a": numbers}, {"b": numbers}, {"a": numbers.view(2, 3)}, {"a": numbers[:3], "b": numbers[3:]}]
+    hashes = [Teacher("a", torch.nn.ParameterDict(tensors), PROCESSOR).weights_sha256() for tensors in tensors]
+    assert len(set(hashes)) == len(tensors)

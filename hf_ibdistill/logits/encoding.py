@@ -1,11 +1,117 @@
-"""Logits ↔ Arrow columns."""
+"""Logits ↔ Arrow columns: dense, or the k largest with what the others sum up to."""
+
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset, List, Value
+from datasets import Dataset, Features, List, Value
 
 
 DTYPES = ("float16", "float32")
+ROW_KEY = "row_key"
+
+
+@dataclass(frozen=True)
+class LogitsEncoding:
+    """How a row's logits are stored.
+
+    Dense: every logit. Top-k: the k largest as differences from the largest (a softmax at any temperature sees nothing
+    else, and differences keep more digits), their class ids, and the log-sum-exp of all others, relative to the largest
+    too. So the stored classes' probabilities are exact to the stored precision, and the rest of the mass is spread
+    evenly over the other classes, not dropped.
+
+    Args:
+        dtype: `"float16"` or `"float32"`.
+        top_k: k, or `None` for dense.
+
+    Raises:
+        ValueError: another dtype, or a k below 2.
+    """
+
+    dtype: str = "float16"
+    top_k: int | None = None
+
+    def __post_init__(self):
+        if self.dtype not in DTYPES:
+            raise ValueError(f'Logits are stored as {" or ".join(DTYPES)}; got "{self.dtype}".')
+        if self.top_k is not None and self.top_k < 2:
+            raise ValueError(f"top_k is at least 2; got {self.top_k}.")
+
+    def to_dict(self) -> dict:
+        """The encoding as JSON takes it."""
+        return asdict(self)
+
+    def feature(self, num_classes: int, num_views: int | None):
+        """The column's type: one encoding a row, or, with views, a list of `num_views` of them.
+
+        Raises:
+            ValueError: top-k of as many classes as there are, or more.
+        """
+
+        def a_list(dtype, length):
+            one = List(Value(dtype), length=length)
+            return one if num_views is None else List(one, length=num_views)
+
+        if self.top_k is None:
+            return a_list(self.dtype, num_classes)
+        if self.top_k >= num_classes:
+            raise ValueError(
+                f"top_k must be smaller than the number of classes ({num_classes}); got {self.top_k}. Leave it out to "
+                "store every logit."
+            )
+        # The largest logit's difference from itself is 0 and not stored.
+        return {
+            "class_ids": a_list("uint16" if num_classes <= 2**16 else "uint32", self.top_k),
+            "differences": a_list(self.dtype, self.top_k - 1),
+            "rest": a_list(self.dtype, 1),
+        }
+
+    def encode(self, logits: np.ndarray, views: bool = False) -> pa.Array:
+        """(N, C), or with `views` (N, V, C), → an Arrow array of `feature`'s type.
+
+        Raises:
+            NonFiniteLogitsError: a logit is NaN or infinite, or becomes infinite in the stored type.
+        """
+        self._check_finite(logits)
+        num_classes = logits.shape[-1]
+        feature = self.feature(num_classes, logits.shape[1] if views else None)
+        arrow_type = Features({"column": feature}).arrow_schema.field("column").type
+        if self.top_k is None:
+            return _to_arrow(logits.astype(self.dtype), arrow_type)
+        logits = logits.astype(np.float32)
+        ids = np.argpartition(-logits, self.top_k - 1, axis=-1)[..., : self.top_k]
+        # Equal logits keep the order of their classes, so that the same logits always give the same bytes.
+        ids = np.take_along_axis(ids, np.lexsort((ids, -np.take_along_axis(logits, ids, -1)), axis=-1), -1)
+        values = np.take_along_axis(logits, ids, -1)
+        others = logits - values[..., :1]
+        np.put_along_axis(others, ids, -np.inf, axis=-1)
+        rest = np.logaddexp.reduce(others, axis=-1, keepdims=True)
+        parts = {
+            "class_ids": ids.astype(np.uint16 if num_classes <= 2**16 else np.uint32),
+            "differences": (values[..., 1:] - values[..., :1]).astype(self.dtype),
+            "rest": rest.astype(self.dtype),
+        }
+        fields = list(arrow_type)
+        return pa.StructArray.from_arrays([_to_arrow(parts[f.name], f.type) for f in fields], fields=fields)
+
+    def _check_finite(self, logits):
+        flat = logits.reshape(len(logits), -1)
+        # Half of it for top-k, which stores differences of two logits.
+        limit = np.finfo(self.dtype).max / (1 if self.top_k is None else 2)
+        bad = np.flatnonzero(~(np.abs(flat) <= limit).all(axis=1))
+        if len(bad):
+            raise NonFiniteLogitsError(bad, fits_wider=bool(np.isfinite(flat).all()))
+
+
+class NonFiniteLogitsError(ValueError):
+    """Some rows' logits are NaN or infinite. `rows` counts from the first row of the encoded array."""
+
+    def __init__(self, rows: np.ndarray, fits_wider: bool):
+        self.rows = rows
+        self.advice = 'they fit into dtype="float32"' if fits_wider else "check the teacher and these images"
+        super().__init__(
+            f"Logits are NaN or infinite in {len(rows)} rows (first {rows[:10].tolist()}): {self.advice}."
+        )
 
 
 def column_name(teacher_name: str) -> str:
@@ -13,42 +119,75 @@ def column_name(teacher_name: str) -> str:
     return f"{teacher_name}_logits"
 
 
-def dense_feature(num_classes: int, dtype: str = "float16") -> List:
-    """The type of a dense logits column: a list of `num_classes` numbers a row.
-
-    Raises:
-        ValueError: `dtype` is neither `"float16"` nor `"float32"`.
-    """
-    if dtype not in DTYPES:
-        raise ValueError(f'Logits are stored as {" or ".join(DTYPES)}; got "{dtype}".')
-    return List(Value(dtype), length=num_classes)
-
-
-def encode_dense(logits: np.ndarray, dtype: str = "float16") -> pa.FixedSizeListArray:
-    """(N, classes) → an Arrow column of `dense_feature`'s type.
-
-    Raises:
-        ValueError: a logit is NaN or infinite, or becomes infinite in `dtype`; the message tells the rows, counted from
-            the array's first.
-    """
-    with np.errstate(over="ignore"):
-        encoded = np.ascontiguousarray(logits, dtype=dtype)
-    bad = np.flatnonzero(~np.isfinite(encoded).all(axis=1))
-    if len(bad):
-        raise NonFiniteLogitsError(bad, fits_wider=bool(np.isfinite(logits).all()))
-    return pa.FixedSizeListArray.from_arrays(pa.array(encoded.reshape(-1)), logits.shape[1])
-
-
-class NonFiniteLogitsError(ValueError):
-    """Some rows' logits are NaN or infinite. `rows` counts from the first row of the encoded array."""
-
-    def __init__(self, rows: np.ndarray, fits_wider: bool):
-        self.rows, self.fits_wider = rows, fits_wider
-        advice = 'they fit into dtype="float32"' if fits_wider else "check the teacher and these images"
-        super().__init__(f"Logits are NaN or infinite in {len(rows)} rows (first {rows[:10].tolist()}): {advice}.")
-
-
 def recorded_teachers(dataset: Dataset) -> list[str]:
     """The names of the teachers whose logits the table holds."""
     suffix = column_name("")
     return [name.removesuffix(suffix) for name in dataset.column_names if name.endswith(suffix)]
+
+
+def describe_column(feature) -> tuple[LogitsEncoding, int | None, int | None]:
+    """The encoding, the number of views (`None` without views) and the number of classes (`None` for top-k, which does
+    not say) of a logits column.
+
+    Raises:
+        ValueError: the column is of another type.
+    """
+    is_top_k = isinstance(feature, dict) and set(feature) == {"class_ids", "differences", "rest"}
+    inner = feature["class_ids"] if is_top_k else feature
+    num_views = None
+    if isinstance(inner, List) and isinstance(inner.feature, List):
+        num_views, inner = inner.length, inner.feature
+    if not isinstance(inner, List) or not isinstance(inner.feature, Value) or inner.length < 1 or num_views == -1:
+        raise ValueError(f"not a list of a fixed number of logits but {feature}")
+    if not is_top_k:
+        return LogitsEncoding(inner.feature.dtype), num_views, inner.length
+    rest = feature["rest"].feature
+    return LogitsEncoding((rest if num_views is None else rest.feature).dtype, inner.length), num_views, None
+
+
+def decode(column: pa.Array | pa.ChunkedArray, num_classes: int, view: int | None = None) -> np.ndarray:
+    """A batch of rows of a logits column → (N, C) in its stored type; of a column with views, view number `view`.
+
+    Top-k logits come back relative to the row's largest, the classes that were not stored at the same value, at which
+    their probabilities sum up to the stored rest.
+    """
+    if isinstance(column, pa.ChunkedArray):
+        column = column.combine_chunks()
+    if not pa.types.is_struct(column.type):
+        return _to_numpy(column, view)
+    ids, differences, rest = (_to_numpy(column.field(name), view) for name in ("class_ids", "differences", "rest"))
+    logits = np.empty((len(ids), num_classes), dtype=np.float32)
+    logits[:] = rest.astype(np.float32) - np.log(num_classes - ids.shape[1])
+    stored = np.concatenate([np.zeros((len(ids), 1), np.float32), differences.astype(np.float32)], axis=1)
+    np.put_along_axis(logits, ids.astype(np.int64), stored, axis=1)
+    return logits
+
+
+def concatenate_views(first: pa.Array | pa.ChunkedArray, second: pa.Array) -> pa.Array:
+    """Two columns with views of the same rows → one with the first's views and then the second's, bit for bit."""
+    if isinstance(first, pa.ChunkedArray):
+        first = first.combine_chunks()
+    if pa.types.is_struct(first.type):
+        names = [field.name for field in first.type]
+        return pa.StructArray.from_arrays(
+            [concatenate_views(first.field(name), second.field(name)) for name in names], names=names
+        )
+    joined = np.concatenate([_to_numpy(first, None), _to_numpy(second, None)], axis=1)
+    return _to_arrow(joined, None)
+
+
+def _to_arrow(array, arrow_type=None):
+    """A numpy array of 2 or 3 dimensions → nested lists of fixed lengths, without a copy where the type is the same."""
+    nested = pa.array(np.ascontiguousarray(array).reshape(-1))
+    for length in reversed(array.shape[1:]):
+        nested = pa.FixedSizeListArray.from_arrays(nested, length)
+    return nested if arrow_type is None else nested.cast(arrow_type)
+
+
+def _to_numpy(array, view):
+    shape = []
+    while pa.types.is_fixed_size_list(array.type):
+        shape.append(array.type.list_size)
+        array = array.flatten()
+    values = array.to_numpy(zero_copy_only=False).reshape(-1, *shape)
+    return values if view is None else values[:, view]

@@ -13,36 +13,38 @@ from datasets import Dataset
 
 from ..data import name_difference
 from ..teachers import Teacher
-from .encoding import column_name, recorded_teachers
+from .encoding import LogitsEncoding, column_name, decode, describe_column, recorded_teachers
+from .views import ViewRecipe
 
 
 _FORMAT = "hf_ibdistill/1"
 _LIBRARIES = ("torch", "torchvision", "transformers", "datasets", "hf_ibdistill")
 
 
-def describe_teacher(teacher: Teacher) -> dict:
-    """What identifies a teacher: where it came from, a hash of its weights, configuration, preprocessing, classes."""
+def describe_teacher(teacher: Teacher, encoding: LogitsEncoding) -> dict:
+    """What identifies a teacher's column: where the teacher came from, a hash of its weights, its configuration,
+    preprocessing and classes, and how its logits are stored."""
     config = teacher.model.config
-    processor = json.loads(teacher.image_processor.to_json_string())
     return {
         "name": teacher.name,
         "source": config.name_or_path or None,
         "revision": getattr(config, "_commit_hash", None),
         "weights_sha256": teacher.weights_sha256(),
         "config": json.loads(config.to_json_string(use_diff=True)),
-        "image_processor": processor,
+        "image_processor": json.loads(teacher.image_processor.to_json_string()),
         "num_labels": config.num_labels,
         "label_names": teacher.class_names,
+        "encoding": encoding.to_dict(),
     }
 
 
-def build_record(teachers: Sequence[Teacher], dataset: dict, encoding: dict) -> dict:
-    """The whole record: teachers, data set, encoding and library versions."""
+def build_record(teachers: Sequence[dict], dataset: dict, views: ViewRecipe | None) -> dict:
+    """The whole record: described teachers, data set, view recipe and library versions."""
     return {
         "format": _FORMAT,
-        "teachers": [describe_teacher(teacher) for teacher in teachers],
+        "teachers": list(teachers),
         "dataset": dataset,
-        "encoding": encoding,
+        "views": None if views is None else views.to_dict(),
         "versions": {name: version(name) for name in _LIBRARIES},
     }
 
@@ -67,6 +69,29 @@ def read_records(dataset: Dataset) -> list[dict]:
     return records
 
 
+def stored_views(dataset: Dataset) -> ViewRecipe | None:
+    """The recipe of the views whose logits the table holds; `None` if they are about the images as they are.
+
+    Raises:
+        ValueError: parts of the table hold different views, or the columns have views and the table has no record.
+    """
+    recipes = [record["views"] for record in read_records(dataset)]
+    if any(recipe != recipes[0] for recipe in recipes):
+        raise ValueError(
+            f"The table was put together from recordings of different views: {recipes}. Train on one kind."
+        )
+    recipe = ViewRecipe(**recipes[0]) if recipes and recipes[0] is not None else None
+    for name in recorded_teachers(dataset):
+        num_views = describe_column(dataset.features[column_name(name)])[1]
+        expected = None if recipe is None else recipe.num_views
+        if num_views != expected:
+            raise ValueError(
+                f'The column "{column_name(name)}" holds {num_views or "no"} views a row; the table\'s provenance says '
+                f"{expected or 'none'}. Views can only be made again from the provenance that recording leaves."
+            )
+    return recipe
+
+
 def record_differences(expected: dict, found: dict) -> list[str]:
     """What differs between two records, a line each. Library versions may differ."""
     lines = []
@@ -75,14 +100,21 @@ def record_differences(expected: dict, found: dict) -> list[str]:
     if names != found_names:
         lines.append(f"teachers: {found_names} instead of {names}")
     for teacher, other in zip(expected["teachers"], found["teachers"]):
-        for key in ("weights_sha256", "image_processor", "label_names"):
-            if teacher[key] != other[key]:
-                lines.append(f'teacher "{teacher["name"]}": {key} {other[key]} instead of {teacher[key]}')
-    for part in ("dataset", "encoding"):
-        for key in sorted({*expected[part], *found[part]}):
-            if expected[part].get(key) != found[part].get(key):
-                lines.append(f"{part}: {key} {found[part].get(key)} instead of {expected[part].get(key)}")
+        for key in teacher_differences(teacher, other):
+            lines.append(f'teacher "{teacher["name"]}": {key} {other[key]} instead of {teacher[key]}')
+    for part in ("dataset", "views"):
+        ours, theirs = expected[part] or {}, found[part] or {}
+        for key in sorted({*ours, *theirs}):
+            if ours.get(key) != theirs.get(key):
+                lines.append(f"{part}: {key} {theirs.get(key)} instead of {ours.get(key)}")
     return lines
+
+
+def teacher_differences(teacher: dict, other: dict) -> list[str]:
+    """The parts in which two described teachers would give other columns."""
+    return [
+        key for key in ("weights_sha256", "image_processor", "label_names", "encoding") if teacher[key] != other[key]
+    ]
 
 
 def has_default_names(label_names: Sequence[str]) -> bool:
@@ -110,8 +142,8 @@ def check_columns(dataset: Dataset, teacher_names: Sequence[str], label_names: S
     """Check, before training, that the table holds these teachers' logits over these classes.
 
     Raises:
-        ValueError: a column is missing, has another number of classes or numbers that are not finite, or its teacher knew
-            other classes.
+        ValueError: a column is missing, has another number of classes or numbers that are not finite, its teacher knew
+            other classes, or its views do not fit the table's provenance.
     """
     recorded = [column_name(name) for name in recorded_teachers(dataset)]
     for name in teacher_names:
@@ -122,30 +154,43 @@ def check_columns(dataset: Dataset, teacher_names: Sequence[str], label_names: S
                 f"{', '.join(recorded) or 'none'}). Record it with record_teacher_logits, or pass teachers={{...}} to "
                 "run the teachers while training."
             )
-        length = getattr(dataset.features[column], "length", None)
-        if length != len(label_names):
-            raise ValueError(
-                f'The column "{column}" holds {dataset.features[column]}; a list of {len(label_names)} numbers, one '
-                "for each class of the student, is needed."
-            )
-        _check_finite(dataset, column)
+        _check_column(dataset, column, len(label_names))
+    stored_views(dataset)
     for record in read_records(dataset):
         for teacher in record["teachers"]:
             if teacher["name"] in teacher_names:
                 check_class_names(teacher["label_names"], label_names, f'the teacher "{teacher["name"]}"')
 
 
-def _check_finite(dataset, column):
+def _check_column(dataset, column, num_classes):
+    needed = f"logits of the student's {num_classes} classes are needed"
+    try:
+        encoding, num_views, column_classes = describe_column(dataset.features[column])
+    except ValueError as error:
+        raise ValueError(f'The column "{column}" holds {error}; {needed}.') from error
+    if encoding.top_k is None and column_classes != num_classes:
+        raise ValueError(f'The column "{column}" holds logits of {column_classes} classes; {needed}.')
     bad, start = [], 0
-    for batch in dataset.select_columns([column]).with_format("arrow").iter(batch_size=4096):
+    for batch in dataset.select_columns([column]).with_format("arrow").iter(batch_size=1024):
         values = batch[column].combine_chunks()
-        logits = values.flatten().to_numpy(zero_copy_only=False)
-        if values.null_count or not np.isfinite(logits).all():
-            rows = values.to_pylist()
-            bad += [start + i for i, row in enumerate(rows) if row is None or not np.isfinite(row).all()]
+        finite = ~np.asarray(values.is_null())
+        if finite.all():
+            if encoding.top_k is not None and _largest_class_id(values) >= num_classes:
+                raise ValueError(f'The column "{column}" names class {_largest_class_id(values)}; {needed}.')
+            for view in range(num_views or 1):
+                logits = decode(values, num_classes, None if num_views is None else view)
+                finite &= np.isfinite(logits).all(axis=1)
+        bad += (start + np.flatnonzero(~finite)).tolist()
         start += len(values)
     if bad:
         raise ValueError(
             f'The column "{column}" has missing, NaN or infinite logits in {len(bad)} rows (first {bad[:10]}). '
             "Record them again, or leave these rows out."
         )
+
+
+def _largest_class_id(values) -> int:
+    ids = values.field("class_ids")
+    while hasattr(ids.type, "list_size"):
+        ids = ids.flatten()
+    return int(ids.to_numpy().max())

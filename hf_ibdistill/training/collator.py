@@ -46,7 +46,7 @@ class DistillationCollator:
         }
         if self.logits_columns and all(column in rows[0] for column in self.logits_columns):
             logits = [np.stack([row[column] for row in rows]) for column in self.logits_columns]
-            batch["teacher_logits"] = torch.from_numpy(np.stack(logits, axis=1)).float()
+            batch["teacher_logits"] = torch.from_numpy(np.stack(logits, axis=1).astype(np.float32))
         if tensors:
             batch["teacher_pixel_values"] = tensors
         return batch

@@ -11,7 +11,8 @@ from ..data import class_names, find_columns
 from ..evaluation import compute_metrics
 from ..images import ImageRows
 from ..logits.encoding import column_name
-from ..logits.provenance import check_class_names, check_columns
+from ..logits.provenance import check_class_names, check_columns, stored_views
+from ..logits.views import ViewRecipe
 from ..teachers import TeacherLike, load_teachers
 from .arguments import DistillationArguments
 from .collator import DistillationCollator
@@ -29,6 +30,7 @@ class ImageClassificationTrainer(Trainer):
         train_dataset, eval_dataset: tables with an image and a `ClassLabel` column, found unless named.
         processing_class: the model's image processor, saved with every checkpoint.
         image_column, label_column: columns of the tables.
+        views: train on these views of the images, number `epoch` of each; evaluation sees the images as they are.
         kwargs: as for `Trainer`.
 
     Raises:
@@ -45,8 +47,10 @@ class ImageClassificationTrainer(Trainer):
         processing_class: BaseImageProcessor | None = None,
         image_column: str | None = None,
         label_column: str | None = None,
+        views: ViewRecipe | None = None,
         **kwargs,
     ):
+        self.views = views
         if processing_class is None:
             raise ValueError("The trainer needs the model's image processor: processing_class=image_processor.")
         evaluated = eval_dataset if isinstance(eval_dataset, dict) else {"evaluation": eval_dataset}
@@ -86,7 +90,18 @@ class ImageClassificationTrainer(Trainer):
 
     # The hook by which `Trainer` prepares every table for its data loader.
     def _remove_unused_columns(self, dataset: Dataset, description: str | None = None) -> ImageRows:
-        return ImageRows(dataset.select_columns([self.image_column, self.label_column]), self.image_column)
+        is_training = description == "Training"
+        return ImageRows(
+            dataset,
+            self.image_column,
+            [self.label_column],
+            self._logits_columns(dataset, is_training),
+            self.model.config.num_labels,
+            self.views if is_training else None,
+        )
+
+    def _logits_columns(self, dataset: Dataset, is_training: bool) -> list[str]:
+        return []
 
 
 class EnsembleDistillationTrainer(ImageClassificationTrainer):
@@ -160,6 +175,13 @@ class EnsembleDistillationTrainer(ImageClassificationTrainer):
             teacher.model.to(self.args.device)
         if self.train_dataset is not None and not self.teachers:
             check_columns(self.train_dataset, self.teacher_names, label_names)
+            recorded = stored_views(self.train_dataset)
+            if self.views is not None and self.views != recorded:
+                raise ValueError(
+                    f"The table holds logits of other views: {recorded} instead of {self.views}. Leave `views` out to "
+                    "train on the recorded ones, or record these."
+                )
+            self.views = recorded
         self._loss_terms = torch.zeros(2 + len(self.teacher_names), dtype=torch.float64)
 
     def _build_collator(self, image_processor, image_column, label_column):
@@ -167,11 +189,12 @@ class EnsembleDistillationTrainer(ImageClassificationTrainer):
         names = [] if self.teachers else self.teacher_names
         return DistillationCollator(image_processor, image_column, label_column, names, processors)
 
-    def _remove_unused_columns(self, dataset: Dataset, description: str | None = None) -> ImageRows:
-        logits = [column_name(name) for name in self.teacher_names]
-        logits = [] if self.teachers else [column for column in logits if column in dataset.column_names]
-        columns = [self.image_column, self.label_column, *logits]
-        return ImageRows(dataset.select_columns(columns), self.image_column, array_columns=logits)
+    def _logits_columns(self, dataset: Dataset, is_training: bool) -> list[str]:
+        columns = [column_name(name) for name in self.teacher_names]
+        if self.teachers or not set(columns) <= set(dataset.column_names):
+            return []
+        # Evaluation sees images as they are, of which logits of views say nothing.
+        return columns if is_training or stored_views(dataset) is None else []
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The mean over the rows of the batch, scaled so that the steps of an accumulated batch, over all processes, add

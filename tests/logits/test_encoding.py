@@ -1,49 +1,160 @@
+import math
+
 import numpy as np
 import pyarrow as pa
 import pytest
-from datasets import Dataset, Features, List, Value, load_from_disk
+from datasets import Dataset, Features, Value, load_from_disk
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from hf_ibdistill.logits.encoding import NonFiniteLogitsError, dense_feature, encode_dense, recorded_teachers
+from hf_ibdistill.logits.encoding import (
+    LogitsEncoding,
+    NonFiniteLogitsError,
+    concatenate_views,
+    decode,
+    describe_column,
+    recorded_teachers,
+)
 
 
+def saved(column, feature, folder):
+    """The column in a table that went through a file."""
+    features = Features({"a_logits": feature})
+    Dataset(pa.table({"a_logits": column}).cast(features.arrow_schema)).cast(features).save_to_disk(folder)
+    return load_from_disk(folder)
+
+
+def random_logits(*shape, seed=0, scale=5):
+    return (np.random.default_rng(seed).normal(size=shape) * scale).astype(np.float32)
+
+
+def expected_top_k(row, k):
+    """The stored distribution by hand: the k largest probabilities, and the rest in equal parts."""
+    row = row.astype(np.float64)
+    probabilities = np.exp(row - row.max()) / np.exp(row - row.max()).sum()
+    largest = sorted(range(len(row)), key=lambda i: (-row[i], i))[:k]
+    rest = (1 - probabilities[largest].sum()) / (len(row) - k)
+    return np.array([probabilities[i] if i in largest else rest for i in range(len(row))])
+
+
+def softmax(logits):
+    logits = logits.astype(np.float64)
+    exponentials = np.exp(logits - logits.max(-1, keepdims=True))
+    return exponentials / exponentials.sum(-1, keepdims=True)
+
+
+@pytest.mark.parametrize("num_views", [None, 1, 3])
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_dense_round_trip_through_a_saved_table(dtype, tmp_path):
-    logits = np.random.default_rng(0).normal(size=(13, 7)).astype(np.float32) * 5
-    features = Features({"a_logits": dense_feature(7, dtype)})
-    table = pa.table({"a_logits": encode_dense(logits, dtype)}).cast(features.arrow_schema)
-    Dataset(table).cast(features).save_to_disk(tmp_path / "table")
-    loaded = load_from_disk(tmp_path / "table")
-    assert loaded.features["a_logits"] == List(Value(dtype), length=7)
-    # Not through the numpy format, which widens float16.
-    stored = loaded.with_format("arrow")[:]["a_logits"].combine_chunks().flatten().to_numpy()
-    assert stored.dtype == dtype
-    assert np.array_equal(stored.reshape(13, 7), logits.astype(dtype))
+def test_dense_round_trip_through_a_saved_table(dtype, num_views, tmp_path):
+    logits = random_logits(13, *([] if num_views is None else [num_views]), 7)
+    encoding = LogitsEncoding(dtype)
+    table = saved(encoding.encode(logits, num_views is not None), encoding.feature(7, num_views), tmp_path / "t")
+    assert describe_column(table.features["a_logits"]) == (encoding, num_views, 7)
+    rows = [5, 0, 12]
+    for view in [None] if num_views is None else range(num_views):
+        read = decode(table.with_format("arrow")[rows]["a_logits"], 7, view)
+        assert read.dtype == dtype
+        assert np.array_equal(read, (logits if view is None else logits[:, view])[rows].astype(dtype))
 
 
-def test_dense_column_takes_two_bytes_a_class():
-    column = encode_dense(np.zeros((1000, 10), np.float32))
-    assert column.nbytes == 1000 * 10 * 2
+@pytest.mark.parametrize("num_views", [None, 2])
+@pytest.mark.parametrize("k", [2, 5, 19])
+def test_top_k_keeps_the_largest_and_spreads_the_rest(k, num_views, tmp_path):
+    logits = random_logits(11, *([] if num_views is None else [num_views]), 20)
+    encoding = LogitsEncoding("float32", top_k=k)
+    table = saved(encoding.encode(logits, num_views is not None), encoding.feature(20, num_views), tmp_path / "t")
+    assert describe_column(table.features["a_logits"]) == (encoding, num_views, None)
+    for view in [None] if num_views is None else range(num_views):
+        read = decode(table.with_format("arrow")[:]["a_logits"], 20, view)
+        for row, original in zip(softmax(read), logits if view is None else logits[:, view]):
+            np.testing.assert_allclose(row, expected_top_k(original, k), rtol=1e-4, atol=1e-9)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    num_rows=st.integers(1, 5),
+    num_classes=st.integers(3, 40),
+    scale=st.sampled_from([0.0, 0.1, 3.0, 50.0]),
+    seed=st.integers(0, 2**32 - 1),
+    data=st.data(),
+)
+def test_both_encodings_round_trip_for_any_logits(num_rows, num_classes, scale, seed, data):
+    logits = random_logits(num_rows, num_classes, seed=seed, scale=scale)
+    dense = decode(LogitsEncoding().encode(logits), num_classes)
+    assert np.array_equal(dense, logits.astype(np.float16))
+    k = data.draw(st.integers(2, num_classes - 1))
+    read = softmax(decode(LogitsEncoding(top_k=k).encode(logits), num_classes))
+    for row, original in zip(read, logits):
+        # float16 keeps 11 bits of a difference of up to some 100, hence the absolute error of a log-probability.
+        expected = expected_top_k(original, k)
+        error = np.abs(np.log(row + 1e-30) - np.log(expected + 1e-30))
+        assert (error[expected > 1e-12] < 0.001 * (1 + np.ptp(original))).all()
+
+
+def test_decoding_a_slice_equals_slicing_the_decoded():
+    # Arrow slices share their parent's buffers; a reader that forgets the offset reads other rows.
+    logits = random_logits(10, 3, 20)
+    for encoding in (LogitsEncoding(), LogitsEncoding(top_k=4)):
+        column = encoding.encode(logits, views=True)
+        assert np.array_equal(decode(column[4:7], 20, 1), decode(column, 20, 1)[4:7])
+
+
+@pytest.mark.parametrize("encoding", [LogitsEncoding(), LogitsEncoding("float32"), LogitsEncoding(top_k=4)])
+def test_concatenated_views_are_the_bytes_of_encoding_them_together(encoding):
+    logits = random_logits(6, 5, 20)
+    first, second = encoding.encode(logits[:, :2], views=True), encoding.encode(logits[:, 2:], views=True)
+    joined, whole = concatenate_views(first, second), encoding.encode(logits, views=True)
+    assert joined.equals(whole.cast(joined.type))
+
+
+def test_equal_logits_are_stored_in_the_order_of_their_classes():
+    column = LogitsEncoding(top_k=3).encode(np.zeros((1, 6), np.float32))
+    assert column.to_pylist() == [
+        {"class_ids": [0, 1, 2], "differences": [0, 0], "rest": [pytest.approx(math.log(3), rel=1e-3)]}
+    ]
+
+
+def test_bytes_of_a_row():
+    logits = random_logits(100, 1000)
+    assert LogitsEncoding().encode(logits).nbytes == 100 * 2000
+    # Ten ids of two bytes, nine differences of two, the rest in two.
+    assert LogitsEncoding(top_k=10).encode(logits).nbytes == 100 * 40
+
+
+@pytest.mark.parametrize("top_k", [None, 2])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_rows_that_are_not_finite_are_named(value):
-    logits = np.zeros((6, 3), np.float32)
-    logits[[1, 4], 2] = value
+def test_rows_that_are_not_finite_are_named(value, top_k):
+    logits = np.zeros((6, 2, 3), np.float32)
+    logits[1, 0, 2] = logits[4, 1, 0] = value
     with pytest.raises(NonFiniteLogitsError, match=r"2 rows \(first \[1, 4\]\): check the teacher") as error:
-        encode_dense(logits)
+        LogitsEncoding(top_k=top_k).encode(logits, views=True)
     assert error.value.rows.tolist() == [1, 4]
 
 
-def test_logits_too_large_for_float16_are_told_to_use_float32():
-    logits = np.full((2, 3), 1e5, np.float32)
+@pytest.mark.parametrize(("top_k", "value"), [(None, 1e5), (2, 5e4)])
+def test_logits_too_large_for_float16_are_told_to_use_float32(top_k, value):
+    logits = np.array([[value, -value, 0, 1]], np.float32)
     with pytest.raises(NonFiniteLogitsError, match='they fit into dtype="float32"'):
-        encode_dense(logits)
-    assert encode_dense(logits, "float32").to_pylist() == logits.tolist()
+        LogitsEncoding(top_k=top_k).encode(logits)
+    assert np.isfinite(decode(LogitsEncoding("float32", top_k).encode(logits), 4)).all()
 
 
-def test_unknown_dtype():
+def test_more_than_65536_classes():
+    logits = random_logits(2, 70_000)
+    logits[0, 69_999] = 100
+    read = decode(LogitsEncoding("float32", top_k=2).encode(logits), 70_000)
+    assert read.argmax(-1).tolist() == [69_999, int(logits[1].argmax())]
+
+
+def test_wrong_encodings_are_refused():
     with pytest.raises(ValueError, match='float16 or float32; got "int8"'):
-        dense_feature(3, "int8")
+        LogitsEncoding("int8")
+    with pytest.raises(ValueError, match="top_k is at least 2; got 1"):
+        LogitsEncoding(top_k=1)
+    with pytest.raises(ValueError, match=r"smaller than the number of classes \(5\); got 5"):
+        LogitsEncoding(top_k=5).feature(5, None)
+    with pytest.raises(ValueError, match="not a list of a fixed number of logits"):
+        describe_column(Value("float16"))
 
 
 def test_recorded_teachers_are_found_by_their_columns():

@@ -7,15 +7,17 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Value, concatenate_datasets, load_from_disk
 from transformers import ViTImageProcessor
 
-from hf_ibdistill import IBResNetConfig, IBResNetForImageClassification
-from hf_ibdistill.logits.encoding import dense_feature
+from hf_ibdistill import IBResNetConfig, IBResNetForImageClassification, ViewRecipe
+from hf_ibdistill.logits.encoding import LogitsEncoding
 from hf_ibdistill.logits.provenance import (
     attach_record,
     build_record,
     check_class_names,
     check_columns,
+    describe_teacher,
     read_records,
     record_differences,
+    stored_views,
 )
 from hf_ibdistill.teachers import Teacher
 
@@ -32,16 +34,22 @@ def teacher(name="conv", seed=0, size=8, names=NAMES):
     return Teacher(name, IBResNetForImageClassification(config).eval(), processor)
 
 
-def record(*teachers, dataset=None, encoding=None):
-    return build_record(
-        teachers or [teacher()], dataset or {"num_rows": 6}, encoding or {"kind": "dense", "dtype": "float16"}
-    )
+def record(*teachers, dataset=None, views=None, dtype="float16"):
+    described = [describe_teacher(one, LogitsEncoding(dtype)) for one in teachers or [teacher()]]
+    return build_record(described, dataset or {"num_rows": 6}, views)
 
 
-def table(logits=None):
-    features = Features({"label": ClassLabel(names=NAMES), "x": Value("int64"), "conv_logits": dense_feature(3)})
-    logits = np.zeros((6, 3), np.float16) if logits is None else logits
-    return Dataset.from_dict({"label": [0, 1, 2] * 2, "x": range(6), "conv_logits": logits}, features=features)
+def table(logits=None, encoding=None, num_views=None):
+    encoding = encoding or LogitsEncoding()
+    feature = encoding.feature(3, num_views)
+    features = Features({"label": ClassLabel(names=NAMES), "x": Value("int64"), "conv_logits": feature})
+    logits = np.zeros((6, 3) if num_views is None else (6, num_views, 3), np.float32) if logits is None else logits
+    columns = {"label": [0, 1, 2] * 2, "x": range(6)}
+    if np.isfinite(logits).all():
+        columns["conv_logits"] = encoding.encode(logits, views=num_views is not None).to_pylist()
+    else:
+        columns["conv_logits"] = logits.tolist()
+    return Dataset.from_dict(columns, features=features)
 
 
 def test_the_record_travels_with_the_table(tmp_path):
@@ -82,7 +90,8 @@ def test_equal_teachers_do_not_differ_and_library_versions_may():
         (lambda: record(teacher(names=["dog", "cat", "eel"])), 'teacher "conv": label_names'),
         (lambda: record(teacher("inv")), r"teachers: ['inv'] instead of ['conv']"),
         (lambda: record(dataset={"num_rows": 7}), "dataset: num_rows 7 instead of 6"),
-        (lambda: record(encoding={"kind": "dense", "dtype": "float32"}), "encoding: dtype float32 instead of float16"),
+        (lambda: record(dtype="float32"), 'teacher "conv": encoding'),
+        (lambda: record(views=ViewRecipe(num_views=4)), "views: num_views 4 instead of None"),
     ],
 )
 def test_what_differs_is_named(change, message):
@@ -108,7 +117,7 @@ def test_check_columns_passes_what_fits():
 def test_check_columns_names_what_is_missing():
     with pytest.raises(ValueError, match=r'no column "inv_logits" \(logits columns: conv_logits\)'):
         check_columns(table(), ["conv", "inv"], NAMES)
-    with pytest.raises(ValueError, match="a list of 4 numbers"):
+    with pytest.raises(ValueError, match="holds logits of 3 classes; logits of the student's 4 classes are needed"):
         check_columns(table(), ["conv"], [*NAMES, "fox"])
 
 
@@ -121,7 +130,7 @@ def test_check_columns_reads_the_teachers_classes():
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_check_columns_names_rows_that_are_not_finite(value):
-    logits = np.zeros((6, 3), np.float16)
+    logits = np.zeros((6, 3), np.float32)
     logits[4, 1] = value
     with pytest.raises(ValueError, match=r"infinite logits in 1 rows \(first \[4\]\)"):
         check_columns(table(logits), ["conv"], NAMES)
@@ -134,3 +143,37 @@ def test_describing_does_not_change_the_teacher():
     before = copy.deepcopy(one.model.state_dict())
     record(one)
     assert all(torch.equal(before[name], value) for name, value in one.model.state_dict().items())
+
+
+def test_views_are_read_from_the_record_and_checked_against_the_columns():
+    recipe, dataset = ViewRecipe(num_views=2, seed=3), table(num_views=2)
+    with pytest.raises(ValueError, match="holds 2 views a row; the table's provenance says none"):
+        stored_views(dataset)
+    attach_record(dataset, record(views=recipe))
+    assert stored_views(dataset) == recipe
+    check_columns(dataset, ["conv"], NAMES)
+    attach_record(dataset, record(views=ViewRecipe(num_views=3)))
+    with pytest.raises(ValueError, match="holds 2 views a row; the table's provenance says 3"):
+        check_columns(dataset, ["conv"], NAMES)
+    assert stored_views(table()) is None
+
+
+def test_tables_of_different_views_are_not_trained_on_together():
+    first, second = table(num_views=2), table(num_views=2)
+    attach_record(first, record(views=ViewRecipe(num_views=2)))
+    attach_record(second, record(views=ViewRecipe(num_views=2, seed=1)))
+    with pytest.raises(ValueError, match="put together from recordings of different views"):
+        stored_views(concatenate_datasets([first, second]))
+
+
+def test_top_k_columns_are_checked_too():
+    encoding = LogitsEncoding(top_k=2)
+    check_columns(table(encoding=encoding), ["conv"], NAMES)
+    logits = np.array([[0, 1, 2]] * 6, np.float32)
+    with pytest.raises(ValueError, match="names class 2; logits of the student's 2 classes are needed"):
+        check_columns(table(logits, encoding), ["conv"], NAMES[:2])
+
+
+def test_a_column_of_something_else_is_named():
+    with pytest.raises(ValueError, match='column "x_logits" holds not a list of a fixed number of logits but Value'):
+        check_columns(table().rename_column("x", "x_logits"), ["x"], NAMES)

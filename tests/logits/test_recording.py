@@ -1,11 +1,11 @@
 import io
-import json
+import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -14,9 +14,11 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value, load_dataset, load_from_disk
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
-from hf_ibdistill import IBResNetConfig, IBResNetForImageClassification, record_teacher_logits
+from hf_ibdistill import IBResNetConfig, IBResNetForImageClassification, ViewRecipe, record_teacher_logits
 from hf_ibdistill.images import decode_image
-from hf_ibdistill.logits.provenance import read_records
+from hf_ibdistill.logits.encoding import decode
+from hf_ibdistill.logits.provenance import read_records, stored_views
+from hf_ibdistill.logits.views import make_view, row_key
 
 
 NAMES = ["cat", "dog", "eel"]
@@ -96,7 +98,7 @@ def test_the_columns_are_what_each_teacher_says_alone(recorded, teachers):
 
 def test_the_input_columns_are_kept(recorded):
     table, original = load_from_disk(recorded), images()
-    assert table.column_names == ["image", "label", "note", "conv_logits", "inv_logits"]
+    assert table.column_names == ["image", "label", "note", "row_key", "conv_logits", "inv_logits"]
     assert table.features["label"].names == NAMES
     assert table["note"][:] == original["note"][:]
     assert all(np.array_equal(a, b) for a, b in zip(table["image"], original["image"]))
@@ -208,7 +210,7 @@ def test_wrong_input_is_refused_before_anything_is_written(teachers, tmp_path):
     target = tmp_path / "t"
     with pytest.raises(ValueError, match="The data set is empty"):
         record_teacher_logits(images(5).select([]), teachers, output_dir=target)
-    with pytest.raises(ValueError, match='already has a column "conv_logits"'):
+    with pytest.raises(ValueError, match=r"has logits columns \(conv_logits\) and 0 provenance records"):
         record_teacher_logits(images(5).rename_column("note", "conv_logits"), teachers, output_dir=target)
     with pytest.raises(ValueError, match="There is no image column; the columns are label, note"):
         record_teacher_logits(images(5).remove_columns("image"), teachers, output_dir=target)
@@ -228,7 +230,7 @@ def test_wrong_input_is_refused_before_anything_is_written(teachers, tmp_path):
 def test_an_unreadable_image_names_its_row_and_keeps_what_is_recorded(teachers, tmp_path):
     with pytest.raises(ValueError, match="Row 41: The image cannot be decoded"):
         record_teacher_logits(images(broken=[41]), teachers, output_dir=tmp_path, batch_size=8, shard_size=16)
-    assert sorted(path.name for path in (tmp_path / "shards").iterdir()) == [
+    assert sorted(path.name for path in (tmp_path / "shards").glob("*.arrow")) == [
         "000000000000-000000000016.arrow",
         "000000000016-000000000032.arrow",
     ]
@@ -263,7 +265,7 @@ def test_a_logit_that_is_not_finite_names_teacher_and_row(teachers, tmp_path):
     model.forward = fail_in_the_second_batch
     with pytest.raises(ValueError, match=r'"conv" gave NaN or infinite logits for row 11 .*: check the teacher'):
         record_teacher_logits(images(), {"conv": (model, processor)}, output_dir=tmp_path, batch_size=8, shard_size=8)
-    assert [path.name for path in (tmp_path / "shards").iterdir()] == ["000000000000-000000000008.arrow"]
+    assert [path.name for path in (tmp_path / "shards").glob("*.arrow")] == ["000000000000-000000000008.arrow"]
 
 
 def run_script(arguments, **kwargs):
@@ -309,30 +311,233 @@ def test_two_processes_record_the_same_table_as_one(script, tmp_path):
     assert all(first[name].tobytes() == second[name].tobytes() for name in first)
 
 
-def test_a_killed_recording_continues_to_the_same_table(script, tmp_path, teachers):
-    killed = run_script([sys.executable, *script("killed")])
+def bytes_of(table):
+    return {name: table.with_format("arrow")[:][name].combine_chunks() for name in table.column_names}
+
+
+def same_bytes(first, second):
+    first, second = bytes_of(first), bytes_of(second)
+    return first.keys() == second.keys() and all(first[name].equals(second[name]) for name in first)
+
+
+def test_an_interrupted_recording_is_not_continued_with_something_else(teachers, tmp_path):
+    with pytest.raises(ValueError, match="Row 41"):
+        record_teacher_logits(images(broken=[41]), teachers, output_dir=tmp_path, batch_size=8, shard_size=16)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.arrow")}
+    for changes, message in (
+        ({"batch_size": 4}, "batch_size 8 instead of 4"),
+        ({"shard_size": 8}, "shard_size 16 instead of 8"),
+        ({"views": ViewRecipe(num_views=2)}, "views: num_views None instead of 2"),
+        ({"dtype": "float32"}, 'teacher "conv": encoding'),
+    ):
+        arguments = {"batch_size": 8, "shard_size": 16, **changes}
+        with pytest.raises(ValueError, match=f"holds an interrupted recording that differs: .*{message}"):
+            record_teacher_logits(images(broken=[41]), teachers, output_dir=tmp_path, **arguments)
+    changed = {**teachers, "conv": save_teacher(tmp_path.parent / "changed", seed=9)}
+    with pytest.raises(ValueError, match='teacher "conv": weights_sha256'):
+        record_teacher_logits(images(broken=[41]), changed, output_dir=tmp_path, batch_size=8, shard_size=16)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.arrow")} == before
+
+
+def test_a_damaged_shard_is_recorded_again(teachers, tmp_path):
+    # Row 171 is not in the sample of images by which a recording knows its data set.
+    arguments = {"teachers": teachers, "output_dir": tmp_path / "t", "shard_size": 64}
+    with pytest.raises(ValueError, match="Row 171"):
+        record_teacher_logits(images(200, broken=[171]), **arguments)
+    damaged = tmp_path / "t" / "shards" / "000000000000-000000000064.arrow"
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 255
+    damaged.write_bytes(content)
+    continued = record_teacher_logits(images(200), **arguments)
+    assert same_bytes(continued, record_teacher_logits(images(200), teachers, output_dir=tmp_path / "whole"))
+
+
+def test_killed_at_any_instant_it_continues_to_the_same_table(teachers, tmp_path):
+    dataset = images(300)
+    recipe = ViewRecipe(num_views=2, horizontal_flip=0.5)
+
+    def record(folder):
+        return record_teacher_logits(dataset, teachers, output_dir=folder, views=recipe, batch_size=16, shard_size=16)
+
+    started = time.monotonic()
+    whole = record(tmp_path / "whole")
+    duration = time.monotonic() - started
+    random = np.random.default_rng(0)
+    processes = multiprocessing.get_context("fork")
+    kills = 0
+    for _ in range(200):
+        if kills == 20:
+            break
+        process = processes.Process(target=record, args=(tmp_path / "killed",))
+        process.start()
+        # Short times, so that there is something left to do for twenty of them.
+        process.join(timeout=random.uniform(0, duration / 8))
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGKILL)
+            kills += 1
+        process.join()
+        if process.exitcode == 0:
+            shutil.rmtree(tmp_path / "killed")
+    assert kills == 20
+    assert same_bytes(record(tmp_path / "killed"), whole)
+    assert not list(tmp_path.rglob("*.partial")) and not (tmp_path / "killed" / "shards").exists()
+
+
+def test_a_killed_process_of_two_leaves_its_shards_to_the_next_start(script, tmp_path, teachers):
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    started = run_script([sys.executable, *launcher, *script("killed")])
     shards = tmp_path / "killed" / "shards"
     deadline = time.monotonic() + 120
-    while killed.poll() is None and len(list(shards.glob("*.arrow"))) < 3 and time.monotonic() < deadline:
+    while len(list(shards.glob("*.sha256"))) < 3 and time.monotonic() < deadline and started.poll() is None:
         time.sleep(0.005)
-    killed.send_signal(signal.SIGKILL)
-    killed.communicate()
-    assert killed.returncode == -signal.SIGKILL
+    workers = subprocess.run(["pgrep", "-P", str(started.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    started.communicate()
+    assert started.returncode != 0
     finished = {path.name: path.stat().st_mtime_ns for path in shards.glob("*.arrow")}
-    assert len(finished) >= 3
-
+    assert 3 <= len(finished) < 25
     dataset = load_from_disk(tmp_path / "images")
-    with pytest.raises(ValueError, match="holds an interrupted recording that differs: .*batch_size 8 instead of 4"):
-        record_teacher_logits(dataset, teachers, output_dir=tmp_path / "killed", batch_size=4, shard_size=8)
-    manifest = json.loads((tmp_path / "killed" / "recording.json").read_text())
-    assert manifest["layout"]["shard_size"] == 8
-    changed = {**teachers, "conv": save_teacher(tmp_path / "changed", seed=9)}
-    with pytest.raises(ValueError, match='teacher "conv": weights_sha256'):
-        record_teacher_logits(dataset, changed, output_dir=tmp_path / "killed", batch_size=8, shard_size=8)
-    assert {path.name: path.stat().st_mtime_ns for path in shards.glob("*.arrow")} == finished
-
     continued = record_teacher_logits(dataset, teachers, output_dir=tmp_path / "killed", batch_size=8, shard_size=8)
     whole = record_teacher_logits(dataset, teachers, output_dir=tmp_path / "whole", batch_size=8, shard_size=8)
-    first, second = columns(continued), columns(whole)
-    assert all(first[name].tobytes() == second[name].tobytes() for name in first)
-    assert not list(Path(tmp_path / "killed").rglob("*.partial"))
+    assert same_bytes(continued, whole)
+
+
+def views_by_hand(folder, dataset, recipe):
+    """(rows, views, classes), one view at a time."""
+    from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+    model = AutoModelForImageClassification.from_pretrained(folder).eval()
+    processor = AutoImageProcessor.from_pretrained(folder)
+    rows = []
+    for row in dataset.cast_column("image", Image(decode=False)):
+        image = decode_image(row["image"])
+        views = [make_view(image, recipe, row_key(image), view) for view in range(recipe.num_views)]
+        with torch.no_grad():
+            rows.append([model(**processor(view, return_tensors="pt")).logits[0].numpy() for view in views])
+    return np.array(rows)
+
+
+def test_views_are_what_the_teachers_say_of_each_view(teachers, tmp_path):
+    recipe = ViewRecipe(num_views=3, horizontal_flip=0.5, erasing=0.5)
+    table = record_teacher_logits(images(10), teachers, output_dir=tmp_path / "t", views=recipe, batch_size=7)
+    assert stored_views(table) == recipe
+    for name, values in columns(table).items():
+        expected = views_by_hand(teachers[name.removesuffix("_logits")], images(10), recipe)
+        np.testing.assert_allclose(values, expected, rtol=2e-3, atol=2e-3)
+    assert table["row_key"][:] == [row_key(image.convert("RGB")) for image in images(10)["image"]]
+
+
+def test_workers_and_batch_size_do_not_change_the_views(teachers, tmp_path):
+    recipe = ViewRecipe(num_views=3, horizontal_flip=0.5)
+    tables = [
+        record_teacher_logits(
+            images(20), teachers, output_dir=tmp_path / str(i), views=recipe, dtype="float32", **settings
+        )
+        for i, settings in enumerate([{}, {"num_workers": 2}, {"batch_size": 1}])
+    ]
+    assert same_bytes(tables[0], tables[1])
+    for name, values in columns(tables[2]).items():
+        np.testing.assert_allclose(values, columns(tables[0])[name], rtol=1e-4, atol=1e-4)
+
+
+def test_top_k_columns_hold_the_largest_of_the_dense_ones(teachers, tmp_path):
+    recipe = ViewRecipe(num_views=2)
+    dense = record_teacher_logits(images(9), teachers, output_dir=tmp_path / "d", views=recipe, dtype="float32")
+    top_k = record_teacher_logits(
+        images(9), teachers, output_dir=tmp_path / "k", views=recipe, dtype="float32", top_k=2
+    )
+    for name in ("conv_logits", "inv_logits"):
+        for view in range(2):
+            whole, read = (decode(t.with_format("arrow")[:][name], 3, view) for t in (dense, top_k))
+            # With two of three classes stored, the third is the rest: nothing is lost.
+            difference = whole - whole.max(-1, keepdims=True) - read
+            np.testing.assert_allclose(difference, 0, atol=1e-4)
+    with pytest.raises(ValueError, match=r"top_k must be smaller than the number of classes \(3\); got 3"):
+        record_teacher_logits(images(9), teachers, output_dir=tmp_path / "x", top_k=3)
+    assert not (tmp_path / "x").exists()
+
+
+def test_only_the_training_split_gets_views(teachers, tmp_path):
+    splits = DatasetDict({"train": images(6), "test": images(4)})
+    tables = record_teacher_logits(splits, teachers, output_dir=tmp_path / "t", views=ViewRecipe(num_views=2))
+    assert stored_views(tables["train"]).num_views == 2
+    assert stored_views(tables["test"]) is None
+
+
+@pytest.mark.parametrize("views", [None, ViewRecipe(num_views=2)])
+def test_adding_a_teacher_records_it_alone(views, teachers, tmp_path):
+    conv, inv = ({name: folder} for name, folder in teachers.items())
+    first = record_teacher_logits(images(20), conv, output_dir=tmp_path / "first", views=views)
+    # Without its own folder the first teacher cannot have run again.
+    moved = first.map(lambda row: row, load_from_cache_file=False)
+    both = record_teacher_logits(moved, inv, output_dir=tmp_path / "both", views=views)
+    assert [teacher["name"] for teacher in read_records(both)[0]["teachers"]] == ["conv", "inv"]
+    whole = record_teacher_logits(images(20), teachers, output_dir=tmp_path / "whole", views=views)
+    assert same_bytes(both, whole)
+
+
+@pytest.mark.parametrize("top_k", [None, 2])
+def test_more_views_are_added_to_the_recorded_ones(top_k, teachers, tmp_path):
+    two, five = ViewRecipe(num_views=2), ViewRecipe(num_views=5)
+    record = {"top_k": top_k, "batch_size": 1}
+    first = record_teacher_logits(images(8), teachers, output_dir=tmp_path / "2", views=two, **record)
+    more = record_teacher_logits(first, teachers, output_dir=tmp_path / "5", views=five, **record)
+    assert stored_views(more) == five
+    for name in ("conv_logits", "inv_logits"):
+        old, new = (t.with_format("arrow")[:][name].combine_chunks() for t in (first, more))
+        for view in range(2):
+            assert np.array_equal(decode(old, 3, view), decode(new, 3, view))
+    whole = record_teacher_logits(images(8), teachers, output_dir=tmp_path / "whole", views=five, **record)
+    for view in range(5):
+        for name in ("conv_logits", "inv_logits"):
+            values = [decode(t.with_format("arrow")[:][name], 3, view) for t in (more, whole)]
+            np.testing.assert_allclose(*values, rtol=2e-3, atol=2e-3)
+
+
+def test_what_cannot_be_added_is_refused(teachers, tmp_path):
+    recipe = ViewRecipe(num_views=2)
+    table = record_teacher_logits(images(8), teachers, output_dir=tmp_path / "t", views=recipe)
+    inv = {"inv": teachers["inv"]}
+    for arguments, message in (
+        (
+            {"teachers": inv, "views": recipe},
+            'already has the column "inv_logits" with 2 views; leave this teacher out',
+        ),
+        ({"teachers": inv, "views": ViewRecipe(num_views=3)}, r"\['conv'\] have 2 views in this table"),
+        ({"teachers": teachers, "views": ViewRecipe(num_views=3, seed=1)}, "holds logits of other views"),
+        ({"teachers": inv, "views": None}, "holds logits of other views"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            record_teacher_logits(table, output_dir=tmp_path / "x", **arguments)
+    other = {"inv": save_teacher(tmp_path / "other", "involution-small", seed=7, size=12)}
+    with pytest.raises(
+        ValueError, match=r'already has a column "inv_logits" by another teacher \(weights_sha256 differ'
+    ):
+        record_teacher_logits(table, other, output_dir=tmp_path / "x", views=ViewRecipe(num_views=3))
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode != 0:
+        pytest.skip("mounting a small disk needs to be allowed")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_loses_nothing(small_disk, teachers, tmp_path):
+    target, filler = small_disk / "t", small_disk / "filler"
+    filler.write_bytes(bytes(140_000))
+    arguments = {"views": ViewRecipe(num_views=40), "batch_size": 80, "shard_size": 8}
+    with pytest.raises(OSError, match="is full. What is recorded is kept: free space and call again"):
+        record_teacher_logits(images(150), teachers, output_dir=target, **arguments)
+    kept = {path.name: path.stat().st_mtime_ns for path in (target / "shards").glob("*.arrow")}
+    assert kept and not list(target.rglob("*.partial"))
+    filler.unlink()
+    subprocess.run(["mount", "-o", "remount,size=20m", str(small_disk)], check=True)
+    continued = record_teacher_logits(images(150), teachers, output_dir=target, **arguments)
+    whole = record_teacher_logits(images(150), teachers, output_dir=tmp_path / "whole", **arguments)
+    assert same_bytes(continued, whole)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import pytest
+import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 from hf_ibdistill import DistillationArguments, ImageTrainingArguments
@@ -151,7 +152,9 @@ def test_image_arguments_change_nothing_else(tmp_path):
     # "eval_strategy" decides `do_eval` too.
     ours = ImageTrainingArguments(str(tmp_path), eval_strategy="no")
     theirs = TrainingArguments(str(tmp_path), eval_strategy="no")
-    own = {field.name for field in own_fields(ImageTrainingArguments)}
+    # Where there is no accelerator, pinning has no use and torch warns.
+    own = {field.name for field in own_fields(ImageTrainingArguments)} | {"dataloader_pin_memory"}
+    assert ours.dataloader_pin_memory == torch.accelerator.is_available()
     for field in dataclasses.fields(TrainingArguments):
         if field.init and field.name not in own:
             assert getattr(ours, field.name) == getattr(theirs, field.name), field.name

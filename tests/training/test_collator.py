@@ -6,7 +6,7 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Image, List, Value, load_from_disk
 from transformers import ViTImageProcessor
 
-from hf_ibdistill.images import ImageRows
+from hf_ibdistill.images import decode_image
 from hf_ibdistill.training.collator import DistillationCollator
 
 
@@ -22,15 +22,16 @@ def image_processor(size=8, mean=0.5):
 
 
 def read_rows(folder, teachers, dtype="float16", image_column="image", label_column="label"):
-    """Rows as the data loader hands them on, from a table whose logits columns have the order of `teachers`."""
+    """Decoded rows of a table whose logits columns have the order of `teachers`."""
     features = {image_column: Image(), label_column: ClassLabel(num_classes=NUM_CLASSES)}
     columns = {image_column: list(PIXELS), label_column: LABELS}
     for name in teachers:
         features[f"{name}_logits"] = List(Value(dtype), length=NUM_CLASSES)
         columns[f"{name}_logits"] = list(LOGITS[name])
     Dataset.from_dict(columns, features=Features(features)).save_to_disk(folder)
-    rows = ImageRows(load_from_disk(folder), image_column, [f"{name}_logits" for name in teachers])
-    return rows.__getitems__(list(range(NUM_ROWS)))
+    table = load_from_disk(folder)
+    logits = {name: np.array(table[f"{name}_logits"], dtype=dtype) for name in teachers}
+    return [{**row, **{f"{name}_logits": logits[name][i] for name in teachers}} for i, row in enumerate(table)]
 
 
 @pytest.mark.parametrize("columns", [("conv", "inv", "third"), ("third", "inv", "conv"), ("inv", "third", "conv")])
@@ -97,7 +98,8 @@ def test_images_of_several_sizes_and_modes_make_one_batch(tmp_path):
     features = Features({"image": Image(), "label": ClassLabel(num_classes=NUM_CLASSES)})
     table = {"image": [PIXELS[0], greyscale, transparent], "label": [0, 1, 2]}
     Dataset.from_dict(table, features=features).save_to_disk(tmp_path)
-    rows = ImageRows(load_from_disk(tmp_path), "image").__getitems__([0, 1, 2])
+    table = load_from_disk(tmp_path).cast_column("image", Image(decode=False))
+    rows = [{**row, "image": decode_image(row["image"])} for row in table]
     batch = DistillationCollator(image_processor())(rows)
     assert batch["pixel_values"].shape == (3, 3, 8, 8)
     # Greyscale: three equal channels.

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from datasets import ClassLabel, Dataset, Features, Image, List, Value, load_from_disk
 from huggingface_hub import ModelCard
 from transformers import ViTImageProcessor
@@ -49,12 +50,12 @@ def small_table(num_rows, seed):
     return Dataset.from_dict(columns, features=Features(features))
 
 
-def finish(kind, tables, output_dir):
+def finish(kind, tables, output_dir, **overrides):
     """Train a student or a teacher for 2 epochs, then save it. Returns the trainer and the metrics."""
     torch.manual_seed(0)
     classes = {"id2label": dict(enumerate(CLASSES)), "label2id": {name: i for i, name in enumerate(CLASSES)}}
     settings = {"num_train_epochs": 2, "per_device_train_batch_size": 8, "per_device_eval_batch_size": 5}
-    settings |= {"use_cpu": True, "disable_tqdm": True}
+    settings |= {"use_cpu": True, "disable_tqdm": True, **overrides}
     data = {name: load_from_disk(tables / name) for name in ("train", "test")}
     shared = {"train_dataset": data["train"], "eval_dataset": data["test"], "processing_class": PROCESSOR}
     if kind == "teacher":
@@ -160,7 +161,7 @@ def test_metrics_are_those_of_the_saved_model(finished, tables):
     processor, table = ViTImageProcessor.from_pretrained(folder), load_from_disk(tables / "test")
     labels = np.array(table["animal"])
     with torch.no_grad():
-        outputs = model(processor([image for image in table["picture"]], return_tensors="pt")["pixel_values"])
+        outputs = model(processor(list(table["picture"]), return_tensors="pt")["pixel_values"])
     logits = outputs.logits.double()
     assert metrics["accuracy"] == pytest.approx((logits.argmax(-1).numpy() == labels).mean())
     likelihoods = logits.softmax(-1)[torch.arange(len(labels)), torch.tensor(labels)]
@@ -180,6 +181,23 @@ def test_metrics_are_those_of_the_saved_model(finished, tables):
             tokens = outputs.teacher_token_logits[:, i].argmax(-1).numpy()
             assert metrics[f"{name}_token_accuracy"] == pytest.approx((tokens == labels).mean())
     assert set(metrics) == names
+
+
+@pytest.fixture
+def state_of_its_own():
+    """Accelerate's mixed precision belongs to the process; here it ends with the test."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_metrics_of_a_bf16_run_are_those_of_the_saved_model(state_of_its_own, tables, tmp_path):
+    # The weights are float32, and so is the model that `from_pretrained` opens; the card speaks of that one.
+    _, metrics = finish("student", tables, tmp_path, bf16=True)
+    model, table = IBViTForImageClassification.from_pretrained(tmp_path).eval(), load_from_disk(tables / "test")
+    with torch.no_grad():
+        logits = model(PROCESSOR(list(table["picture"]), return_tensors="pt")["pixel_values"]).logits
+    likelihood = torch.nn.functional.cross_entropy(logits, torch.tensor(table["animal"])).item()
+    assert metrics["negative_log_likelihood"] == pytest.approx(likelihood, rel=1e-6)
 
 
 def test_the_recipe_is_what_was_run(finished):

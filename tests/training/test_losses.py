@@ -1,5 +1,6 @@
 """The ensemble distillation loss against its formula, written out number by number, and against its peers."""
 
+import doctest
 import math
 
 import pytest
@@ -272,6 +273,14 @@ def test_without_teachers_the_labels_remain():
     result = ensemble_distillation_loss(z, s, y, t, weights=[], label_weight=0.5)
     torch.testing.assert_close(result.loss, 0.5 * nn.CrossEntropyLoss()(z, y))
     assert result.teacher_losses.shape == (0,)
+
+
+def test_the_documented_example_runs():
+    namespace = {}
+    for example in doctest.DocTestParser().get_examples(ensemble_distillation_loss.__doc__):
+        exec(example.source, namespace)
+    terms = namespace["label_loss"] + 0.5 * namespace["teacher_losses"].sum()
+    torch.testing.assert_close(namespace["loss"], terms)
 
 
 # Precision

@@ -4,6 +4,7 @@ Run as a script, this file is one process of a distributed run; see the last sec
 """
 
 import copy
+import doctest
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from datasets import (
     ClassLabel,
     Dataset,
@@ -466,7 +468,14 @@ def test_label_smoothing_smooths_training_only(table, tmp_path):
     assert trainer.evaluate()["eval_loss"] == pytest.approx(weighted(plain), rel=1e-4)
 
 
-def test_bf16_runs_the_student_in_bf16_and_keeps_its_weights(table, teachers, tmp_path):
+@pytest.fixture
+def state_of_its_own():
+    """Accelerate's mixed precision belongs to the process; here it ends with the test."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_bf16_runs_the_student_in_bf16_and_keeps_its_weights(state_of_its_own, table, teachers, tmp_path):
     settings = {"per_device_train_batch_size": 8, "learning_rate": 0.1, "eval_dataset": table}
     full = distil(tmp_path, table, **settings)
     half = distil(tmp_path, table, bf16=True, **settings)
@@ -647,19 +656,20 @@ def test_tables_can_be_given_to_evaluate_and_predict_later(trainer_class, plain_
 def test_the_model_can_be_built_by_the_trainer(table, tmp_path):
     # As a search over hyperparameters does.
     trainer = EnsembleDistillationTrainer(
-        model_init=small_student, args=arguments(tmp_path), train_dataset=table, processing_class=PROCESSOR
+        model_init=lambda: small_student(), args=arguments(tmp_path), train_dataset=table, processing_class=PROCESSOR
     )
     trainer.train()
-    assert_same_weights(trainer.model, distil(tmp_path, table).model, rtol=0, atol=0)
+    # One batch of all rows, whose order may differ.
+    assert_same_weights(trainer.model, distil(tmp_path, table).model, rtol=1e-4, atol=1e-5)
 
 
-def test_the_documented_example_runs(table, tmp_path):
-    trainer = EnsembleDistillationTrainer(
-        model=small_student(), args=DistillationArguments(str(tmp_path), temperature=4.0, num_train_epochs=1),
-        train_dataset=table, processing_class=PROCESSOR,
-    )  # fmt: skip
-    trainer.train()
-    assert trainer.state.global_step == 1
+def test_the_documented_example_runs(table, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace = {"student": small_student(), "table": table, "validation": table, "image_processor": PROCESSOR}
+    namespace |= {name: getattr(hf_ibdistill, name) for name in hf_ibdistill.__all__}
+    for example in doctest.DocTestParser().get_examples(EnsembleDistillationTrainer.__doc__):
+        exec(example.source, namespace)
+    assert namespace["trainer"].state.global_step > 0
 
 
 # Refused before the first step

@@ -1,0 +1,137 @@
+"""Which augmented versions of an image are stored, and how to make one again.
+
+A view is a pure function of (recipe, row key, view index): the operations are torchvision's, drawn from a random stream
+that starts anew for every view. So a view has the same pixels in recording and in training, whatever the order of the
+rows, the number of workers or the batch size.
+"""
+
+import hashlib
+import struct
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+
+import PIL.Image
+import torch
+from torchvision.transforms import v2
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+
+CROPS = ("none", "pad", "resized")
+
+
+@dataclass(frozen=True)
+class ViewRecipe:
+    """How views are made, and how many of each image are stored.
+
+    Args:
+        num_views: V, views of each image; training walks through them epoch by epoch.
+        image_size: side of a view in pixels; `None` keeps the image's own height and width.
+        crop: `"pad"` shifts the image by up to `padding` of its side, black where nothing is; `"resized"` cuts a random
+            part out and resizes it (arXiv 1409.4842); `"none"`.
+        padding: for `"pad"`, the largest shift, as a share of the side.
+        scale: for `"resized"`, the smallest and the largest share of the image's area.
+        ratio: for `"resized"`, the smallest and the largest ratio of width to height.
+        horizontal_flip: probability of a mirrored view.
+        photometric_ops: colour operations in a row, each drawn anew from brightness, contrast, saturation, sharpness,
+            posterise, solarise, autocontrast and equalise, as in RandAugment (arXiv 1909.13719) without its geometry.
+        magnitude: strength of the colour operations, 0 to 10.
+        erasing: probability that a random rectangle is made grey (arXiv 1708.04896).
+        seed: another seed makes other views.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    num_views: int = 1
+    image_size: int | None = None
+    crop: str = "pad"
+    padding: float = 0.125
+    scale: tuple[float, float] = (0.5, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    horizontal_flip: float = 0.0
+    photometric_ops: int = 0
+    magnitude: float = 5.0
+    erasing: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self):
+        # JSON turns tuples into lists; equal recipes must compare equal after a round trip.
+        object.__setattr__(self, "scale", tuple(self.scale))
+        object.__setattr__(self, "ratio", tuple(self.ratio))
+        if self.num_views < 1:
+            raise ValueError(f"num_views is at least 1; got {self.num_views}.")
+        if self.crop not in CROPS:
+            raise ValueError(f'crop is one of {", ".join(CROPS)}; got "{self.crop}".')
+        if not 0 <= self.padding < 1:
+            raise ValueError(f"padding is a share of the side, from 0 to below 1; got {self.padding}.")
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(
+                f"scale is the smallest and the largest share of the area, within 0 … 1; got {self.scale}."
+            )
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError(f"ratio is the smallest and the largest ratio of the sides; got {self.ratio}.")
+        for name in ("horizontal_flip", "erasing"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is a probability; got {getattr(self, name)}.")
+        if self.photometric_ops < 0 or not 0 <= self.magnitude <= 10:
+            raise ValueError(
+                "photometric_ops is at least 0 and magnitude 0 to 10; got "
+                f"{self.photometric_ops} and {self.magnitude}."
+            )
+
+    def to_dict(self) -> dict:
+        """The recipe as JSON takes it."""
+        return {**asdict(self), "scale": list(self.scale), "ratio": list(self.ratio)}
+
+    def same_views(self, other: "ViewRecipe") -> bool:
+        """Whether both make the same views, however many of them."""
+        return {**self.to_dict(), "num_views": 0} == {**other.to_dict(), "num_views": 0}
+
+
+def row_key(image: PIL.Image.Image) -> int:
+    """64 bits from an RGB image's size and pixels: equal for equal images, however their files are encoded."""
+    digest = hashlib.blake2b(struct.pack("<II", *image.size), digest_size=8)
+    digest.update(image.tobytes())
+    return int.from_bytes(digest.digest(), "little")
+
+
+def make_view(image: PIL.Image.Image, recipe: ViewRecipe, key: int, index: int) -> torch.Tensor:
+    """View number `index` of an RGB image with this row key: (3, height, width), uint8."""
+    digest = hashlib.blake2b(struct.pack("<qQQ", recipe.seed, key, index), digest_size=8).digest()
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(int.from_bytes(digest, "little"))
+        return _transform(recipe, image.size)(pil_to_tensor(image))
+
+
+@lru_cache(maxsize=1024)
+def _transform(recipe, image_size):
+    width, height = image_size if recipe.image_size is None else (recipe.image_size, recipe.image_size)
+    steps = []
+    if recipe.crop == "resized":
+        steps.append(v2.RandomResizedCrop((height, width), recipe.scale, recipe.ratio, antialias=True))
+    elif (width, height) != image_size:
+        steps.append(v2.Resize((height, width), antialias=True))
+    if recipe.crop == "pad":
+        padding = [round(recipe.padding * width), round(recipe.padding * height)]
+        steps.append(v2.RandomCrop((height, width), padding=padding))
+    if recipe.horizontal_flip:
+        steps.append(v2.RandomHorizontalFlip(recipe.horizontal_flip))
+    steps += [v2.RandomChoice(_photometric_ops(recipe.magnitude / 10)) for _ in range(recipe.photometric_ops)]
+    if recipe.erasing:
+        steps.append(v2.RandomErasing(recipe.erasing, value=127))
+    return v2.Compose(steps or [v2.Identity()])
+
+
+def _photometric_ops(strength):
+    change = 0.9 * strength
+    return [
+        v2.ColorJitter(brightness=change),
+        v2.ColorJitter(contrast=change),
+        v2.ColorJitter(saturation=change),
+        v2.RandomAdjustSharpness(1 + change, p=0.5),
+        v2.RandomAdjustSharpness(1 - change, p=0.5),
+        v2.RandomPosterize(8 - round(4 * strength), p=0.5),
+        v2.RandomSolarize(255 - round(128 * strength), p=0.5),
+        v2.RandomAutocontrast(p=0.5),
+        v2.RandomEqualize(p=0.5),
+    ]
