@@ -36,8 +36,9 @@ class TopKAccuracy(_LogitsMetric):
 
     def _compute(self, predictions, references, k=1):
         logits, labels = np.asarray(predictions), np.asarray(references)
-        larger = (logits > np.take_along_axis(logits, labels[:, None], axis=1)).sum(axis=1)
-        return {"accuracy" if k == 1 else f"top_{k}_accuracy": float((larger < k).mean())}
+        largest = np.argsort(-logits, axis=1, kind="stable")[:, :k]
+        right = (largest == labels[:, None]).any(axis=1)
+        return {"accuracy" if k == 1 else f"top_{k}_accuracy": float(right.mean())}
 
 
 class NegativeLogLikelihood(_LogitsMetric):
@@ -145,11 +146,12 @@ def predict(
         collate_fn=DistillationCollator(image_processor, image_column, label_column, teacher_names),
     )
     accelerator = Accelerator()
-    model, loader = accelerator.prepare(model.eval(), loader)
+    # The loader alone: preparing a model wraps its forward for good.
+    model, loader = model.eval().to(accelerator.device), accelerator.prepare(loader)
     results: dict[str, list[torch.Tensor]] = {}
     for batch in tqdm(loader, desc="Predicting", disable=not accelerator.is_local_main_process):
         with torch.no_grad():
-            outputs = model(pixel_values=batch["pixel_values"])
+            outputs = model(pixel_values=batch["pixel_values"].to(model.dtype))
         found = {name: outputs.get(name) for name in ("logits", "class_logits", "teacher_token_logits")}
         found |= {name: batch.get(name) for name in ("labels", "teacher_logits")}
         found = {name: value for name, value in found.items() if value is not None}

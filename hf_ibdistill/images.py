@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 import torch
 from datasets import Dataset, Image
 from transformers import BaseImageProcessor, ViTImageProcessor
@@ -25,12 +26,15 @@ def decode_image(value: dict) -> PIL.Image.Image:
         if value is None or (value.get("bytes") is None and path is None):
             raise ValueError("the row has no image")
         content = value["bytes"] if value.get("bytes") is not None else Path(path).read_bytes()
-        with PIL.Image.open(io.BytesIO(content)) as image:
+        with PIL.Image.open(io.BytesIO(content)) as opened:
+            # Cameras store how they were held instead of turning the pixels.
+            image = PIL.ImageOps.exif_transpose(opened)
             if image.mode.startswith("I"):
                 # PIL clips 16-bit images to 255 when it converts them, which would turn them white.
-                image = PIL.Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+                levels = np.asarray(image)
+                image = PIL.Image.fromarray((levels // (257 if levels.max() > 255 else 1)).astype(np.uint8))
             return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
+    except Exception as error:  # what a damaged file raises depends on its format: anything
         where = f" ({path})" if path else ""
         raise ValueError(f"The image{where} cannot be decoded: {error}") from error
 

@@ -48,7 +48,7 @@ def create_model_card(
             dataset_split=split,
             metric_type=_METRIC_TYPES.get(name, name),
             metric_name=name.replace("_", " "),
-            metric_value=round(value, 6),
+            metric_value=round(float(value), 6),
         )
         for name, value in metrics.items()
     ]

@@ -28,7 +28,7 @@ class Teacher:
     def logits(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(N, channels, H, W) of this teacher's own image processor → (N, classes) in float32, without gradients."""
         with torch.no_grad():
-            return self.model(pixel_values=pixel_values).logits.float()
+            return self.model(pixel_values=pixel_values.to(self.model.dtype)).logits.float()
 
     def weights_sha256(self) -> str:
         """A hash of every parameter and buffer: name, type, shape and content."""
@@ -56,13 +56,17 @@ def load_teachers(teachers: Mapping[str, TeacherLike], *, trust_remote_code: boo
 
 
 def _load_teacher(name, teacher, trust_remote_code):
-    if not name.isidentifier():
+    if not isinstance(name, str) or not name.isidentifier():
         raise ValueError(f'A teacher\'s name becomes a column name: letters, digits and "_" only; got "{name}".')
     if isinstance(teacher, tuple):
         model, processor = teacher
     elif isinstance(teacher, (str, os.PathLike)):
         model = AutoModelForImageClassification.from_pretrained(teacher, trust_remote_code=trust_remote_code)
         processor = _load_processor(name, str(teacher), trust_remote_code)
+    elif not isinstance(teacher, PreTrainedModel):
+        raise ValueError(
+            f'The teacher "{name}" is a Hub id, a folder, a model or (model, image processor); got {teacher!r}.'
+        )
     else:
         model = teacher
         processor = _load_processor(name, model.name_or_path, trust_remote_code)

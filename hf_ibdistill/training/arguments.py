@@ -12,7 +12,7 @@ def _default(value, help):
     return field(default=value, metadata={"help": f"{help} (default: {value})"})
 
 
-@dataclass
+@dataclass(repr=False)  # transformers' own hides tokens
 class ImageTrainingArguments(TrainingArguments):
     """[`~transformers.TrainingArguments`] with defaults for training a small image classifier from nothing, where
     transformers' own suit the fine-tuning of a language model."""
@@ -37,7 +37,7 @@ class ImageTrainingArguments(TrainingArguments):
             self.dataloader_pin_memory = False
 
 
-@dataclass
+@dataclass(repr=False)  # transformers' own hides tokens
 class DistillationArguments(ImageTrainingArguments):
     """[`ImageTrainingArguments`] with the ensemble distillation loss's weights, temperatures and mode.
 
@@ -71,11 +71,14 @@ class DistillationArguments(ImageTrainingArguments):
         for name in ("temperature", "teacher_weights"):
             value = getattr(self, name)
             setattr(self, name, [float(value)] if isinstance(value, (int, float)) else [float(v) for v in value])
+            if not getattr(self, name):
+                raise ValueError(f"{name} is one number, or one for each teacher; got none.")
         if self.distillation_mode not in MODES:
             raise ValueError(f'distillation_mode is "soft" or "hard"; got "{self.distillation_mode}".')
-        if min(self.temperature) <= 0:
+        # Not `any(… <= 0)`: NaN compares false with everything.
+        if not all(value > 0 for value in self.temperature):
             raise ValueError(f"A temperature is above 0; got {self.temperature}.")
-        if min(*self.teacher_weights, self.label_weight) < 0:
+        if not all(value >= 0 for value in [*self.teacher_weights, self.label_weight]):
             raise ValueError(
                 f"A weight is at least 0; got teacher_weights={self.teacher_weights}, label_weight={self.label_weight}."
             )

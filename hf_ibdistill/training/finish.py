@@ -49,7 +49,9 @@ def evaluate_and_save(
     Returns:
         The metrics.
     """
-    model, args = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False), trainer.args
+    args = trainer.args
+    # As `from_pretrained` will give it back: without the autocast that training in bf16 wraps around it.
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False, keep_torch_compile=False)
     metrics = evaluate_model(
         model,
         trainer.processing_class,

@@ -10,11 +10,11 @@ from transformers import BaseImageProcessor, PreTrainedModel, Trainer, TrainingA
 from ..data import class_names, find_columns
 from ..evaluation import compute_metrics
 from ..images import ImageRows
-from ..logits.encoding import column_name
+from ..logits.encoding import ROW_KEY, column_name
 from ..logits.provenance import check_class_names, check_columns, stored_views
 from ..logits.views import ViewRecipe
 from ..teachers import TeacherLike, load_teachers
-from .arguments import DistillationArguments
+from .arguments import DistillationArguments, ImageTrainingArguments
 from .collator import DistillationCollator
 from .losses import ensemble_distillation_loss
 
@@ -34,9 +34,12 @@ class ImageClassificationTrainer(Trainer):
         kwargs: as for `Trainer`.
 
     Raises:
+        TypeError: a table is not a `datasets.Dataset`.
         ValueError: before the first step: columns cannot be found, a table is empty, or model and table differ in their
             classes.
     """
+
+    default_arguments = ImageTrainingArguments
 
     def __init__(
         self,
@@ -50,19 +53,16 @@ class ImageClassificationTrainer(Trainer):
         views: ViewRecipe | None = None,
         **kwargs,
     ):
-        self.views = views
         if processing_class is None:
             raise ValueError("The trainer needs the model's image processor: processing_class=image_processor.")
-        evaluated = eval_dataset if isinstance(eval_dataset, dict) else {"evaluation": eval_dataset}
-        tables = {name: table for name, table in {"training": train_dataset, **evaluated}.items() if table is not None}
+        tables = {"Training": train_dataset}
+        tables |= eval_dataset if isinstance(eval_dataset, dict) else {"Evaluation": eval_dataset}
+        tables = {name: table for name, table in tables.items() if table is not None}
         for name, table in tables.items():
             if not isinstance(table, Dataset):
-                raise TypeError(f"The {name} set is a datasets.Dataset; got {type(table).__name__}.")
-            if len(table) == 0:
-                raise ValueError(f"The {name} set is empty; it needs at least one row.")
-            image_column, label_column = find_columns(table, image_column, label_column)
-        self.image_column, self.label_column = image_column, label_column
-        kwargs.setdefault("data_collator", self._build_collator(processing_class, image_column, label_column))
+                raise TypeError(f"The {name.lower()} set is a datasets.Dataset; got {type(table).__name__}.")
+        if args is None:
+            args = self.default_arguments("trainer_output", eval_strategy="no" if eval_dataset is None else "epoch")
         super().__init__(
             model=model,
             args=args,
@@ -71,16 +71,28 @@ class ImageClassificationTrainer(Trainer):
             processing_class=processing_class,
             **kwargs,
         )
-        config = self.model.config
+        self.image_column, self.label_column, self.views = image_column, label_column, views
+        self._checked_tables = set()
         self._measures_tokens = self.compute_metrics is None
         if self._measures_tokens:
-            self.compute_metrics = partial(compute_metrics, teacher_names=getattr(config, "teacher_names", None))
+            teacher_names = getattr(self.model.config, "teacher_names", None)
+            self.compute_metrics = partial(compute_metrics, teacher_names=teacher_names)
+        self._prepare()
+        if kwargs.get("data_collator") is None:
+            self.data_collator = self._build_collator()
         for name, table in tables.items():
-            label_names = [str(config.id2label[i]) for i in range(config.num_labels)]
-            check_class_names(label_names, class_names(table, label_column), f"the model (beside the {name} set)")
+            self._remove_unused_columns(table, name)
 
-    def _build_collator(self, image_processor, image_column, label_column):
-        return DistillationCollator(image_processor, image_column, label_column)
+    def _prepare(self) -> None:
+        """Check what the constructor was given, before any table is looked at."""
+
+    def _build_collator(self) -> DistillationCollator:
+        return DistillationCollator(self.processing_class)
+
+    @property
+    def _label_names(self) -> list[str]:
+        config = self.model.config
+        return [str(config.id2label[i]) for i in range(config.num_labels)]
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         if ignore_keys is None and self._measures_tokens:
@@ -88,28 +100,39 @@ class ImageClassificationTrainer(Trainer):
             ignore_keys = ["hidden_states", "attentions"]
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
-    # The hook by which `Trainer` prepares every table for its data loader.
+    # The hook by which `Trainer` prepares every table for its data loader, with one of the words below.
     def _remove_unused_columns(self, dataset: Dataset, description: str | None = None) -> ImageRows:
         is_training = description == "Training"
-        return ImageRows(
-            dataset,
-            self.image_column,
-            [self.label_column],
-            self._logits_columns(dataset, is_training),
-            self.model.config.num_labels,
-            self.views if is_training else None,
-        )
+        what = f"{(description or 'given').lower()} set"
+        if len(dataset) == 0:
+            raise ValueError(f"The {what} is empty; it needs at least one row.")
+        image, label = find_columns(dataset, self.image_column, self.label_column)
+        logits = self._logits_columns(dataset, is_training)
+        table = (is_training, dataset._fingerprint)
+        if table not in self._checked_tables:
+            check_class_names(self._label_names, class_names(dataset, label), f"the model (beside the {what})")
+            self._check_logits(dataset, is_training, logits)
+            self._checked_tables.add(table)
+        views = self.views if is_training else None
+        key = [ROW_KEY] if ROW_KEY in dataset.column_names else []
+        dataset = dataset.select_columns([image, label, *key, *logits])
+        dataset = dataset.rename_columns({old: new for old, new in ((image, "image"), (label, "label")) if old != new})
+        return ImageRows(dataset, "image", ["label"], logits, self.model.config.num_labels, views)
 
     def _logits_columns(self, dataset: Dataset, is_training: bool) -> list[str]:
         return []
+
+    def _check_logits(self, dataset: Dataset, is_training: bool, columns: list[str]) -> None:
+        pass
 
 
 class EnsembleDistillationTrainer(ImageClassificationTrainer):
     """Distils teachers into an `IBViTForImageClassification` by [`ensemble_distillation_loss`].
 
     The teachers' logits come from the columns that `record_teacher_logits` wrote, or, with `teachers`, from running them
-    in every step. Each term of the loss is logged by its own name: `label_loss` and `<teacher>_loss`. Evaluation needs
-    no logits columns: without them its loss is the labels' term alone.
+    in every step. A table of views is trained on view by view, epoch by epoch, as its teachers saw them. Each term of
+    the loss is logged by its own name: `label_loss` and `<teacher>_loss`. Evaluation needs no logits columns: without
+    them its loss is the labels' term alone.
 
     Args:
         model: the student; `model.config.teacher_names` names the teachers.
@@ -117,10 +140,11 @@ class EnsembleDistillationTrainer(ImageClassificationTrainer):
         train_dataset, eval_dataset: tables with an image and a `ClassLabel` column, found unless named.
         processing_class: the student's image processor.
         teachers: name → Hub id, folder, model loaded by `from_pretrained`, or (model, image processor), for online
-            distillation. `None` reads the columns.
+            distillation, on `views` if given. `None` reads the columns.
         kwargs: as for [`ImageClassificationTrainer`].
 
     Raises:
+        TypeError: other arguments than [`DistillationArguments`], or a table that is not a `datasets.Dataset`.
         ValueError: before the first step: the student has no teachers, a logits column is missing or does not fit, weights
             or temperatures are not one for each teacher, or teachers, student and data differ in their classes.
 
@@ -129,12 +153,13 @@ class EnsembleDistillationTrainer(ImageClassificationTrainer):
     ```python
     >>> trainer = EnsembleDistillationTrainer(
     ...     model=student, args=DistillationArguments("student", temperature=4.0), train_dataset=table,
-    ...     processing_class=image_processor,
+    ...     eval_dataset=validation, processing_class=image_processor,
     ... )
-    >>> trainer.train()
+    >>> output = trainer.train()
     ```
     """
 
+    default_arguments = DistillationArguments
     # `compute_loss` divides by the number of rows in the whole accumulated batch.
     loss_is_scaled_for_ga = True
 
@@ -146,21 +171,27 @@ class EnsembleDistillationTrainer(ImageClassificationTrainer):
         teachers: Mapping[str, TeacherLike] | None = None,
         **kwargs,
     ):
-        self.teacher_names = list(getattr(getattr(model, "config", None), "teacher_names", []))
+        if args is not None and not isinstance(args, DistillationArguments):
+            raise TypeError(
+                f"args is DistillationArguments, which hold the loss's weights; got {type(args).__name__}."
+            )
+        self._given_teachers = teachers
+        super().__init__(model=model, args=args, **kwargs)
+
+    def _prepare(self) -> None:
+        self.teacher_names = list(getattr(self.model.config, "teacher_names", []))
         if not self.teacher_names:
             raise ValueError(
                 "The student has no teacher tokens; build it with IBViTConfig(teacher_names=(...)), or train it without "
                 "teachers with ImageClassificationTrainer."
             )
-        if args is None:
-            args = DistillationArguments("student")
         for name in ("teacher_weights", "temperature"):
-            if len(getattr(args, name)) not in (1, len(self.teacher_names)):
+            if len(getattr(self.args, name)) not in (1, len(self.teacher_names)):
                 raise ValueError(
                     f"{name} is one number or one for each teacher ({', '.join(self.teacher_names)}); got "
-                    f"{getattr(args, name)}."
+                    f"{getattr(self.args, name)}."
                 )
-        self.teachers = []
+        teachers, self.teachers = self._given_teachers, []
         if teachers is not None:
             if set(teachers) != set(self.teacher_names):
                 raise ValueError(
@@ -168,33 +199,42 @@ class EnsembleDistillationTrainer(ImageClassificationTrainer):
                     "be the same."
                 )
             self.teachers = load_teachers({name: teachers[name] for name in self.teacher_names})
-        super().__init__(model=model, args=args, **kwargs)
-        label_names = [str(model.config.id2label[i]) for i in range(model.config.num_labels)]
         for teacher in self.teachers:
-            check_class_names(teacher.class_names, label_names, f'the teacher "{teacher.name}"')
+            check_class_names(teacher.class_names, self._label_names, f'the teacher "{teacher.name}"')
             teacher.model.to(self.args.device)
-        if self.train_dataset is not None and not self.teachers:
-            check_columns(self.train_dataset, self.teacher_names, label_names)
-            recorded = stored_views(self.train_dataset)
-            if self.views is not None and self.views != recorded:
+        self._loss_terms = torch.zeros(2 + len(self.teacher_names))
+
+    def _build_collator(self) -> DistillationCollator:
+        processors = {teacher.name: teacher.image_processor for teacher in self.teachers}
+        names = [] if self.teachers else self.teacher_names
+        return DistillationCollator(self.processing_class, teacher_names=names, teacher_image_processors=processors)
+
+    def _logits_columns(self, dataset: Dataset, is_training: bool) -> list[str]:
+        columns = [column_name(name) for name in self.teacher_names]
+        if self.teachers:
+            return []
+        if is_training:
+            return columns
+        # Evaluation sees images as they are, of which logits of views say nothing.
+        is_recorded = set(columns) <= set(dataset.column_names) and stored_views(dataset) is None
+        return columns if is_recorded else []
+
+    def _check_logits(self, dataset: Dataset, is_training: bool, columns: list[str]) -> None:
+        if not columns:
+            return
+        check_columns(dataset, self.teacher_names, self._label_names)
+        if is_training:
+            recorded = stored_views(dataset)
+            if self.views not in (None, recorded):
                 raise ValueError(
                     f"The table holds logits of other views: {recorded} instead of {self.views}. Leave `views` out to "
                     "train on the recorded ones, or record these."
                 )
             self.views = recorded
-        self._loss_terms = torch.zeros(2 + len(self.teacher_names), dtype=torch.float64)
 
-    def _build_collator(self, image_processor, image_column, label_column):
-        processors = {teacher.name: teacher.image_processor for teacher in self.teachers}
-        names = [] if self.teachers else self.teacher_names
-        return DistillationCollator(image_processor, image_column, label_column, names, processors)
-
-    def _logits_columns(self, dataset: Dataset, is_training: bool) -> list[str]:
-        columns = [column_name(name) for name in self.teacher_names]
-        if self.teachers or not set(columns) <= set(dataset.column_names):
-            return []
-        # Evaluation sees images as they are, of which logits of views say nothing.
-        return columns if is_training or stored_views(dataset) is None else []
+    def train(self, *args, **kwargs):
+        self._loss_terms.zero_()
+        return super().train(*args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The mean over the rows of the batch, scaled so that the steps of an accumulated batch, over all processes, add
@@ -223,19 +263,20 @@ class EnsembleDistillationTrainer(ImageClassificationTrainer):
             mode=self.args.distillation_mode,
             label_smoothing=self.args.label_smoothing_factor if model.training else 0.0,
         )
-        loss = losses.loss
+        share = 1.0 if num_items_in_batch is None else len(labels) / num_items_in_batch
         if model.training:
-            terms = torch.cat((labels.new_ones(1), losses.label_loss.detach()[None], losses.teacher_losses.detach()))
-            self._loss_terms = self._loss_terms.to(terms.device) + len(labels) * terms
-        if num_items_in_batch is not None:
-            # DDP averages the processes' gradients, and the reported loss likewise.
-            loss = loss * (len(labels) * self.accelerator.num_processes / num_items_in_batch)
+            terms = torch.cat((losses.label_loss.detach()[None], losses.teacher_losses.detach()))
+            self._loss_terms = self._loss_terms.to(terms.device) + share * torch.cat((terms.new_ones(1), terms))
+        loss = losses.loss * share
+        if self.args.average_tokens_across_devices:
+            # The share is of all processes' rows; DDP averages their gradients, and the reported loss likewise.
+            loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs, start_time=None):
         if "loss" in logs:
-            rows, *terms = self.accelerator.reduce(self._loss_terms, reduction="sum").tolist()
+            steps, *terms = self.accelerator.reduce(self._loss_terms, reduction="sum").tolist()
             names = ["label_loss", *(f"{name}_loss" for name in self.teacher_names)]
-            logs.update({name: term / rows for name, term in zip(names, terms) if rows})
+            logs.update({name: term / steps for name, term in zip(names, terms) if steps})
             self._loss_terms.zero_()
         super().log(logs, start_time)

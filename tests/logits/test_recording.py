@@ -5,12 +5,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
+import tqdm.auto
+import tqdm.std
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value, load_dataset, load_from_disk
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
@@ -359,6 +362,12 @@ def test_killed_at_any_instant_it_continues_to_the_same_table(teachers, tmp_path
     def record(folder):
         return record_teacher_logits(dataset, teachers, output_dir=folder, views=recipe, batch_size=16, shard_size=16)
 
+    def record_in_a_child():
+        # The progress bars' lock is shared with the parent, and a killed child never gives it back.
+        for bars in (tqdm.std.tqdm, tqdm.auto.tqdm):
+            bars.set_lock(threading.RLock())
+        record(tmp_path / "killed")
+
     started = time.monotonic()
     whole = record(tmp_path / "whole")
     duration = time.monotonic() - started
@@ -368,7 +377,7 @@ def test_killed_at_any_instant_it_continues_to_the_same_table(teachers, tmp_path
     for _ in range(200):
         if kills == 20:
             break
-        process = processes.Process(target=record, args=(tmp_path / "killed",))
+        process = processes.Process(target=record_in_a_child)
         process.start()
         # Short times, so that there is something left to do for twenty of them.
         process.join(timeout=random.uniform(0, duration / 8))

@@ -48,7 +48,8 @@ from hf_ibdistill import (
     ImageTrainingArguments,
     load_teachers,
 )
-from hf_ibdistill.logits.provenance import attach_record, build_record, check_columns
+from hf_ibdistill.logits.encoding import LogitsEncoding
+from hf_ibdistill.logits.provenance import attach_record, build_record, check_columns, describe_teacher
 
 
 CLASSES = ["cat", "dog", "owl", "fox"]
@@ -742,14 +743,14 @@ def test_missing_column(table, plain_table, teachers, tmp_path):
 
 def test_column_of_another_number_of_classes(table, tmp_path):
     wrong = with_logits(table, "inv_logits", np.zeros((NUM_ROWS, 7)))
-    refuse(tmp_path, wrong, r'"inv_logits" holds List.*length=7.*; a list of 4 numbers, one for each class')
+    refuse(tmp_path, wrong, '"inv_logits" holds logits of 7 classes; logits of the student\'s 4 classes are needed')
 
 
 @pytest.mark.parametrize("feature", [List(Value("float32")), Value("float32"), Value("string")])
 def test_column_that_is_no_list_of_numbers(feature, plain_table, table, tmp_path):
     value = [0.0] * 4 if isinstance(feature, List) else 0.0 if feature.dtype == "float32" else "0"
     wrong = table.remove_columns("conv_logits").add_column("conv_logits", [value] * NUM_ROWS, feature=feature)
-    refuse(tmp_path, wrong, r'"conv_logits" holds .*; a list of 4 numbers')
+    refuse(tmp_path, wrong, '"conv_logits" holds not a list .*; logits of the student\'s 4 classes are needed')
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), None])
@@ -786,7 +787,9 @@ def test_rows_are_named_in_long_tables_too():
 def recorded_by(table, teachers):
     """The table with the record that recording attaches, from and to the disk."""
     table = table.select(range(len(table)))
-    attach_record(table, build_record(load_teachers(teachers), {"num_rows": len(table)}, {"kind": "dense"}))
+    attach_record(
+        table, build_record([describe_teacher(one, LogitsEncoding()) for one in load_teachers(teachers)], {}, None)
+    )
     return table
 
 
@@ -891,7 +894,7 @@ def test_tables_without_the_columns(trainer_class, plain_table, table, tmp_path)
     refuse(tmp_path, table.remove_columns("label"), "There is no label column; the columns are image", **settings)
     refuse(tmp_path, table, 'There is no column "photo"; the columns are image', image_column="photo", **settings)
     renamed = plain_table.rename_column("label", "animal")
-    evaluated = {"eval_dataset": renamed, "eval_strategy": "epoch"}
+    evaluated = {"eval_dataset": renamed, "eval_strategy": "epoch", "label_column": "label"}
     refuse(tmp_path, table, 'There is no column "label"; the columns are image, animal', **settings, **evaluated)
     numbers = table.cast_column("label", Value("int64"))
     refuse(tmp_path, numbers, '"label" is .*int64.*without class names', **settings)
@@ -900,7 +903,7 @@ def test_tables_without_the_columns(trainer_class, plain_table, table, tmp_path)
 def test_logits_columns_of_the_evaluation_set(table, tmp_path):
     # They enter its loss, so they are held to the same; and an epoch is a lot of time.
     wrong = with_logits(table, "inv_logits", np.zeros((NUM_ROWS, 7)))
-    refuse(tmp_path, table, '"inv_logits" holds List.*length=7', eval_dataset=wrong, eval_strategy="epoch")
+    refuse(tmp_path, table, '"inv_logits" holds logits of 7 classes', eval_dataset=wrong, eval_strategy="epoch")
     logits = np.array(table["inv_logits"])
     logits[5, 0] = np.nan
     wrong = with_logits(table, "inv_logits", logits)
