@@ -22,6 +22,8 @@ _PUBLIC_NAMES = {
     "teachers": ["Teacher", "load_teachers"],
     "logits.views": ["ViewRecipe"],
     "logits.recording": ["record_teacher_logits"],
+    "logits.attaching": ["attach_teacher_logits"],
+    "logits.verification": ["verify_teacher_logits"],
     "training.losses": ["ensemble_distillation_loss"],
     "training.arguments": ["DistillationArguments", "ImageTrainingArguments"],
     "training.trainer": ["EnsembleDistillationTrainer", "ImageClassificationTrainer"],

@@ -316,15 +316,16 @@ def _shard_is_whole(path) -> bool:
 
 def sha256(path: Path) -> str:
     """The hash of a file's content."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
-
-
-def _sha256(file) -> str:
     digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()
+
+
+def read_checksums(folder: Path) -> dict[str, str]:
+    """Of a finished table: the name of each data file → the hash that it had when it was written."""
+    return json.loads((folder / CHECKSUMS).read_text())
 
 
 def _write_beside(path: Path, write: Callable[[Path], None], before_rename: Callable[[Path], None] = lambda _: None):

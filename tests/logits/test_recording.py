@@ -1,4 +1,3 @@
-import io
 import multiprocessing
 import os
 import shutil
@@ -9,15 +8,13 @@ import threading
 import time
 
 import numpy as np
-import PIL.Image
 import pytest
 import torch
-import tqdm.auto
 import tqdm.std
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value, load_dataset, load_from_disk
+from datasets import DatasetDict, Image, List, Value, load_dataset, load_from_disk
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
-from hf_ibdistill import IBResNetConfig, IBResNetForImageClassification, ViewRecipe, record_teacher_logits
+from hf_ibdistill import IBResNetForImageClassification, ViewRecipe, record_teacher_logits
 from hf_ibdistill.images import decode_image
 from hf_ibdistill.logits.encoding import decode
 from hf_ibdistill.logits.provenance import read_records, stored_views
@@ -25,44 +22,6 @@ from hf_ibdistill.logits.views import make_view, row_key
 
 
 NAMES = ["cat", "dog", "eel"]
-
-
-def image_bytes(seed, size=8):
-    pixels = np.random.default_rng(seed).integers(0, 256, (size, size), dtype=np.uint8)
-    buffer = io.BytesIO()
-    PIL.Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def images(num_rows=50, broken=()):
-    features = Features({"image": Image(), "label": ClassLabel(names=NAMES), "note": Value("string")})
-    encoded = [b"not an image" if row in broken else image_bytes(row) for row in range(num_rows)]
-    rows = {
-        "image": [{"bytes": content, "path": None} for content in encoded],
-        "label": [row % 3 for row in range(num_rows)],
-        "note": [f"row {row}" for row in range(num_rows)],
-    }
-    return Dataset.from_dict(rows, features=features)
-
-
-def save_teacher(folder, preset="convolution-small", seed=0, size=8, names=NAMES):
-    torch.manual_seed(seed)
-    config = IBResNetConfig.from_preset(
-        preset, depths=(1, 1, 1), hidden_sizes=(16, 16, 32), id2label=dict(enumerate(names)), num_labels=len(names)
-    )
-    IBResNetForImageClassification(config).save_pretrained(folder)
-    ViTImageProcessor(size={"height": size, "width": size}).save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def teachers(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("teachers")
-    return {
-        "conv": save_teacher(folder / "conv"),
-        # Sees the images at another size: every teacher has its own image processor.
-        "inv": save_teacher(folder / "inv", "involution-small", seed=1, size=12),
-    }
 
 
 def logits_by_hand(folder, dataset):
@@ -84,13 +43,13 @@ def columns(table, names=("conv_logits", "inv_logits")):
 
 
 @pytest.fixture(scope="module")
-def recorded(teachers, tmp_path_factory):
+def recorded(teachers, tmp_path_factory, images):
     folder = tmp_path_factory.mktemp("recorded") / "table"
     record_teacher_logits(images(), teachers, output_dir=folder, batch_size=8, shard_size=16)
     return folder
 
 
-def test_the_columns_are_what_each_teacher_says_alone(recorded, teachers):
+def test_the_columns_are_what_each_teacher_says_alone(recorded, teachers, images):
     table = load_from_disk(recorded)
     for name, values in columns(table).items():
         expected = logits_by_hand(teachers[name.removesuffix("_logits")], images())
@@ -99,7 +58,7 @@ def test_the_columns_are_what_each_teacher_says_alone(recorded, teachers):
         np.testing.assert_allclose(values, expected, rtol=2e-3, atol=2e-3)
 
 
-def test_the_input_columns_are_kept(recorded):
+def test_the_input_columns_are_kept(recorded, images):
     table, original = load_from_disk(recorded), images()
     assert table.column_names == ["image", "label", "note", "row_key", "conv_logits", "inv_logits"]
     assert table.features["label"].names == NAMES
@@ -130,7 +89,7 @@ def test_logits_stay_with_their_rows(recorded, teachers):
         assert row == whole[note]
 
 
-def test_recording_a_shuffled_selection_equals_selecting_the_recorded(recorded, teachers, tmp_path):
+def test_recording_a_shuffled_selection_equals_selecting_the_recorded(recorded, teachers, tmp_path, images):
     order = np.random.default_rng(0).permutation(50)[:21]
     table = record_teacher_logits(images().select(order), teachers, output_dir=tmp_path / "t", dtype="float32")
     whole = load_from_disk(recorded).select(order)
@@ -138,14 +97,14 @@ def test_recording_a_shuffled_selection_equals_selecting_the_recorded(recorded, 
         np.testing.assert_allclose(values, columns(whole)[name], rtol=2e-3, atol=2e-3)
 
 
-def test_float32(teachers, tmp_path):
+def test_float32(teachers, tmp_path, images):
     table = record_teacher_logits(images(9), teachers, output_dir=tmp_path / "t", dtype="float32")
     assert table.features["conv_logits"] == List(Value("float32"), length=3)
     values = columns(table)["conv_logits"]
     np.testing.assert_allclose(values, logits_by_hand(teachers["conv"], images(9)), rtol=1e-5, atol=1e-5)
 
 
-def test_every_split_is_recorded(teachers, tmp_path):
+def test_every_split_is_recorded(teachers, tmp_path, images):
     splits = DatasetDict({"train": images(20), "test": images(7)})
     tables = record_teacher_logits(splits, teachers, output_dir=tmp_path / "t")
     loaded = load_from_disk(tmp_path / "t")
@@ -153,11 +112,11 @@ def test_every_split_is_recorded(teachers, tmp_path):
     assert columns(loaded["test"])["inv_logits"].tolist() == columns(tables["test"])["inv_logits"].tolist()
 
 
-def test_images_in_files_become_part_of_the_table(teachers, tmp_path):
+def test_images_in_files_become_part_of_the_table(teachers, tmp_path, images):
     for row in range(6):
         folder = tmp_path / "images" / NAMES[row % 3]
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{row}.png").write_bytes(image_bytes(row))
+        images(6)[row]["image"].save(folder / f"{row}.png")
     dataset = load_dataset(str(tmp_path / "images"), split="train", cache_dir=str(tmp_path / "cache"))
     expected = [np.asarray(image) for image in dataset["image"]]
     record_teacher_logits(dataset, teachers, output_dir=tmp_path / "t")
@@ -167,7 +126,7 @@ def test_images_in_files_become_part_of_the_table(teachers, tmp_path):
         assert np.array_equal(np.asarray(image), other)
 
 
-def test_a_teacher_of_another_library_family(tmp_path):
+def test_a_teacher_of_another_library_family(tmp_path, images):
     config = ResNetConfig(
         embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic", id2label=dict(enumerate(NAMES))
     )
@@ -182,14 +141,16 @@ def test_a_teacher_of_another_library_family(tmp_path):
     )
 
 
-def test_calling_again_returns_the_finished_table_untouched(recorded, teachers):
+def test_calling_again_returns_the_finished_table_untouched(recorded, teachers, images):
     before = {path.name: path.stat().st_mtime_ns for path in recorded.iterdir()}
     again = record_teacher_logits(images(), teachers, output_dir=recorded, batch_size=8, shard_size=16)
     assert len(again) == 50
     assert {path.name: path.stat().st_mtime_ns for path in recorded.iterdir()} == before
 
 
-def test_another_data_set_or_teacher_is_refused_in_a_finished_folder(recorded, teachers, tmp_path):
+def test_another_data_set_or_teacher_is_refused_in_a_finished_folder(
+    recorded, teachers, tmp_path, images, save_teacher
+):
     with pytest.raises(
         ValueError, match="holds a finished recording that differs: dataset: num_rows 50 instead of 30"
     ):
@@ -199,7 +160,7 @@ def test_another_data_set_or_teacher_is_refused_in_a_finished_folder(recorded, t
         record_teacher_logits(images(), changed, output_dir=recorded)
 
 
-def test_a_folder_with_something_else_is_refused(teachers, tmp_path):
+def test_a_folder_with_something_else_is_refused(teachers, tmp_path, images):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="holds something else than a recording; choose an empty folder"):
         record_teacher_logits(images(5), teachers, output_dir=tmp_path)
@@ -209,7 +170,7 @@ def test_a_folder_with_something_else_is_refused(teachers, tmp_path):
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
-def test_wrong_input_is_refused_before_anything_is_written(teachers, tmp_path):
+def test_wrong_input_is_refused_before_anything_is_written(teachers, tmp_path, images, save_teacher):
     target = tmp_path / "t"
     with pytest.raises(ValueError, match="The data set is empty"):
         record_teacher_logits(images(5).select([]), teachers, output_dir=target)
@@ -230,7 +191,7 @@ def test_wrong_input_is_refused_before_anything_is_written(teachers, tmp_path):
     assert not target.exists()
 
 
-def test_an_unreadable_image_names_its_row_and_keeps_what_is_recorded(teachers, tmp_path):
+def test_an_unreadable_image_names_its_row_and_keeps_what_is_recorded(teachers, tmp_path, images):
     with pytest.raises(ValueError, match="Row 41: The image cannot be decoded"):
         record_teacher_logits(images(broken=[41]), teachers, output_dir=tmp_path, batch_size=8, shard_size=16)
     assert sorted(path.name for path in (tmp_path / "shards").glob("*.arrow")) == [
@@ -241,7 +202,7 @@ def test_an_unreadable_image_names_its_row_and_keeps_what_is_recorded(teachers, 
 
 # A whole batch, and a whole shard, may be unreadable too.
 @pytest.mark.parametrize("broken", [[41], [0, 3, 49], list(range(8, 16)), list(range(16, 32))])
-def test_unreadable_images_can_be_left_out(broken, teachers, recorded, tmp_path, caplog):
+def test_unreadable_images_can_be_left_out(broken, teachers, recorded, tmp_path, caplog, images):
     table = record_teacher_logits(
         images(broken=broken), teachers, output_dir=tmp_path, batch_size=8, shard_size=16, skip_unreadable=True
     )
@@ -253,7 +214,7 @@ def test_unreadable_images_can_be_left_out(broken, teachers, recorded, tmp_path,
         np.testing.assert_allclose(values, whole[name][kept], rtol=2e-3, atol=2e-3)
 
 
-def test_a_logit_that_is_not_finite_names_teacher_and_row(teachers, tmp_path):
+def test_a_logit_that_is_not_finite_names_teacher_and_row(teachers, tmp_path, images):
     model = IBResNetForImageClassification.from_pretrained(teachers["conv"]).eval()
     processor = ViTImageProcessor(size={"height": 8, "width": 8})
     forward, calls = model.forward, []
@@ -294,7 +255,7 @@ print(f'process {state.process_index} of {state.num_processes}: {len(table)}')
 
 
 @pytest.fixture
-def script(tmp_path, teachers):
+def script(tmp_path, teachers, images):
     (tmp_path / "record.py").write_text(SCRIPT)
     images(200).save_to_disk(tmp_path / "images")
     pairs = [f"{name}={folder}" for name, folder in teachers.items()]
@@ -323,7 +284,7 @@ def same_bytes(first, second):
     return first.keys() == second.keys() and all(first[name].equals(second[name]) for name in first)
 
 
-def test_an_interrupted_recording_is_not_continued_with_something_else(teachers, tmp_path):
+def test_an_interrupted_recording_is_not_continued_with_something_else(teachers, tmp_path, images, save_teacher):
     with pytest.raises(ValueError, match="Row 41"):
         record_teacher_logits(images(broken=[41]), teachers, output_dir=tmp_path, batch_size=8, shard_size=16)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.arrow")}
@@ -342,7 +303,7 @@ def test_an_interrupted_recording_is_not_continued_with_something_else(teachers,
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.arrow")} == before
 
 
-def test_a_damaged_shard_is_recorded_again(teachers, tmp_path):
+def test_a_damaged_shard_is_recorded_again(teachers, tmp_path, images):
     # Row 171 is not in the sample of images by which a recording knows its data set.
     arguments = {"teachers": teachers, "output_dir": tmp_path / "t", "shard_size": 64}
     with pytest.raises(ValueError, match="Row 171"):
@@ -355,7 +316,14 @@ def test_a_damaged_shard_is_recorded_again(teachers, tmp_path):
     assert same_bytes(continued, record_teacher_logits(images(200), teachers, output_dir=tmp_path / "whole"))
 
 
-def test_killed_at_any_instant_it_continues_to_the_same_table(teachers, tmp_path):
+def give_own_lock(progress_bars):
+    """Progress bars share a lock among processes, and a killed one never gives it back."""
+    progress_bars.set_lock(threading.RLock())
+    for kind in progress_bars.__subclasses__():
+        give_own_lock(kind)
+
+
+def test_killed_at_any_instant_it_continues_to_the_same_table(teachers, tmp_path, images):
     dataset = images(300)
     recipe = ViewRecipe(num_views=2, horizontal_flip=0.5)
 
@@ -363,9 +331,7 @@ def test_killed_at_any_instant_it_continues_to_the_same_table(teachers, tmp_path
         return record_teacher_logits(dataset, teachers, output_dir=folder, views=recipe, batch_size=16, shard_size=16)
 
     def record_in_a_child():
-        # The progress bars' lock is shared with the parent, and a killed child never gives it back.
-        for bars in (tqdm.std.tqdm, tqdm.auto.tqdm):
-            bars.set_lock(threading.RLock())
+        give_own_lock(tqdm.std.tqdm)
         record(tmp_path / "killed")
 
     started = time.monotonic()
@@ -426,7 +392,7 @@ def views_by_hand(folder, dataset, recipe):
     return np.array(rows)
 
 
-def test_views_are_what_the_teachers_say_of_each_view(teachers, tmp_path):
+def test_views_are_what_the_teachers_say_of_each_view(teachers, tmp_path, images):
     recipe = ViewRecipe(num_views=3, horizontal_flip=0.5, erasing=0.5)
     table = record_teacher_logits(images(10), teachers, output_dir=tmp_path / "t", views=recipe, batch_size=7)
     assert stored_views(table) == recipe
@@ -436,7 +402,7 @@ def test_views_are_what_the_teachers_say_of_each_view(teachers, tmp_path):
     assert table["row_key"][:] == [row_key(image.convert("RGB")) for image in images(10)["image"]]
 
 
-def test_workers_and_batch_size_do_not_change_the_views(teachers, tmp_path):
+def test_workers_and_batch_size_do_not_change_the_views(teachers, tmp_path, images):
     recipe = ViewRecipe(num_views=3, horizontal_flip=0.5)
     tables = [
         record_teacher_logits(
@@ -449,7 +415,7 @@ def test_workers_and_batch_size_do_not_change_the_views(teachers, tmp_path):
         np.testing.assert_allclose(values, columns(tables[0])[name], rtol=1e-4, atol=1e-4)
 
 
-def test_top_k_columns_hold_the_largest_of_the_dense_ones(teachers, tmp_path):
+def test_top_k_columns_hold_the_largest_of_the_dense_ones(teachers, tmp_path, images):
     recipe = ViewRecipe(num_views=2)
     dense = record_teacher_logits(images(9), teachers, output_dir=tmp_path / "d", views=recipe, dtype="float32")
     top_k = record_teacher_logits(
@@ -466,7 +432,7 @@ def test_top_k_columns_hold_the_largest_of_the_dense_ones(teachers, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-def test_only_the_training_split_gets_views(teachers, tmp_path):
+def test_only_the_training_split_gets_views(teachers, tmp_path, images):
     splits = DatasetDict({"train": images(6), "test": images(4)})
     tables = record_teacher_logits(splits, teachers, output_dir=tmp_path / "t", views=ViewRecipe(num_views=2))
     assert stored_views(tables["train"]).num_views == 2
@@ -474,7 +440,7 @@ def test_only_the_training_split_gets_views(teachers, tmp_path):
 
 
 @pytest.mark.parametrize("views", [None, ViewRecipe(num_views=2)])
-def test_adding_a_teacher_records_it_alone(views, teachers, tmp_path):
+def test_adding_a_teacher_records_it_alone(views, teachers, tmp_path, images):
     conv, inv = ({name: folder} for name, folder in teachers.items())
     first = record_teacher_logits(images(20), conv, output_dir=tmp_path / "first", views=views)
     # Without its own folder the first teacher cannot have run again.
@@ -486,7 +452,7 @@ def test_adding_a_teacher_records_it_alone(views, teachers, tmp_path):
 
 
 @pytest.mark.parametrize("top_k", [None, 2])
-def test_more_views_are_added_to_the_recorded_ones(top_k, teachers, tmp_path):
+def test_more_views_are_added_to_the_recorded_ones(top_k, teachers, tmp_path, images):
     two, five = ViewRecipe(num_views=2), ViewRecipe(num_views=5)
     record = {"top_k": top_k, "batch_size": 1}
     first = record_teacher_logits(images(8), teachers, output_dir=tmp_path / "2", views=two, **record)
@@ -503,7 +469,7 @@ def test_more_views_are_added_to_the_recorded_ones(top_k, teachers, tmp_path):
             np.testing.assert_allclose(*values, rtol=2e-3, atol=2e-3)
 
 
-def test_what_cannot_be_added_is_refused(teachers, tmp_path):
+def test_what_cannot_be_added_is_refused(teachers, tmp_path, images, save_teacher):
     recipe = ViewRecipe(num_views=2)
     table = record_teacher_logits(images(8), teachers, output_dir=tmp_path / "t", views=recipe)
     inv = {"inv": teachers["inv"]}
@@ -537,7 +503,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_full_disk_loses_nothing(small_disk, teachers, tmp_path):
+def test_a_full_disk_loses_nothing(small_disk, teachers, tmp_path, images):
     target, filler = small_disk / "t", small_disk / "filler"
     filler.write_bytes(bytes(140_000))
     arguments = {"views": ViewRecipe(num_views=40), "batch_size": 80, "shard_size": 8}

@@ -1,0 +1,100 @@
+"""Join published logits to the user's own copy of the images."""
+
+import logging
+
+import numpy as np
+from datasets import Dataset, Features, Value, concatenate_datasets
+
+from ..data import find_columns
+from ..images import ImageRows
+from .encoding import ROW_KEY, column_name, recorded_teachers
+from .provenance import attach_record, read_records
+from .views import row_key
+
+
+logger = logging.getLogger(__name__)
+
+
+def attach_teacher_logits(
+    images: Dataset,
+    logits_table: Dataset,
+    *,
+    image_column: str | None = None,
+    skip_missing: bool = False,
+    num_workers: int | None = None,
+) -> Dataset:
+    """Give images the logits that were recorded of the same images, by the key of their content.
+
+    Logits may be published where images must not be; whoever has the images joins the two here. The order of the rows
+    does not matter, and rows with the same image get the same logits.
+
+    Args:
+        images: the user's own copy, with an image column.
+        logits_table: a table with `row_key` and logits columns; other columns are left out.
+        image_column: the image column; found when not given.
+        skip_missing: leave images without a partner out instead of stopping.
+        num_workers: processes that decode the images; `None` is this one.
+
+    Returns:
+        The images' columns plus `row_key`, the logits columns and their provenance, in the order of `images`.
+
+    Raises:
+        ValueError: the table has no `row_key` or no logits, a column would be there twice, or images have no partner;
+            the message tells how many and the first of them.
+    """
+    teachers = recorded_teachers(logits_table)
+    if ROW_KEY not in logits_table.column_names or not teachers:
+        raise ValueError(
+            f'The logits table needs the column "{ROW_KEY}" and a logits column; its columns are '
+            f"{', '.join(logits_table.column_names)}. Tables made by record_teacher_logits have both."
+        )
+    columns = [ROW_KEY, *map(column_name, teachers)]
+    twice = [name for name in columns if name in images.column_names]
+    if twice:
+        raise ValueError(f"The images already have the columns {twice}; remove them first.")
+    image_column, _ = find_columns(images, image_column, images.column_names[0])
+    keyed = images.select_columns([image_column]).map(
+        _KeysOf(images, image_column),
+        batched=True,
+        with_indices=True,
+        num_proc=num_workers,
+        remove_columns=[image_column],
+        features=Features({ROW_KEY: Value("uint64")}),
+        desc="Looking at the images",
+    )
+    keys, known = _keys(keyed), _keys(logits_table)
+    order = np.argsort(known, kind="stable")
+    position = np.searchsorted(known, keys, sorter=order).clip(max=len(known) - 1)
+    partner = order[position]
+    missing = np.flatnonzero(known[partner] != keys)
+    if len(missing):
+        message = f"{len(missing)} of {len(images)} images have no recorded logits (rows {missing[:10].tolist()}"
+        message += ", …)" if len(missing) > 10 else ")"
+        if not skip_missing:
+            raise ValueError(
+                f"{message}. Their pixels differ from all recorded ones: another version of the data set, or resized or "
+                "re-compressed files. skip_missing=True leaves them out."
+            )
+        logger.warning("%s and are left out.", message)
+        found = np.flatnonzero(known[partner] == keys)
+        images, partner = images.select(found), partner[found]
+    joined = concatenate_datasets([images, logits_table.select_columns(columns).select(partner)], axis=1)
+    records = read_records(logits_table)
+    if len(records) == 1:
+        attach_record(joined, records[0])
+    return joined
+
+
+class _KeysOf:
+    """(rows, indices) → row keys; an object, so that worker processes can be given it."""
+
+    def __init__(self, images, image_column):
+        self.rows, self.image_column = ImageRows(images, image_column), image_column
+
+    def __call__(self, _, indices):
+        keys = [row_key(row[self.image_column]) for row in self.rows.__getitems__(indices)]
+        return {ROW_KEY: np.array(keys, dtype=np.uint64)}
+
+
+def _keys(table) -> np.ndarray:
+    return table.select_columns([ROW_KEY]).with_format("arrow")[:][ROW_KEY].to_numpy()
