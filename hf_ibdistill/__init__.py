@@ -23,6 +23,7 @@ _PUBLIC_NAMES = {
     "logits.views": ["ViewRecipe"],
     "logits.recording": ["record_teacher_logits"],
     "logits.attaching": ["attach_teacher_logits"],
+    "logits.publishing": ["export_logits_table", "open_logits_table"],
     "logits.verification": ["verify_teacher_logits"],
     "training.losses": ["ensemble_distillation_loss"],
     "training.arguments": ["DistillationArguments", "ImageTrainingArguments"],

@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
+import pyarrow as pa
 import torch
-from datasets import Dataset, Image
+from datasets import Dataset, Image, IterableDataset
+from datasets.distributed import split_dataset_by_node
 from transformers import BaseImageProcessor, ViTImageProcessor
 
 from .logits.encoding import ROW_KEY, decode, describe_column
@@ -39,12 +41,63 @@ def decode_image(value: dict) -> PIL.Image.Image:
         raise ValueError(f"The image{where} cannot be decoded: {error}") from error
 
 
-class ImageRows(torch.utils.data.Dataset):
+class _RowDecoder:
+    """What a table's rows are decoded into, for [`ImageRows`] and [`StreamedImageRows`]."""
+
+    def __init__(
+        self,
+        dataset: Dataset | IterableDataset,
+        image_column: str,
+        columns: Sequence[str] = (),
+        logits_columns: Sequence[str] = (),
+        num_classes: int | None = None,
+        views: ViewRecipe | None = None,
+        skip_unreadable: bool = False,
+    ):
+        self.image_column = image_column
+        self.columns, self.logits_columns = list(columns), list(logits_columns)
+        self.num_classes, self.views, self.skip_unreadable = num_classes, views, skip_unreadable
+        stored_key = [ROW_KEY] if views is not None and ROW_KEY in dataset.column_names else []
+        wanted = dict.fromkeys([image_column, *self.columns, *stored_key, *self.logits_columns])
+        self._has_views = {
+            column: describe_column(dataset.features[column])[1] is not None for column in self.logits_columns
+        }
+        encoded = dataset.select_columns(list(wanted)).cast_column(image_column, Image(decode=False))
+        self._table = encoded.with_format("arrow")
+        # Shared memory: persistent workers hold a copy of this object, made before the first epoch.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    # Not `set_epoch`, which data loaders of Accelerate call with counts of their own, or not at all.
+    def start_epoch(self, epoch: int) -> None:
+        """Turn to the views of this epoch."""
+        self._epoch.fill_(epoch)
+
+    def _decode(self, table: pa.Table, numbers: Sequence[int]) -> list[dict]:
+        view = None if self.views is None else int(self._epoch) % self.views.num_views
+        values = {name: table[name].to_pylist() for name in table.column_names if name not in self.logits_columns}
+        for name in self.logits_columns:
+            values[name] = decode(table[name], self.num_classes, view if self._has_views[name] else None)
+        rows = [dict(zip(values, row)) for row in zip(*values.values())]
+        for number, row in zip(numbers, rows):
+            try:
+                image = decode_image(row[self.image_column])
+            except ValueError as error:
+                if not self.skip_unreadable:
+                    raise ValueError(f"Row {number}: {error}") from error
+                image = None
+            if image is not None and self.views is not None:
+                key = row.pop(ROW_KEY) if ROW_KEY in row else row_key(image)
+                image = make_view(image, self.views, key, view)
+            row[self.image_column] = image
+        return rows
+
+
+class ImageRows(_RowDecoder, torch.utils.data.Dataset):
     """A table's rows with their images decoded to RGB, as dicts.
 
     With a view recipe, the image is a view of it (uint8, (3, height, width)): number `epoch` modulo the recipe's number
-    of views, so that training walks through them. `set_epoch`, which transformers' `Trainer` calls, reaches data loader
-    workers that are already running.
+    of views, so that training walks through them. `start_epoch` says which, also to data loader workers that are already
+    running.
 
     Args:
         dataset: the table; its rows keep their numbers.
@@ -59,37 +112,13 @@ class ImageRows(torch.utils.data.Dataset):
         ValueError: on reading a row whose image cannot be decoded; the message names the row.
     """
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        image_column: str,
-        columns: Sequence[str] = (),
-        logits_columns: Sequence[str] = (),
-        num_classes: int | None = None,
-        views: ViewRecipe | None = None,
-        skip_unreadable: bool = False,
-    ):
+    def __init__(self, dataset: Dataset, *args, **kwargs):
         if dataset.format["type"] == "custom":
             raise ValueError(
                 "The data set has a transform of its own. Remove it (dataset.reset_format()): images are decoded and "
                 "preprocessed here, so that teachers and student see the same ones."
             )
-        self.image_column = image_column
-        self.columns, self.logits_columns = list(columns), list(logits_columns)
-        self.num_classes, self.views, self.skip_unreadable = num_classes, views, skip_unreadable
-        stored_key = [ROW_KEY] if views is not None and ROW_KEY in dataset.column_names else []
-        wanted = dict.fromkeys([image_column, *self.columns, *stored_key, *self.logits_columns])
-        encoded = dataset.select_columns(list(wanted)).cast_column(image_column, Image(decode=False))
-        self._table = encoded.with_format("arrow")
-        self._views_stored = {
-            column: describe_column(dataset.features[column])[1] is not None for column in self.logits_columns
-        }
-        # Shared memory: persistent workers hold a copy of this object, made before the first epoch.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-
-    def set_epoch(self, epoch: int) -> None:
-        """Turn to the views of this epoch."""
-        self._epoch.fill_(epoch)
+        super().__init__(dataset, *args, **kwargs)
 
     def __len__(self) -> int:
         return len(self._table)
@@ -99,24 +128,36 @@ class ImageRows(torch.utils.data.Dataset):
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict]:
         indices = list(indices)
-        table = self._table[indices]
-        view = None if self.views is None else int(self._epoch) % self.views.num_views
-        values = {name: table[name].to_pylist() for name in table.column_names if name not in self.logits_columns}
-        for name in self.logits_columns:
-            values[name] = decode(table[name], self.num_classes, view if self._views_stored[name] else None)
-        rows = [dict(zip(values, row)) for row in zip(*values.values())]
-        for index, row in zip(indices, rows):
-            try:
-                image = decode_image(row[self.image_column])
-            except ValueError as error:
-                if not self.skip_unreadable:
-                    raise ValueError(f"Row {index}: {error}") from error
-                image = None
-            if image is not None and self.views is not None:
-                key = row.pop(ROW_KEY) if ROW_KEY in row else row_key(image)
-                image = make_view(image, self.views, key, view)
-            row[self.image_column] = image
-        return rows
+        return self._decode(self._table[indices], indices)
+
+
+class StreamedImageRows(_RowDecoder, torch.utils.data.IterableDataset):
+    """[`ImageRows`] of a streamed table, whose rows come in its own order. Data loader workers share the rows.
+
+    Raises:
+        ValueError: on reading a row whose image cannot be decoded or whose logits are not finite; the message counts rows
+            from the first that this worker was given.
+    """
+
+    def start_epoch(self, epoch: int) -> None:
+        super().start_epoch(epoch)
+        self._table.set_epoch(epoch)
+
+    def __iter__(self):
+        worker = torch.utils.data.get_worker_info()
+        table = self._table
+        if worker is not None:
+            table = split_dataset_by_node(table, rank=worker.id, world_size=worker.num_workers)
+        first = 0
+        for batch in table.iter(batch_size=64):
+            rows = self._decode(batch, range(first, first + len(batch)))
+            for number, row in enumerate(rows, first):
+                for name in self.logits_columns:
+                    # A stream cannot be looked through before it is trained on.
+                    if not np.isfinite(row[name]).all():
+                        raise ValueError(f'Row {number}: the column "{name}" has NaN or infinite logits.')
+                yield row
+            first += len(batch)
 
 
 def build_image_processor(

@@ -10,6 +10,7 @@ from datasets import DatasetDict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import HfArgumentParser
 
+from hf_ibdistill import ViewRecipe
 from hf_ibdistill.data import find_columns, load_image_dataset, select_per_class
 
 
@@ -48,6 +49,43 @@ class DataArguments:
         return splits
 
 
+@dataclass
+class ViewArguments:
+    num_views: int = field(
+        default=0,
+        metadata={
+            "help": "Augmented views of each image; 0 takes the images as they are. Training walks through them."
+        },
+    )
+    crop: str = field(
+        default="pad", metadata={"help": "pad (shift by some pixels), resized (cut out a part and resize it) or none."}
+    )
+    padding: float = field(default=0.125, metadata={"help": "For pad, the largest shift, as a share of the side."})
+    min_scale: float = field(default=0.5, metadata={"help": "For resized, the smallest share of the area."})
+    horizontal_flip: float = field(default=0.0, metadata={"help": "Probability of a mirrored view."})
+    photometric_ops: int = field(default=0, metadata={"help": "Colour operations on each view."})
+    magnitude: float = field(default=5.0, metadata={"help": "Strength of the colour operations, 0 to 10."})
+    erasing: float = field(default=0.0, metadata={"help": "Probability that a rectangle of a view is made grey."})
+    view_size: int | None = field(default=None, metadata={"help": "Side of a view; by default the image's own."})
+    view_seed: int = field(default=0, metadata={"help": "Another seed makes other views."})
+
+    def recipe(self) -> ViewRecipe | None:
+        if self.num_views == 0:
+            return None
+        return ViewRecipe(
+            num_views=self.num_views,
+            image_size=self.view_size,
+            crop=self.crop,
+            padding=self.padding,
+            scale=(self.min_scale, 1.0),
+            horizontal_flip=self.horizontal_flip,
+            photometric_ops=self.photometric_ops,
+            magnitude=self.magnitude,
+            erasing=self.erasing,
+            seed=self.view_seed,
+        )
+
+
 def parse_arguments(*types: type) -> tuple:
     """Flags, or one YAML or JSON file in place of all of them."""
     parser = HfArgumentParser(types)
@@ -78,5 +116,5 @@ def run(main: Callable[[], None]) -> None:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
         main()
-    except (ValueError, FileNotFoundError, StrictDataclassError) as error:
+    except (ValueError, OSError, StrictDataclassError) as error:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")

@@ -148,7 +148,9 @@ def measure_bytes(table: Dataset, num_views: int, folder: Path) -> dict:
 
 def distances(dense: np.ndarray, decoded: np.ndarray, top_k: int | None, temperature: float) -> dict[str, float]:
     """How far the rebuilt distributions are from the dense one; (N, C) logits, means over the rows."""
-    log_p, log_q = ((torch.tensor(x, dtype=torch.float64) / temperature).log_softmax(-1).numpy() for x in (dense, decoded))
+    log_p, log_q = (
+        (torch.tensor(x, dtype=torch.float64) / temperature).log_softmax(-1).numpy() for x in (dense, decoded)
+    )
     p, q = np.exp(log_p), np.exp(log_q)
     result = {
         "kl_p_ours": (p * (log_p - log_q)).sum(-1).mean(),

@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from arguments import DataArguments, name_folders, parse_arguments, result_split, run
+from arguments import DataArguments, ViewArguments, name_folders, parse_arguments, result_split, run
 from transformers import set_seed
 
 from hf_ibdistill import (
@@ -24,6 +24,7 @@ from hf_ibdistill import (
     class_config,
 )
 from hf_ibdistill.logits.encoding import recorded_teachers
+from hf_ibdistill.logits.provenance import stored_views
 from hf_ibdistill.training.finish import RESULTS, evaluate_and_save
 
 
@@ -89,7 +90,7 @@ class StudentArguments:
 
 
 def main():
-    data, student, args = parse_arguments(DataArguments, StudentArguments, DistillationArguments)
+    data, views, student, args = parse_arguments(DataArguments, ViewArguments, StudentArguments, DistillationArguments)
     splits = data.load()
     set_seed(args.seed)
     model, processor = student.build(splits, data)
@@ -99,6 +100,8 @@ def main():
         "processing_class": processor,
         "image_column": data.image_column,
         "label_column": data.label_column,
+        # A table of views says itself which they are; a student without teachers then sees the same ones.
+        "views": views.recipe() or stored_views(splits["train"]),
     }
     if model.config.teacher_names:
         teachers = name_folders(student.teachers) or None

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from arguments import DataArguments, parse_arguments, result_split, run
+from arguments import DataArguments, ViewArguments, parse_arguments, result_split, run
 from transformers import AutoImageProcessor, AutoModelForImageClassification, set_seed
 
 from hf_ibdistill import (
@@ -53,19 +53,29 @@ class QuickstartData(DataArguments):
 
 
 @dataclass
+class QuickstartViews(ViewArguments):
+    num_views: int = field(
+        default=50,
+        metadata={
+            "help": "Stored views of each image; 0 stores one row of logits of the image as it is (the paper's way)."
+        },
+    )
+
+
+@dataclass
 class QuickstartArguments:
     output_dir: str = field(default="outputs/quickstart", metadata={"help": "Folder of everything that it makes."})
     seeds: list[int] = field(
         default_factory=lambda: [0],
         metadata={"help": "One run for each: the seed of the subset, the first weights and the order of the images."},
     )
-    teacher_steps: int = field(default=300, metadata={"help": "Training steps of each teacher."})
-    student_steps: int = field(default=600, metadata={"help": "Training steps of each student."})
+    teacher_steps: int = field(default=400, metadata={"help": "Training steps of each teacher."})
+    student_steps: int = field(default=1000, metadata={"help": "Training steps of each student."})
     batch_size: int = field(default=50, metadata={"help": "Images a step."})
     teacher_learning_rate: float = field(default=1e-2, metadata={"help": "Peak learning rate of the teachers."})
-    student_learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate of the students."})
-    temperature: float = field(default=8.0, metadata={"help": "Softens the teachers' distributions."})
-    teacher_weight: float = field(default=0.1, metadata={"help": "Weight of each teacher's term in the loss."})
+    student_learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of the students."})
+    temperature: float = field(default=4.0, metadata={"help": "Softens the teachers' distributions."})
+    teacher_weight: float = field(default=1.0, metadata={"help": "Weight of each teacher's term in the loss."})
 
 
 class Stopwatch:
@@ -79,7 +89,20 @@ class Stopwatch:
         self.seconds[name], self._last = now - self._last, now
 
 
-def train(trainer_class, model, folder, seed, quick, splits, data, processor, train_dataset=None, **settings):
+def train(
+    trainer_class,
+    model,
+    folder,
+    seed,
+    quick,
+    splits,
+    data,
+    processor,
+    views,
+    train_dataset=None,
+    teachers=None,
+    **settings,
+):
     is_student = isinstance(model, IBViTForImageClassification)
     steps = quick.student_steps if is_student else quick.teacher_steps
     arguments_class = DistillationArguments if trainer_class is EnsembleDistillationTrainer else ImageTrainingArguments
@@ -103,12 +126,31 @@ def train(trainer_class, model, folder, seed, quick, splits, data, processor, tr
         processing_class=processor,
         image_column=data.image_column,
         label_column=data.label_column,
+        views=views,
+        **({} if teachers is None else {"teachers": teachers}),
     )
     trainer.train()
     return trainer
 
 
-def run_seed(data: QuickstartData, quick: QuickstartArguments, seed: int, folder: Path) -> tuple[dict, dict]:
+def build_student(teacher_names, processor, classes, seed) -> IBViTForImageClassification:
+    set_seed(seed)
+    size = processor.size["height"]
+    config = IBViTConfig(
+        teacher_names=teacher_names,
+        patch_embedding="convolution",
+        image_size=size,
+        patch_size=2 if size < 16 else 4 if size <= 64 else 16,
+        hidden_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=192,
+        **classes,
+    )
+    return IBViTForImageClassification(config)
+
+
+def run_seed(data, views, quick, seed: int, folder: Path) -> tuple[dict, dict]:
     """One run; returns the metrics of each model and the seconds of each step."""
     watch = Stopwatch()
     data.split_seed = seed
@@ -116,9 +158,9 @@ def run_seed(data: QuickstartData, quick: QuickstartArguments, seed: int, folder
     split = result_split(splits)
     classes = class_config(splits["train"], data.label_column)
     processor = build_image_processor(splits["train"], data.image_column)
-    size = processor.size["height"]
-    patch_size = 2 if size < 16 else 4 if size <= 64 else 16
-    shared = {"seed": seed, "quick": quick, "splits": splits, "data": data, "processor": processor}
+    shared = {
+        "seed": seed, "quick": quick, "splits": splits, "data": data, "processor": processor, "views": views.recipe()
+    }  # fmt: skip
     metrics, trainers = {}, {}
     watch.lap("load the images")
 
@@ -133,28 +175,15 @@ def run_seed(data: QuickstartData, quick: QuickstartArguments, seed: int, folder
         splits,
         {name: str(folder / name) for name in PRESETS},
         output_dir=folder / "table",
+        views=views.recipe(),
         image_column=data.image_column,
         label_column=data.label_column,
     )
     watch.lap("record their logits")
 
-    def build_student(teacher_names):
-        set_seed(seed)
-        return IBViTForImageClassification(
-            IBViTConfig(
-                teacher_names=teacher_names,
-                patch_embedding="convolution",
-                image_size=size,
-                patch_size=patch_size,
-                hidden_size=96,
-                num_hidden_layers=4,
-                num_attention_heads=4,
-                intermediate_size=192,
-                **classes,
-            )
-        )
-
-    alone = train(ImageClassificationTrainer, build_student(()), folder / "student_alone", **shared)
+    alone = train(
+        ImageClassificationTrainer, build_student((), processor, classes, seed), folder / "student_alone", **shared
+    )
     metrics["student without teachers"] = evaluate_and_save(
         alone, splits[split], split, title="Student without teachers", data_name=data.dataset
     )
@@ -162,7 +191,7 @@ def run_seed(data: QuickstartData, quick: QuickstartArguments, seed: int, folder
 
     distilled = train(
         EnsembleDistillationTrainer,
-        build_student(tuple(PRESETS)),
+        build_student(tuple(PRESETS), processor, classes, seed),
         folder / "student",
         **shared,
         train_dataset=table["train"],
@@ -213,11 +242,11 @@ def check_reloaded(trainer, folder, dataset, data) -> None:
 
 
 def main():
-    data, quick = parse_arguments(QuickstartData, QuickstartArguments)
+    data, views, quick = parse_arguments(QuickstartData, QuickstartViews, QuickstartArguments)
     output_dir = Path(quick.output_dir)
     results, seconds = [], []
     for seed in quick.seeds:
-        metrics, laps = run_seed(data, quick, seed, output_dir / f"seed_{seed}")
+        metrics, laps = run_seed(data, views, quick, seed, output_dir / f"seed_{seed}")
         results.append(metrics)
         seconds.append(laps)
 
@@ -238,7 +267,7 @@ def main():
     )
     (output_dir / "summary.md").write_text(summary)
     (output_dir / "summary.json").write_text(
-        json.dumps({"images_per_class": data.images_per_class, "seeds": quick.seeds, "metrics": results, "seconds": seconds}, indent=2)
+        json.dumps({"images_per_class": data.images_per_class, "num_views": views.num_views, "seeds": quick.seeds, "metrics": results, "seconds": seconds}, indent=2)
     )  # fmt: skip
     student = output_dir / f"seed_{quick.seeds[-1]}" / "student"
     print(f"\n{summary}\nStudent, card and picture: {student}\nTry it:\n")

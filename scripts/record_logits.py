@@ -1,6 +1,7 @@
 """Run teachers over a data set once and store what they say beside the images.
 
     python scripts/record_logits.py --teachers conv=outputs/conv inv=outputs/inv --output_dir outputs/table
+    python scripts/record_logits.py --teachers conv=outputs/conv inv=outputs/inv --num_views 30 --output_dir outputs/views
     accelerate launch --num_processes 2 scripts/record_logits.py --teachers conv=outputs/conv --output_dir outputs/table
 
 Interrupted, it continues where it stopped when it is called again.
@@ -8,7 +9,7 @@ Interrupted, it continues where it stopped when it is called again.
 
 from dataclasses import dataclass, field
 
-from arguments import DataArguments, name_folders, parse_arguments, run
+from arguments import DataArguments, ViewArguments, name_folders, parse_arguments, run
 
 from hf_ibdistill import record_teacher_logits
 
@@ -17,8 +18,11 @@ from hf_ibdistill import record_teacher_logits
 class RecordingArguments:
     teachers: list[str] = field(metadata={"help": "NAME=FOLDER or NAME=HUB_ID for each teacher."})
     output_dir: str = field(metadata={"help": "Folder of the table."})
+    top_k: int | None = field(
+        default=None, metadata={"help": "Store the k largest logits and the sum of the rest; by default all."}
+    )
     dtype: str = field(default="float16", metadata={"help": "How logits are stored: float16 or float32."})
-    batch_size: int = field(default=64, metadata={"help": "Images a forward pass."})
+    batch_size: int = field(default=64, metadata={"help": "Images (views) a forward pass."})
     shard_size: int = field(default=4096, metadata={"help": "Rows a shard: what an interruption can cost."})
     num_workers: int = field(default=0, metadata={"help": "Processes that decode images ahead of the teachers."})
     skip_unreadable: bool = field(
@@ -30,11 +34,13 @@ class RecordingArguments:
 
 
 def main():
-    data, recording = parse_arguments(DataArguments, RecordingArguments)
+    data, views, recording = parse_arguments(DataArguments, ViewArguments, RecordingArguments)
     tables = record_teacher_logits(
         data.load(),
         name_folders(recording.teachers),
         output_dir=recording.output_dir,
+        views=views.recipe(),
+        top_k=recording.top_k,
         dtype=recording.dtype,
         batch_size=recording.batch_size,
         shard_size=recording.shard_size,

@@ -6,7 +6,7 @@ python scripts/train_teacher.py --preset involution-small --dataset my_images/ -
 
 from dataclasses import dataclass, field
 
-from arguments import DataArguments, parse_arguments, result_split, run
+from arguments import DataArguments, ViewArguments, parse_arguments, result_split, run
 from transformers import set_seed
 
 from hf_ibdistill import (
@@ -31,8 +31,18 @@ class TeacherArguments:
     )
 
 
+@dataclass(repr=False)
+class TeacherTrainingArguments(ImageTrainingArguments):
+    learning_rate: float = field(
+        default=1e-2,
+        metadata={"help": "Peak learning rate; batch norm stands a higher one than a student. (default: 0.01)"},
+    )
+
+
 def main():
-    data, teacher, args = parse_arguments(DataArguments, TeacherArguments, ImageTrainingArguments)
+    data, views, teacher, args = parse_arguments(
+        DataArguments, ViewArguments, TeacherArguments, TeacherTrainingArguments
+    )
     splits = data.load()
     set_seed(args.seed)
     config = IBResNetConfig.from_preset(teacher.preset, **class_config(splits["train"], data.label_column))
@@ -44,6 +54,7 @@ def main():
         processing_class=build_image_processor(splits["train"], data.image_column, teacher.image_size),
         image_column=data.image_column,
         label_column=data.label_column,
+        views=views.recipe(),
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     split = result_split(splits)

@@ -264,7 +264,7 @@ def test_the_epoch_chooses_the_view_and_its_logits():
     rows = ImageRows(dataset, "image", ["row"], ["conv_logits"], 5, views=RECIPE)
     seen = set()
     for epoch in range(5):
-        rows.set_epoch(epoch)
+        rows.start_epoch(epoch)
         for row in rows.__getitems__([2, 0, 3]):
             image = images[row["row"]]
             assert torch.equal(row["image"], make_view(image, RECIPE, row_key(image), epoch % 3))
@@ -276,8 +276,8 @@ def test_the_epoch_chooses_the_view_and_its_logits():
 def test_a_stored_key_counts_even_where_the_pixels_have_changed():
     images = random_images(2)
     dataset = table([encoded(image) for image in images])
-    dataset = dataset.add_column("row_key", [7, 2**64 - 1], feature=Value("uint64"))
-    for image, key, row in zip(images, (7, 2**64 - 1), ImageRows(dataset, "image", ["row"], views=RECIPE)):
+    dataset = dataset.add_column("row_key", [7, 2**63 - 1], feature=Value("int64"))
+    for image, key, row in zip(images, (7, 2**63 - 1), ImageRows(dataset, "image", ["row"], views=RECIPE)):
         assert row.keys() == {"image", "row"}
         assert torch.equal(row["image"], make_view(image, RECIPE, key, 0))
 
@@ -287,7 +287,7 @@ def test_a_new_epoch_reaches_workers_that_are_already_running():
     rows = ImageRows(table([encoded(image) for image in images]), "image", views=RECIPE)
     loader = torch.utils.data.DataLoader(rows, num_workers=1, persistent_workers=True, collate_fn=list)
     for epoch in (0, 1, 2):
-        rows.set_epoch(epoch)
+        rows.start_epoch(epoch)
         views = [row["image"] for batch in loader for row in batch]
         for image, view in zip(images, views):
             assert torch.equal(view, make_view(image, RECIPE, row_key(image), epoch))

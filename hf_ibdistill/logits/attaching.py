@@ -59,7 +59,7 @@ def attach_teacher_logits(
         with_indices=True,
         num_proc=num_workers,
         remove_columns=[image_column],
-        features=Features({ROW_KEY: Value("uint64")}),
+        features=Features({ROW_KEY: Value("int64")}),
         desc="Looking at the images",
     )
     keys, known = _keys(keyed), _keys(logits_table)
@@ -92,8 +92,7 @@ class _KeysOf:
         self.rows, self.image_column = ImageRows(images, image_column), image_column
 
     def __call__(self, _, indices):
-        keys = [row_key(row[self.image_column]) for row in self.rows.__getitems__(indices)]
-        return {ROW_KEY: np.array(keys, dtype=np.uint64)}
+        return {ROW_KEY: [row_key(row[self.image_column]) for row in self.rows.__getitems__(indices)]}
 
 
 def _keys(table) -> np.ndarray:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
 from ..data import name_difference
 from ..teachers import Teacher
@@ -87,7 +87,8 @@ def stored_views(dataset: Dataset) -> ViewRecipe | None:
         if num_views != expected:
             raise ValueError(
                 f'The column "{column_name(name)}" holds {num_views or "no"} views a row; the table\'s provenance says '
-                f"{expected or 'none'}. Views can only be made again from the provenance that recording leaves."
+                f"{expected or 'none'}. Views can only be made again from the provenance that recording leaves; "
+                "to_iterable_dataset loses it, open_logits_table(streaming=True) and attach_record keep it."
             )
     return recipe
 
@@ -139,7 +140,8 @@ def check_class_names(label_names: Sequence[str], expected: Sequence[str], whose
 
 
 def check_columns(dataset: Dataset, teacher_names: Sequence[str], label_names: Sequence[str]) -> None:
-    """Check, before training, that the table holds these teachers' logits over these classes.
+    """Check, before training, that the table holds these teachers' logits over these classes. A streamed table's numbers
+    are checked while they are read.
 
     Raises:
         ValueError: a column is missing, has another number of classes or numbers that are not finite, its teacher knew
@@ -170,6 +172,8 @@ def _check_column(dataset, column, num_classes):
         raise ValueError(f'The column "{column}" holds {error}; {needed}.') from error
     if encoding.top_k is None and column_classes != num_classes:
         raise ValueError(f'The column "{column}" holds logits of {column_classes} classes; {needed}.')
+    if isinstance(dataset, IterableDataset):
+        return
     bad, start = [], 0
     for batch in dataset.select_columns([column]).with_format("arrow").iter(batch_size=1024):
         values = batch[column].combine_chunks()

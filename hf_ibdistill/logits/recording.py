@@ -239,7 +239,9 @@ def _describe_dataset(dataset, image_column, label_column) -> dict:
     sample = sorted({int(row) for row in np.linspace(0, len(dataset) - 1, 64)})
     images = ImageRows(dataset, image_column, skip_unreadable=True)
     for row in images.__getitems__(sample):
-        digest.update(b"" if row[image_column] is None else row_key(row[image_column]).to_bytes(8, "little"))
+        digest.update(
+            b"" if row[image_column] is None else row_key(row[image_column]).to_bytes(8, "little", signed=True)
+        )
     source = dataset.info.dataset_name or dataset.builder_name
     return {"source": source, "split": str(dataset.split), "num_rows": len(dataset), "sha256": digest.hexdigest()}
 
@@ -357,7 +359,7 @@ def _record_shards(accelerator, dataset, plan, shards, folder, num_workers) -> N
     for teacher in plan.teachers:
         teacher.model.to(accelerator.device)
     columns = {column_name(t.name): _feature(plan, t) for t in plan.teachers}
-    features = Features({_ROW: Value("int64"), ROW_KEY: Value("uint64"), **columns})
+    features = Features({_ROW: Value("int64"), ROW_KEY: Value("int64"), **columns})
     batches = _teacher_outputs(accelerator, plan, _image_batches(dataset, plan, shards, num_workers))
     total = sum(len(rows) for rows in shards)
     with tqdm(
@@ -434,7 +436,7 @@ def _teacher_outputs(accelerator, plan, loader) -> Iterator[tuple[int, list[int]
 
 
 def _encode(dataset, plan, numbers, keys, logits, features) -> pa.Table:
-    columns = {_ROW: pa.array(numbers, pa.int64()), ROW_KEY: pa.array(keys, pa.uint64())}
+    columns = {_ROW: pa.array(numbers, pa.int64()), ROW_KEY: pa.array(keys, pa.int64())}
     for name, values in logits.items():
         column, first = column_name(name), plan.first_view[name]
         if plan.views is not None:

@@ -92,12 +92,12 @@ def row_key(image: PIL.Image.Image) -> int:
     """64 bits from an RGB image's size and pixels: equal for equal images, however their files are encoded."""
     digest = hashlib.blake2b(struct.pack("<II", *image.size), digest_size=8)
     digest.update(image.tobytes())
-    return int.from_bytes(digest.digest(), "little")
+    return int.from_bytes(digest.digest(), "little", signed=True)
 
 
 def make_view(image: PIL.Image.Image, recipe: ViewRecipe, key: int, index: int) -> torch.Tensor:
     """View number `index` of an RGB image with this row key: (3, height, width), uint8."""
-    digest = hashlib.blake2b(struct.pack("<qQQ", recipe.seed, key, index), digest_size=8).digest()
+    digest = hashlib.blake2b(struct.pack("<qqQ", recipe.seed, key, index), digest_size=8).digest()
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(int.from_bytes(digest, "little"))
         return _transform(recipe, image.size)(pil_to_tensor(image))

@@ -58,10 +58,9 @@ class DistillationArguments(ImageTrainingArguments):
         },
     )
     teacher_weights: list[float] = field(
-        default_factory=lambda: [0.25],
+        default_factory=lambda: [1.0],
         metadata={
-            "help": "Weight of the teachers' terms in the loss: one number for all, or one for each teacher. (default: "
-            "0.25)"
+            "help": "Weight of the teachers' terms in the loss: one number for all, or one for each teacher. (default: 1)"
         },
     )
     label_weight: float = _default(1.0, "Weight of the labels' cross-entropy in the loss; 0 ignores the labels.")

@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from functools import partial
 
 import torch
-from datasets import Dataset
-from transformers import BaseImageProcessor, PreTrainedModel, Trainer, TrainingArguments
+from datasets import Dataset, IterableDataset
+from transformers import BaseImageProcessor, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from ..data import class_names, find_columns
 from ..evaluation import compute_metrics
-from ..images import ImageRows
+from ..images import ImageRows, StreamedImageRows
 from ..logits.encoding import ROW_KEY, column_name
 from ..logits.provenance import check_class_names, check_columns, stored_views
 from ..logits.views import ViewRecipe
@@ -17,6 +17,24 @@ from ..teachers import TeacherLike, load_teachers
 from .arguments import DistillationArguments, ImageTrainingArguments
 from .collator import DistillationCollator
 from .losses import ensemble_distillation_loss
+
+
+class _StartEpoch(TrainerCallback):
+    """Turns the training rows to the views of the epoch, also of one that is resumed in the middle."""
+
+    def __init__(self, trainer):
+        self.trainer, self.passes = trainer, 0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.passes = 0
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        rows = self.trainer.training_rows
+        # Nobody knows the length of a stream, so its epochs are the passes since training began or was resumed. Of a
+        # table `state.epoch` tells, a sum of fractions that may end just below the whole number.
+        is_streamed = isinstance(rows, StreamedImageRows)
+        rows.start_epoch(self.passes if is_streamed else int((state.epoch or 0) + 1e-6))
+        self.passes += 1
 
 
 class ImageClassificationTrainer(Trainer):
@@ -27,7 +45,8 @@ class ImageClassificationTrainer(Trainer):
     Args:
         model: any image classifier.
         args: training arguments.
-        train_dataset, eval_dataset: tables with an image and a `ClassLabel` column, found unless named.
+        train_dataset, eval_dataset: tables with an image and a `ClassLabel` column, found unless named. The first may be
+            streamed (an `IterableDataset`); shuffle it yourself (`dataset.shuffle(buffer_size=…)`).
         processing_class: the model's image processor, saved with every checkpoint.
         image_column, label_column: columns of the tables.
         views: train on these views of the images, number `epoch` of each; evaluation sees the images as they are.
@@ -45,7 +64,7 @@ class ImageClassificationTrainer(Trainer):
         self,
         model: PreTrainedModel | None = None,
         args: TrainingArguments | None = None,
-        train_dataset: Dataset | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
         processing_class: BaseImageProcessor | None = None,
         image_column: str | None = None,
@@ -59,7 +78,7 @@ class ImageClassificationTrainer(Trainer):
         tables |= eval_dataset if isinstance(eval_dataset, dict) else {"Evaluation": eval_dataset}
         tables = {name: table for name, table in tables.items() if table is not None}
         for name, table in tables.items():
-            if not isinstance(table, Dataset):
+            if not isinstance(table, (Dataset, IterableDataset) if name == "Training" else Dataset):
                 raise TypeError(f"The {name.lower()} set is a datasets.Dataset; got {type(table).__name__}.")
         if args is None:
             args = self.default_arguments("trainer_output", eval_strategy="no" if eval_dataset is None else "epoch")
@@ -73,6 +92,7 @@ class ImageClassificationTrainer(Trainer):
         )
         self.image_column, self.label_column, self.views = image_column, label_column, views
         self._checked_tables = set()
+        self.add_callback(_StartEpoch(self))
         self._measures_tokens = self.compute_metrics is None
         if self._measures_tokens:
             teacher_names = getattr(self.model.config, "teacher_names", None)
@@ -81,7 +101,9 @@ class ImageClassificationTrainer(Trainer):
         if kwargs.get("data_collator") is None:
             self.data_collator = self._build_collator()
         for name, table in tables.items():
-            self._remove_unused_columns(table, name)
+            rows = self._remove_unused_columns(table, name)
+            if isinstance(rows, StreamedImageRows):
+                self.train_dataset = rows
 
     def _prepare(self) -> None:
         """Check what the constructor was given, before any table is looked at."""
@@ -100,15 +122,24 @@ class ImageClassificationTrainer(Trainer):
             ignore_keys = ["hidden_states", "attentions"]
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
-    # The hook by which `Trainer` prepares every table for its data loader, with one of the words below.
-    def _remove_unused_columns(self, dataset: Dataset, description: str | None = None) -> ImageRows:
+    # The hook by which `Trainer` prepares a streamed table's rows; ours have no unused columns.
+    def _get_collator_with_removed_columns(self, data_collator, description=None):
+        return data_collator
+
+    # The hook by which `Trainer` prepares every other table for its data loader, with one of the words below.
+    def _remove_unused_columns(
+        self, dataset: Dataset | IterableDataset, description: str | None = None
+    ) -> ImageRows | StreamedImageRows:
         is_training = description == "Training"
+        is_streamed = isinstance(dataset, IterableDataset)
         what = f"{(description or 'given').lower()} set"
-        if len(dataset) == 0:
+        if is_streamed and dataset.features is None:
+            raise ValueError(f"The {what} does not know its columns' types; open it with features=….")
+        if not is_streamed and len(dataset) == 0:
             raise ValueError(f"The {what} is empty; it needs at least one row.")
         image, label = find_columns(dataset, self.image_column, self.label_column)
         logits = self._logits_columns(dataset, is_training)
-        table = (is_training, dataset._fingerprint)
+        table = (is_training, id(dataset) if is_streamed else dataset._fingerprint)
         if table not in self._checked_tables:
             check_class_names(self._label_names, class_names(dataset, label), f"the model (beside the {what})")
             self._check_logits(dataset, is_training, logits)
@@ -117,7 +148,11 @@ class ImageClassificationTrainer(Trainer):
         key = [ROW_KEY] if ROW_KEY in dataset.column_names else []
         dataset = dataset.select_columns([image, label, *key, *logits])
         dataset = dataset.rename_columns({old: new for old, new in ((image, "image"), (label, "label")) if old != new})
-        return ImageRows(dataset, "image", ["label"], logits, self.model.config.num_labels, views)
+        kind = StreamedImageRows if is_streamed else ImageRows
+        rows = kind(dataset, "image", ["label"], logits, self.model.config.num_labels, views)
+        if is_training:
+            self.training_rows = rows
+        return rows
 
     def _logits_columns(self, dataset: Dataset, is_training: bool) -> list[str]:
         return []

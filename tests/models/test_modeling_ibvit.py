@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from huggingface_hub.errors import StrictDataclassClassValidationError
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
 
@@ -55,7 +55,7 @@ def small_model(**overrides):
     ],
 )
 def test_configuration_errors_name_field_and_value(overrides, message):
-    with pytest.raises(StrictDataclassClassValidationError, match=message):
+    with pytest.raises(StrictDataclassError, match=message):
         small_config(**overrides)
 
 

@@ -30,7 +30,7 @@ def test_one_number_or_several_become_a_list(name, value, expected, tmp_path):
 
 def test_defaults_are_one_number_for_all_teachers(tmp_path):
     first, second = DistillationArguments(str(tmp_path)), DistillationArguments(str(tmp_path))
-    assert first.temperature == [4.0] and first.teacher_weights == [0.25] and first.label_weight == 1.0
+    assert first.temperature == [4.0] and first.teacher_weights == [1.0] and first.label_weight == 1.0
     assert first.distillation_mode == "soft"
     # Changing one run's list must not change the next run's.
     first.temperature.append(1.0)

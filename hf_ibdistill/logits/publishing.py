@@ -1,0 +1,84 @@
+"""Recorded tables as Parquet files with their provenance beside them, for sharing and for streaming."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from datasets import Dataset, IterableDataset, load_dataset
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+
+from .provenance import attach_record, read_records
+
+
+PROVENANCE = "provenance.json"
+
+
+def export_logits_table(
+    dataset: Dataset, output_dir: str | os.PathLike, *, split: str = "train", rows_per_file: int = 10_000
+) -> Path:
+    """Write a recorded table as Parquet files and its provenance as JSON.
+
+    To publish logits without the images, leave their column out: `dataset.remove_columns("image")`; whoever has them
+    joins the two with [`attach_teacher_logits`].
+
+    Args:
+        dataset: a table that recording made.
+        output_dir: a folder that does not exist yet, or an empty one.
+        split: the split that the files' names tell.
+        rows_per_file: rows in a file.
+
+    Raises:
+        ValueError: the table has no provenance, or several, or the folder is not empty.
+    """
+    output_dir, records = Path(output_dir), read_records(dataset)
+    if len(records) != 1:
+        raise ValueError(f"The table carries {len(records)} provenance records; exactly one can be written beside it.")
+    if output_dir.exists() and any(output_dir.iterdir()):
+        raise ValueError(f"{output_dir} is not empty; choose another folder.")
+    beside = output_dir.with_name(f"{output_dir.name}.partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    (beside / "data").mkdir(parents=True)
+    num_files = -(-len(dataset) // rows_per_file)
+    for i in range(num_files):
+        rows = range(i * rows_per_file, min((i + 1) * rows_per_file, len(dataset)))
+        dataset.select(rows).to_parquet(beside / "data" / f"{split}-{i:05d}-of-{num_files:05d}.parquet")
+    (beside / PROVENANCE).write_text(json.dumps(records[0], indent=2))
+    if output_dir.exists():
+        output_dir.rmdir()
+    os.replace(beside, output_dir)
+    return output_dir
+
+
+def open_logits_table(
+    source: str | os.PathLike, *, split: str = "train", streaming: bool = False, **load_kwargs
+) -> Dataset | IterableDataset:
+    """Open what [`export_logits_table`] wrote, from a folder or the Hub, with its provenance.
+
+    Args:
+        source: the folder, or the id of a data set on the Hub.
+        split: the split to open.
+        streaming: read the rows as they are needed, from files of any size, instead of preparing the table first.
+        load_kwargs: passed to `datasets.load_dataset`, for example a `revision`.
+
+    Raises:
+        ValueError: there is no provenance beside the data.
+    """
+    try:
+        if Path(source).is_dir():
+            path = Path(source) / PROVENANCE
+        else:
+            keywords = {key: load_kwargs[key] for key in ("revision", "token") if key in load_kwargs}
+            path = hf_hub_download(str(source), PROVENANCE, repo_type="dataset", **keywords)
+        record = json.loads(Path(path).read_text())
+    except (FileNotFoundError, EntryNotFoundError) as error:
+        raise ValueError(
+            f"{source} has no {PROVENANCE}, without which nobody knows whose logits these are. "
+            "export_logits_table writes it."
+        ) from error
+    # The data folder alone, since the JSON beside it would be taken for data too.
+    files = {"data_dir": "data"}
+    dataset = load_dataset(str(source), split=split, streaming=streaming, **files, **load_kwargs)
+    attach_record(dataset, record)
+    return dataset

@@ -1,0 +1,341 @@
+"""What logits columns cost a training run that reads them, beside the same images without, and beside files of torchdistill.
+
+    python scripts/benchmark_loading.py
+    python scripts/benchmark_loading.py --image_size 32 --rows 1000 10000
+    pip install "torchdistill<1.1.5" && python scripts/benchmark_loading.py    # with the comparison
+
+Every figure is of a table on disk, opened by `load_from_disk`, whose rows are read in random order, in batches:
+
+    images       `ImageRows` → torch's `DataLoader` without workers → `DistillationCollator`; without logits, and with two
+                 teachers' columns, dense (float16) or top-k. A pass ends in the tensors that a training step gets.
+    views        the same with a view of each image, and columns that hold the logits of several
+    columns      the columns alone: rows → `decode` → one float32 tensor (N, teachers, classes)
+    torchdistill its `CacheableDataset`, one file a row with both teachers' logits, as one tensor like ours. The class was
+                 removed in torchdistill 1.1.5. Without it this part is left out.
+
+The images are scikit-learn's handwritten digits, shifted so that they differ; smaller ones are hardly found, so images
+cost less beside their logits here than anywhere else. Only reading is timed, so the logits are random numbers, those of
+the first rows repeated. Everything is read once before it is timed, and is in the page cache.
+
+All cases of one number of rows are timed in turn, in another order each repetition; a ratio is the median over the
+repetitions of the ratios within one. Seconds on the wall and of the processor are both measured; on a machine that others
+use, the latter vary less.
+"""
+
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from arguments import parse_arguments, run
+from datasets import Dataset, Image, concatenate_datasets, load_from_disk
+from PIL.Image import Resampling, fromarray
+from transformers import ViTImageProcessor
+
+from hf_ibdistill import ViewRecipe, load_image_dataset
+from hf_ibdistill.images import ImageRows
+from hf_ibdistill.logits.encoding import ROW_KEY, LogitsEncoding, column_name, decode
+from hf_ibdistill.report import markdown_table
+from hf_ibdistill.training.collator import DistillationCollator
+
+
+TEACHERS = ("conv", "inv")
+COLUMNS = [column_name(name) for name in TEACHERS]
+LIBRARIES = ("torch", "torchvision", "transformers", "datasets", "pyarrow", "numpy", "pillow", "hf_ibdistill")
+RANDOM_ROWS = 1000
+WITH_COLUMNS, AGAINST_FILES, FLAT = 0.95, 10.0, 1.1
+
+
+@dataclass
+class LoadingArguments:
+    output_file: str = field(
+        default="outputs/benchmark_loading.json",
+        metadata={"help": "Where the results go; the tables are made, and removed, beside it."},
+    )
+    rows: list[int] = field(
+        default_factory=lambda: [1_000, 10_000, 100_000], metadata={"help": "Sizes of the tables."}
+    )
+    classes: list[int] = field(default_factory=lambda: [10, 1_000, 21_000], metadata={"help": "Numbers of classes."})
+    top_k: int = field(default=10, metadata={"help": "Stored logits of top-k columns; half of the classes at most."})
+    num_views: int = field(default=10, metadata={"help": "Views of each image in tables with views."})
+    image_size: int = field(default=8, metadata={"help": "Side of the images; above 8 the digits are enlarged."})
+    batch_size: int = field(default=64, metadata={"help": "Rows in a batch."})
+    rows_read: int = field(default=1024, metadata={"help": "Rows read in a repetition."})
+    repetitions: int = field(default=9, metadata={"help": "How often each case is timed."})
+    max_table_megabytes: int = field(default=450, metadata={"help": "Tables with larger columns are left out."})
+    max_files: int = field(default=10_000, metadata={"help": "Of larger tables no torchdistill files are made."})
+    seed: int = field(default=0, metadata={"help": "Seed of shifts, logits, views and orders."})
+
+
+@dataclass
+class Case:
+    """Something that is timed. `read` takes batches of row numbers."""
+
+    name: str
+    classes: int | None
+    rows: int
+    read: Callable
+    baseline: str | None
+    wall: list[float] = field(default_factory=list)  # seconds a row, one for each repetition
+    cpu: list[float] = field(default_factory=list)
+
+
+def describe_machine() -> dict:
+    """What the figures were measured on."""
+    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    models = [line.partition(":")[2].strip() for line in cpuinfo.splitlines() if line.startswith("model name")]
+    return {
+        "cpu": models[0] if models else platform.processor(),
+        "cores": os.cpu_count(),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in LIBRARIES},
+    }
+
+
+def make_images(count: int, bench: LoadingArguments) -> Dataset:
+    """Digits, each time around shifted by another number of pixels, with labels and row keys."""
+    digits = load_image_dataset("digits", seed=bench.seed)["train"]
+    rows = ImageRows(digits, "image", ["label"]).__getitems__(range(len(digits)))
+    pixels = [np.asarray(row["image"].convert("L")) for row in rows]
+    encode, images = Image(), []
+    for i in range(count):
+        shift = i // len(rows)
+        picture = fromarray(np.roll(pixels[i % len(rows)], (shift // 8, shift % 8), axis=(0, 1)))
+        if bench.image_size != 8:
+            picture = picture.resize((bench.image_size, bench.image_size), Resampling.BICUBIC)
+        images.append(encode.encode_example(picture))
+    keys = np.random.default_rng(bench.seed).integers(2**63, size=count, dtype=np.uint64)
+    table = {"image": images, "label": [rows[i % len(rows)]["label"] for i in range(count)], ROW_KEY: keys}
+    return Dataset.from_dict(table).cast_column("image", Image())
+
+
+def make_columns(count: int, num_classes: int, encoding: LogitsEncoding, num_views: int | None, seed: int) -> Dataset:
+    """Logits columns of random numbers."""
+    rng, columns = np.random.default_rng(seed), {}
+    shape = (min(count, RANDOM_ROWS), *(() if num_views is None else (num_views,)), num_classes)
+    for name in COLUMNS:
+        block = encoding.encode(rng.standard_normal(shape, dtype=np.float32), views=num_views is not None)
+        columns[name] = pa.concat_arrays([block] * -(-count // len(block))).slice(0, count)
+    return Dataset(pa.table(columns))
+
+
+def read_images(dataset: Dataset, num_classes: int | None, views: ViewRecipe | None, size: int) -> Callable:
+    names, columns = (TEACHERS, COLUMNS) if num_classes else ((), ())
+    rows = ImageRows(dataset, "image", ["label"], columns, num_classes, views)
+    collator = DistillationCollator(ViTImageProcessor(size={"height": size, "width": size}), teacher_names=names)
+
+    def read(batches):
+        for batch in torch.utils.data.DataLoader(rows, batch_sampler=batches, collate_fn=collator):
+            assert ("teacher_logits" in batch) == bool(num_classes)
+
+    return read
+
+
+def read_columns(dataset: Dataset, num_classes: int, view: int | None) -> Callable:
+    table = dataset.select_columns(COLUMNS).with_format("arrow")
+
+    def read(batches):
+        for batch in batches:
+            found = table[batch]
+            logits = [decode(found[name], num_classes, view) for name in COLUMNS]
+            torch.from_numpy(np.stack(logits, axis=1).astype(np.float32, copy=False))
+
+    return read
+
+
+def read_files(count: int, num_classes: int, folder: Path, seed: int) -> Callable | None:
+    """torchdistill's cached outputs, or `None` without torchdistill."""
+    try:
+        import torchvision.datasets  # noqa: F401, torchdistill looks for it without importing it
+        from torchdistill.datasets.wrapper import CacheableDataset, default_idx2subpath
+    except ImportError:
+        return None
+
+    class NoImages(torch.utils.data.Dataset):
+        def __len__(self):
+            return count
+
+        def __getitem__(self, index):
+            return 0, 0
+
+    rng = np.random.default_rng(seed)
+    for index in range(count):
+        path = folder / f"{default_idx2subpath(index)}.pt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        logits = torch.from_numpy(rng.standard_normal((len(TEACHERS), num_classes), dtype=np.float32))
+        # What torchdistill saves, with no intermediate outputs asked for.
+        torch.save({"teacher_outputs": logits, "extracted_outputs": {}}, path)
+    dataset = CacheableDataset(NoImages(), str(folder), idx2subpath_func=default_idx2subpath)
+
+    def read(batches):
+        for batch in batches:
+            torch.stack([dataset[index][2]["cached_data"]["teacher_outputs"] for index in batch])
+
+    return read
+
+
+def make_cases(images: Dataset, bench: LoadingArguments, work: Path) -> list[Case]:
+    """Everything that is timed on tables of this many rows."""
+    count, size = len(images), bench.image_size
+    recipe = ViewRecipe(num_views=bench.num_views, seed=bench.seed)
+    images.save_to_disk(work / f"{count}")
+    plain = load_from_disk(work / f"{count}")
+    cases = [
+        Case("images", None, count, read_images(plain, None, None, size), None),
+        Case("views", None, count, read_images(plain, None, recipe, size), None),
+    ]
+    for classes in bench.classes:
+        top_k = min(bench.top_k, classes // 2)
+        files = None
+        if fits_files(count, classes, bench):
+            files = read_files(count, classes, work / f"{count}_{classes}_files", bench.seed)
+        if files is not None:
+            cases.append(Case("torchdistill", classes, count, files, None))
+        for views in (None, recipe):
+            for name, encoding in {"dense": LogitsEncoding(), "top-k": LogitsEncoding(top_k=top_k)}.items():
+                values = 2 * top_k if encoding.top_k else classes
+                megabytes = 2 * values * len(TEACHERS) * count * (1 if views is None else views.num_views) / 1e6
+                if megabytes > bench.max_table_megabytes:
+                    continue
+                columns = make_columns(count, classes, encoding, views and views.num_views, bench.seed)
+                kind = "images" if views is None else "views"
+                folder = work / f"{count}_{classes}_{kind}_{name}"
+                concatenate_datasets([images, columns], axis=1).save_to_disk(folder)
+                table = load_from_disk(folder)
+                cases += [
+                    Case(f"{kind}, {name}", classes, count, read_images(table, classes, views, size), kind),
+                    Case(
+                        f"columns{' of views' if views else ''}, {name}",
+                        classes, count, read_columns(table, classes, views and 0), "torchdistill" if files else None,
+                    ),
+                ]  # fmt: skip
+    return cases
+
+
+def fits_files(count, classes, bench) -> bool:
+    return count <= bench.max_files and 4e-6 * classes * len(TEACHERS) * count <= bench.max_table_megabytes
+
+
+def time_cases(cases: list[Case], bench: LoadingArguments) -> None:
+    """Fill in the times of cases on tables of the same number of rows."""
+    rng = np.random.default_rng(bench.seed)
+    count = cases[0].rows
+    for repetition in range(-1, bench.repetitions):
+        order = np.concatenate([rng.permutation(count) for _ in range(-(-bench.rows_read // count))])
+        order = order[: bench.rows_read].tolist()
+        batches = [order[i : i + bench.batch_size] for i in range(0, len(order), bench.batch_size)]
+        for case in rng.permutation(np.array(cases, dtype=object)):
+            wall, cpu = time.perf_counter(), time.process_time()
+            case.read(batches)
+            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+            if repetition >= 0:
+                case.wall.append(wall / len(order))
+                case.cpu.append(cpu / len(order))
+
+
+def summarize(cases: list[Case]) -> list[dict]:
+    found = {(case.name, case.classes, case.rows): case for case in cases}
+    entries = []
+    for case in cases:
+        entry = {"case": case.name, "classes": case.classes, "rows": case.rows}
+        entry |= {"wall_seconds_per_row": case.wall, "cpu_seconds_per_row": case.cpu, "baseline": case.baseline}
+        entry["rows_per_second"] = quartiles(1 / np.array(case.wall))
+        if case.baseline is not None:
+            classes = case.classes if case.baseline == "torchdistill" else None
+            baseline = found[case.baseline, classes, case.rows]
+            entry["ratio"] = quartiles(np.array(baseline.wall) / case.wall)
+            entry["cpu_ratio"] = quartiles(np.array(baseline.cpu) / case.cpu)
+        entries.append(entry)
+    return entries
+
+
+def quartiles(values) -> dict[str, float]:
+    low, middle, high = np.percentile(values, (25, 50, 75))
+    return {"median": float(middle), "lower_quartile": float(low), "upper_quartile": float(high)}
+
+
+def spread(values: dict, digits: int) -> str:
+    return f"{values['median']:,.{digits}f} ({values['lower_quartile']:,.{digits}f}–{values['upper_quartile']:,.{digits}f})"
+
+
+def check(entries: list[dict]) -> list[dict]:
+    """The requirements, by the processor's time; of a case's tables, the one that meets it least."""
+    ratios, costs = {}, {}
+    for entry in entries:
+        case = (entry["case"], entry["classes"])
+        if entry["baseline"] is not None:
+            ratios.setdefault((*case, entry["baseline"]), []).append(entry["cpu_ratio"]["median"])
+        if entry["case"] != "torchdistill":
+            costs.setdefault(case, {})[entry["rows"]] = float(np.median(entry["cpu_seconds_per_row"]))
+    checks = []
+    for (name, classes, baseline), measured in ratios.items():
+        limit = AGAINST_FILES if baseline == "torchdistill" else WITH_COLUMNS
+        requirement = f"{name}, {classes:,} classes: at least {limit:g} × {baseline}"
+        checks.append({"requirement": requirement, "measured": min(measured), "met": min(measured) >= limit})
+    for (name, classes), by_rows in costs.items():
+        few, many = min(by_rows), max(by_rows)
+        if few < many:
+            growth = by_rows[many] / by_rows[few]
+            what = f"{name}, {classes:,} classes" if classes else f"{name} without columns"
+            requirement = f"{what}: a row of {many:,} costs at most {FLAT:g} × one of {few:,}"
+            checks.append({"requirement": requirement, "measured": growth, "met": growth <= FLAT})
+    return checks
+
+
+def report(entries: list[dict], checks: list[dict]) -> str:
+    rows = []
+    for entry in entries:
+        cells = [entry["case"], entry["classes"] or "–", entry["rows"], spread(entry["rows_per_second"], 0)]
+        cells.append(f"{1e6 * np.median(entry['cpu_seconds_per_row']):.1f}")
+        cells += [spread(entry[key], 3) if key in entry else "–" for key in ("ratio", "cpu_ratio")]
+        rows.append([*cells, entry["baseline"] or "–"])
+    header = ["read", "classes", "rows", "rows/s (quartiles)", "CPU µs a row", "ratio", "ratio of CPU time", "to"]
+    verdicts = [[c["requirement"], f"{c['measured']:.3f}", "yes" if c["met"] else "no"] for c in checks]
+    return f"{markdown_table(header, rows)}\n\n{markdown_table(['requirement', 'measured', 'met'], verdicts)}\n"
+
+
+def main():
+    (bench,) = parse_arguments(LoadingArguments)
+    output_file = Path(bench.output_file)
+    work = output_file.with_suffix(".work")
+    shutil.rmtree(work, ignore_errors=True)
+    begin = time.perf_counter()
+    images = make_images(max(bench.rows), bench)
+    cases = []
+    try:
+        for count in bench.rows:
+            of_count = make_cases(images.select(range(count)), bench, work)
+            time_cases(of_count, bench)
+            cases += of_count
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    entries = summarize(cases)
+    checks = check(entries)
+    has_files = any(case.name == "torchdistill" for case in cases)
+    results = {
+        "machine": describe_machine(),
+        "torchdistill": version("torchdistill") if has_files else None,
+        "arguments": asdict(bench),
+        "entries": entries,
+        "checks": checks,
+        "seconds": time.perf_counter() - begin,
+    }
+    output_file.parent.mkdir(parents=True, exist_ok=True)
+    output_file.write_text(json.dumps(results, indent=2))
+    print(f"\n{report(entries, checks)}")
+    if not has_files:
+        print("Left out: torchdistill's cached outputs; its CacheableDataset (torchdistill < 1.1.5) is not installed.")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,181 @@
+"""Training on stored views, map-style and streamed: the same steps as with the teachers beside."""
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Image
+from transformers import ViTImageProcessor
+
+from hf_ibdistill import (
+    DistillationArguments,
+    EnsembleDistillationTrainer,
+    IBResNetConfig,
+    IBResNetForImageClassification,
+    IBViTConfig,
+    IBViTForImageClassification,
+    ImageClassificationTrainer,
+    ViewRecipe,
+    export_logits_table,
+    open_logits_table,
+    record_teacher_logits,
+)
+from hf_ibdistill.logits.provenance import attach_record, read_records, stored_views
+
+
+NAMES = ["cat", "dog", "eel"]
+RECIPE = ViewRecipe(num_views=3, horizontal_flip=0.5, erasing=0.3)
+PROCESSOR = ViTImageProcessor(size={"height": 8, "width": 8})
+
+
+@pytest.fixture(scope="module")
+def images():
+    random = np.random.default_rng(0)
+    pictures = [PIL.Image.fromarray(random.integers(0, 256, (8, 8, 3), dtype=np.uint8)) for _ in range(24)]
+    features = Features({"image": Image(), "label": ClassLabel(names=NAMES)})
+    return Dataset.from_dict({"image": pictures, "label": [i % 3 for i in range(24)]}, features=features)
+
+
+@pytest.fixture(scope="module")
+def teachers():
+    models = {}
+    for seed, (name, preset) in enumerate({"conv": "convolution-small", "inv": "involution-small"}.items()):
+        torch.manual_seed(seed)
+        config = IBResNetConfig.from_preset(
+            preset, depths=(1, 1, 1), hidden_sizes=(16, 16, 16), num_labels=3, id2label=dict(enumerate(NAMES))
+        )
+        models[name] = (IBResNetForImageClassification(config).eval(), PROCESSOR)
+    return models
+
+
+@pytest.fixture(scope="module")
+def table(images, teachers, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("recorded") / "table"
+    return record_teacher_logits(images, teachers, output_dir=folder, views=RECIPE, dtype="float32")
+
+
+def student(teacher_names=("conv", "inv")):
+    torch.manual_seed(0)
+    config = IBViTConfig(
+        teacher_names=teacher_names, image_size=8, patch_size=4, hidden_size=16, num_hidden_layers=1,
+        num_attention_heads=2, intermediate_size=16, num_labels=3, id2label=dict(enumerate(NAMES)),
+    )  # fmt: skip
+    return IBViTForImageClassification(config)
+
+
+def stream(table):
+    streamed = table.to_iterable_dataset()
+    attach_record(streamed, read_records(table)[0])
+    return streamed
+
+
+def trained(folder, train_dataset, trainer_class=EnsembleDistillationTrainer, views=None, teachers=None, **settings):
+    arguments = {
+        "num_train_epochs": 3, "per_device_train_batch_size": 8, "learning_rate": 0.05, "warmup_steps": 0,
+        "optim": "sgd", "lr_scheduler_type": "constant", "eval_strategy": "no", "report_to": "none",
+        "disable_tqdm": True, "use_cpu": True, **settings,
+    }  # fmt: skip
+    is_distilled = trainer_class is EnsembleDistillationTrainer
+    trainer = trainer_class(
+        student() if is_distilled else student(()),
+        DistillationArguments(str(folder), **arguments),
+        train_dataset=train_dataset,
+        processing_class=PROCESSOR,
+        views=views,
+        **({"teachers": teachers} if teachers else {}),
+    )
+    trainer.train()
+    return {name: value.detach().clone() for name, value in trainer.model.state_dict().items()}
+
+
+def assert_same(first, second, **tolerance):
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], **tolerance)
+
+
+def test_stored_views_take_the_steps_of_online_teachers(images, teachers, table, tmp_path):
+    stored = trained(tmp_path, table)
+    online = trained(tmp_path, images, views=RECIPE, teachers=teachers)
+    # Recording batches by views, training by rows; that rounds differently.
+    assert_same(stored, online, rtol=1e-4, atol=1e-5)
+    # Were the views not the teachers', it would show.
+    plain = trained(tmp_path, images, teachers=teachers)
+    assert any((stored[name] - plain[name]).abs().max() > 1e-3 for name in stored)
+
+
+def test_float16_columns_differ_by_their_rounding_alone(images, teachers, table, tmp_path):
+    half = record_teacher_logits(images, teachers, output_dir=tmp_path / "t", views=RECIPE)
+    assert_same(trained(tmp_path, half), trained(tmp_path, table), rtol=2e-3, atol=2e-4)
+
+
+def test_rows_keep_their_views_in_any_table(images, teachers, table, tmp_path):
+    order = np.random.default_rng(1).permutation(24)
+    shuffled = trained(tmp_path, table.select(order), train_sampling_strategy="sequential")
+    online = trained(tmp_path, images.select(order), RECIPE and EnsembleDistillationTrainer, RECIPE, teachers,
+                     train_sampling_strategy="sequential")  # fmt: skip
+    assert_same(shuffled, online, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_worker_processes_follow_the_epochs(persistent, table, tmp_path):
+    workers = {"dataloader_num_workers": 2, "dataloader_persistent_workers": persistent}
+    assert_same(trained(tmp_path, table, **workers), trained(tmp_path, table), rtol=0, atol=0)
+
+
+def test_resuming_within_an_epoch_goes_on_with_its_view(table, tmp_path):
+    whole = trained(tmp_path / "a", table)
+    trained(tmp_path / "b", table, save_strategy="steps", save_steps=5)
+    trainer = EnsembleDistillationTrainer(
+        student(),
+        DistillationArguments(
+            str(tmp_path / "b"), num_train_epochs=3, per_device_train_batch_size=8, learning_rate=0.05, warmup_steps=0,
+            optim="sgd", lr_scheduler_type="constant", eval_strategy="no", report_to="none", use_cpu=True,
+        ),
+        train_dataset=table,
+        processing_class=PROCESSOR,
+    )  # fmt: skip
+    trainer.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-5"))
+    assert_same(dict(trainer.model.state_dict()), whole, rtol=0, atol=0)
+
+
+def test_a_student_without_teachers_sees_the_same_views(images, table, tmp_path):
+    keys_stored = trained(tmp_path, table, ImageClassificationTrainer, views=stored_views(table))
+    keys_computed = trained(tmp_path, images, ImageClassificationTrainer, views=RECIPE)
+    assert_same(keys_stored, keys_computed, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("source", ["table", "parquet"])
+def test_a_streamed_table_takes_the_same_steps(source, table, tmp_path):
+    if source == "table":
+        streamed = stream(table)
+    else:
+        streamed = open_logits_table(export_logits_table(table, tmp_path / "p", rows_per_file=10), streaming=True)
+    whole = trained(tmp_path / "a", table, train_sampling_strategy="sequential")
+    assert_same(trained(tmp_path / "b", streamed, max_steps=9), whole, rtol=0, atol=0)
+
+
+def test_workers_share_a_streamed_table(table, tmp_path):
+    from hf_ibdistill.images import StreamedImageRows
+
+    rows = StreamedImageRows(table.to_iterable_dataset(num_shards=1), "image", ["label"], ["conv_logits"], 3, RECIPE)
+    loader = torch.utils.data.DataLoader(rows, batch_size=None, num_workers=2)
+    seen = sorted(row["conv_logits"].tolist() for row in loader)
+    assert seen == sorted(np.asarray(table.with_format("numpy")["conv_logits"])[:, 0].tolist())
+
+
+def test_a_streamed_table_is_checked(table, tmp_path):
+    with pytest.raises(ValueError, match='no column "conv_logits"'):
+        trained(tmp_path, stream(table.remove_columns("conv_logits")), max_steps=1)
+    logits = np.asarray(table.with_format("numpy")["conv_logits"]).copy()
+    logits[5, 0, 0] = np.nan
+    broken = table.remove_columns("conv_logits").add_column(
+        "conv_logits", logits.tolist(), feature=table.features["conv_logits"]
+    )
+    broken.info.description = table.info.description
+    with pytest.raises(ValueError, match='Row 5: the column "conv_logits" has NaN or infinite logits'):
+        trained(tmp_path, stream(broken), max_steps=3)
+
+
+def test_other_views_than_the_recorded_are_refused(table, tmp_path):
+    with pytest.raises(ValueError, match="holds logits of other views: .*num_views=3.* instead of .*num_views=4"):
+        trained(tmp_path, table, views=ViewRecipe(num_views=4))
