@@ -144,14 +144,17 @@ def test_a_student_without_teachers_sees_the_same_views(images, table, tmp_path)
     assert_same(keys_stored, keys_computed, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("source", ["table", "parquet"])
-def test_a_streamed_table_takes_the_same_steps(source, table, tmp_path):
-    if source == "table":
-        streamed = stream(table)
-    else:
-        streamed = open_logits_table(export_logits_table(table, tmp_path / "p", rows_per_file=10), streaming=True)
+def test_a_streamed_table_takes_the_same_steps(table, tmp_path):
     whole = trained(tmp_path / "a", table, train_sampling_strategy="sequential")
-    assert_same(trained(tmp_path / "b", streamed, max_steps=9), whole, rtol=0, atol=0)
+    assert_same(trained(tmp_path / "b", stream(table), max_steps=9), whole, rtol=0, atol=0)
+
+
+def test_a_table_streamed_from_parquet_takes_the_same_steps(table, tmp_path):
+    folder = export_logits_table(table, tmp_path / "p", rows_per_file=10)
+    # One epoch: datasets may begin a later pass with another file.
+    whole = trained(tmp_path / "a", table, train_sampling_strategy="sequential", num_train_epochs=1)
+    streamed = trained(tmp_path / "b", open_logits_table(folder, streaming=True), max_steps=3)
+    assert_same(streamed, whole, rtol=0, atol=0)
 
 
 def test_workers_share_a_streamed_table(table, tmp_path):
