@@ -53,10 +53,12 @@ class _RowDecoder:
         num_classes: int | None = None,
         views: ViewRecipe | None = None,
         skip_unreadable: bool = False,
+        temperatures: Sequence[float] | None = None,
     ):
         self.image_column = image_column
         self.columns, self.logits_columns = list(columns), list(logits_columns)
         self.num_classes, self.views, self.skip_unreadable = num_classes, views, skip_unreadable
+        self.temperatures = dict(zip(self.logits_columns, temperatures or [1.0] * len(self.logits_columns)))
         stored_key = [ROW_KEY] if views is not None and ROW_KEY in dataset.column_names else []
         wanted = dict.fromkeys([image_column, *self.columns, *stored_key, *self.logits_columns])
         self._has_views = {
@@ -76,7 +78,8 @@ class _RowDecoder:
         view = None if self.views is None else int(self._epoch) % self.views.num_views
         values = {name: table[name].to_pylist() for name in table.column_names if name not in self.logits_columns}
         for name in self.logits_columns:
-            values[name] = decode(table[name], self.num_classes, view if self._has_views[name] else None)
+            view_of_column = view if self._has_views[name] else None
+            values[name] = decode(table[name], self.num_classes, view_of_column, self.temperatures[name])
         rows = [dict(zip(values, row)) for row in zip(*values.values())]
         for number, row in zip(numbers, rows):
             try:
@@ -107,6 +110,7 @@ class ImageRows(_RowDecoder, torch.utils.data.Dataset):
         num_classes: classes of the logits columns.
         views: recipe of the views to make; `None` returns the images as they are.
         skip_unreadable: give a row whose image cannot be decoded the image `None` instead of raising.
+        temperatures: for each logits column, the temperature that it will be used at; top-k columns depend on it.
 
     Raises:
         ValueError: on reading a row whose image cannot be decoded; the message names the row.

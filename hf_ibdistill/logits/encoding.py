@@ -9,6 +9,7 @@ from datasets import Dataset, Features, List, Value
 
 DTYPES = ("float16", "float32")
 ROW_KEY = "row_key"
+_GAP_STEPS = 8
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,10 @@ class LogitsEncoding:
     else, and differences keep more digits), their class ids, and the log-sum-exp of all others, relative to the largest
     too. So the stored classes' probabilities are exact to the stored precision, and the rest of the mass is spread
     evenly over the other classes, not dropped.
+
+    How much mass the others have depends on the temperature. For m others of mean logit μ and log-sum-exp L, the
+    cumulant expansion of log Σ exp(l/τ) to second order, log m + μ/τ + g/τ², is exact at τ = 1 with g = L − log m − μ,
+    which is never negative; g is stored in one byte, in eighths.
 
     Args:
         dtype: `"float16"` or `"float32"`.
@@ -64,6 +69,7 @@ class LogitsEncoding:
             "class_ids": a_list("uint16" if num_classes <= 2**16 else "uint32", self.top_k),
             "differences": a_list(self.dtype, self.top_k - 1),
             "rest": a_list(self.dtype, 1),
+            "gap": a_list("uint8", 1),
         }
 
     def encode(self, logits: np.ndarray, views: bool = False) -> pa.Array:
@@ -84,12 +90,18 @@ class LogitsEncoding:
         ids = np.take_along_axis(ids, np.lexsort((ids, -np.take_along_axis(logits, ids, -1)), axis=-1), -1)
         values = np.take_along_axis(logits, ids, -1)
         others = logits - values[..., :1]
+        num_others = num_classes - self.top_k
+        mean = (
+            others.sum(-1, keepdims=True) - np.take_along_axis(others, ids, -1).sum(-1, keepdims=True)
+        ) / num_others
         np.put_along_axis(others, ids, -np.inf, axis=-1)
         rest = np.logaddexp.reduce(others, axis=-1, keepdims=True)
+        gap = rest - np.log(num_others) - mean
         parts = {
             "class_ids": ids.astype(np.uint16 if num_classes <= 2**16 else np.uint32),
             "differences": (values[..., 1:] - values[..., :1]).astype(self.dtype),
             "rest": rest.astype(self.dtype),
+            "gap": (gap * _GAP_STEPS).round().clip(0, 255).astype(np.uint8),
         }
         fields = list(arrow_type)
         return pa.StructArray.from_arrays([_to_arrow(parts[f.name], f.type) for f in fields], fields=fields)
@@ -132,7 +144,7 @@ def describe_column(feature) -> tuple[LogitsEncoding, int | None, int | None]:
     Raises:
         ValueError: the column is of another type.
     """
-    is_top_k = isinstance(feature, dict) and set(feature) == {"class_ids", "differences", "rest"}
+    is_top_k = isinstance(feature, dict) and set(feature) == {"class_ids", "differences", "rest", "gap"}
     inner = feature["class_ids"] if is_top_k else feature
     num_views = None
     if isinstance(inner, List) and isinstance(inner.feature, List):
@@ -145,21 +157,26 @@ def describe_column(feature) -> tuple[LogitsEncoding, int | None, int | None]:
     return LogitsEncoding((rest if num_views is None else rest.feature).dtype, inner.length), num_views, None
 
 
-def decode(column: pa.Array | pa.ChunkedArray, num_classes: int, view: int | None = None) -> np.ndarray:
+def decode(
+    column: pa.Array | pa.ChunkedArray, num_classes: int, view: int | None = None, temperature: float = 1.0
+) -> np.ndarray:
     """A batch of rows of a logits column → (N, C) in its stored type; of a column with views, view number `view`.
 
     Top-k logits come back relative to the row's largest, the classes that were not stored at the same value, at which
-    their probabilities sum up to the stored rest.
+    their probabilities sum up to the rest's at this temperature.
     """
     if isinstance(column, pa.ChunkedArray):
         column = column.combine_chunks()
     if not pa.types.is_struct(column.type):
         return _to_numpy(column, view)
-    ids, differences, rest = (_to_numpy(column.field(name), view) for name in ("class_ids", "differences", "rest"))
-    logits = np.empty((len(ids), num_classes), dtype=np.float32)
-    logits[:] = rest.astype(np.float32) - np.log(num_classes - ids.shape[1])
-    stored = np.concatenate([np.zeros((len(ids), 1), np.float32), differences.astype(np.float32)], axis=1)
-    np.put_along_axis(logits, ids.astype(np.int64), stored, axis=1)
+    parts = ("class_ids", "differences", "rest", "gap")
+    ids, differences, rest, gap = (_to_numpy(column.field(name), view) for name in parts)
+    even = rest.astype(np.float32) - np.float32(np.log(num_classes - ids.shape[1]))
+    # τ·(μ/τ + g/τ²), with μ = even − g.
+    even -= gap.astype(np.float32) * ((1 - 1 / temperature) / _GAP_STEPS)
+    logits = np.repeat(even, num_classes, axis=1)
+    np.put_along_axis(logits, ids[:, :1].astype(np.int64), 0, axis=1)
+    np.put_along_axis(logits, ids[:, 1:].astype(np.int64), differences.astype(np.float32), axis=1)
     return logits
 
 

@@ -45,8 +45,12 @@ class DistillationCollator:
             "labels": torch.tensor([int(row[self.label_column]) for row in rows]),
         }
         if self.logits_columns and all(column in rows[0] for column in self.logits_columns):
-            logits = [np.stack([row[column] for row in rows]) for column in self.logits_columns]
-            batch["teacher_logits"] = torch.from_numpy(np.stack(logits, axis=1).astype(np.float32))
+            shape = (len(rows), len(self.logits_columns), len(rows[0][self.logits_columns[0]]))
+            logits = np.empty(shape, dtype=np.float32)
+            for i, row in enumerate(rows):
+                for j, column in enumerate(self.logits_columns):
+                    logits[i, j] = row[column]
+            batch["teacher_logits"] = torch.from_numpy(logits)
         if tensors:
             batch["teacher_pixel_values"] = tensors
         return batch

@@ -149,10 +149,13 @@ class ImageClassificationTrainer(Trainer):
         dataset = dataset.select_columns([image, label, *key, *logits])
         dataset = dataset.rename_columns({old: new for old, new in ((image, "image"), (label, "label")) if old != new})
         kind = StreamedImageRows if is_streamed else ImageRows
-        rows = kind(dataset, "image", ["label"], logits, self.model.config.num_labels, views)
+        num_classes, temperatures = self.model.config.num_labels, self._temperatures
+        rows = kind(dataset, "image", ["label"], logits, num_classes, views, temperatures=temperatures)
         if is_training:
             self.training_rows = rows
         return rows
+
+    _temperatures = None
 
     def _logits_columns(self, dataset: Dataset, is_training: bool) -> list[str]:
         return []
@@ -239,6 +242,13 @@ class EnsembleDistillationTrainer(ImageClassificationTrainer):
             teacher.model.to(self.args.device)
         self._loss_terms = torch.zeros(2 + len(self.teacher_names))
 
+    def _for_each_teacher(self, values: list[float]) -> list[float]:
+        return values * len(self.teacher_names) if len(values) == 1 else values
+
+    @property
+    def _temperatures(self) -> list[float]:
+        return self._for_each_teacher(self.args.temperature)
+
     def _build_collator(self) -> DistillationCollator:
         processors = {teacher.name: teacher.image_processor for teacher in self.teachers}
         names = [] if self.teachers else self.teacher_names
@@ -283,17 +293,14 @@ class EnsembleDistillationTrainer(ImageClassificationTrainer):
         teacher_token_logits = outputs.teacher_token_logits
         if teacher_logits is None:
             teacher_token_logits = teacher_logits = teacher_token_logits[:, :0]
-        weights, temperatures = (
-            (values * len(self.teacher_names) if len(values) == 1 else values)[: teacher_logits.shape[1]]
-            for values in (self.args.teacher_weights, self.args.temperature)
-        )
+        num_teachers = teacher_logits.shape[1]
         losses = ensemble_distillation_loss(
             outputs.class_logits,
             teacher_token_logits,
             labels,
             teacher_logits,
-            weights=weights,
-            temperature=temperatures,
+            weights=self._for_each_teacher(self.args.teacher_weights)[:num_teachers],
+            temperature=self._temperatures[:num_teachers],
             label_weight=self.args.label_weight,
             mode=self.args.distillation_mode,
             label_smoothing=self.args.label_smoothing_factor if model.training else 0.0,

@@ -70,6 +70,23 @@ def test_top_k_keeps_the_largest_and_spreads_the_rest(k, num_views, tmp_path):
             np.testing.assert_allclose(row, expected_top_k(original, k), rtol=1e-4, atol=1e-9)
 
 
+def test_the_rest_follows_the_temperature():
+    # The others' logits are normal, of which the expansion is exact but for the sample and the byte.
+    logits = random_logits(50, 2000, scale=2)
+    column = LogitsEncoding(top_k=10).encode(logits)
+    for temperature in (1, 2, 4, 8):
+        read = softmax(decode(column, 2000, temperature=temperature) / temperature)
+        whole = softmax(logits / temperature)
+        stored = np.array(column.field("class_ids").to_pylist())
+        masses = [np.take_along_axis(p, stored, -1).sum(-1) for p in (read, whole)]
+        np.testing.assert_allclose(1 - masses[0], 1 - masses[1], rtol=0.05)
+        # What storing the sum at temperature 1 alone would give is further off.
+        if temperature > 1:
+            fixed = softmax(decode(column, 2000) / temperature)
+            fixed = np.take_along_axis(fixed, stored, -1).sum(-1)
+            assert np.abs(fixed - masses[1]).mean() > 2 * np.abs(masses[0] - masses[1]).mean()
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     num_rows=st.integers(1, 5),
@@ -110,15 +127,15 @@ def test_concatenated_views_are_the_bytes_of_encoding_them_together(encoding):
 def test_equal_logits_are_stored_in_the_order_of_their_classes():
     column = LogitsEncoding(top_k=3).encode(np.zeros((1, 6), np.float32))
     assert column.to_pylist() == [
-        {"class_ids": [0, 1, 2], "differences": [0, 0], "rest": [pytest.approx(math.log(3), rel=1e-3)]}
+        {"class_ids": [0, 1, 2], "differences": [0, 0], "rest": [pytest.approx(math.log(3), rel=1e-3)], "gap": [0]}
     ]
 
 
 def test_bytes_of_a_row():
     logits = random_logits(100, 1000)
     assert LogitsEncoding().encode(logits).nbytes == 100 * 2000
-    # Ten ids of two bytes, nine differences of two, the rest in two.
-    assert LogitsEncoding(top_k=10).encode(logits).nbytes == 100 * 40
+    # Ten ids of two bytes, nine differences of two, the rest in two, the gap in one.
+    assert LogitsEncoding(top_k=10).encode(logits).nbytes == 100 * 41
 
 
 @pytest.mark.parametrize("top_k", [None, 2])
