@@ -1,10 +1,14 @@
 """Tables and plots of measured results."""
 
+import os
+import platform
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
+import torch
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -17,6 +21,21 @@ def mean_and_spread(values: Sequence[float]) -> str:
     """Mean ± standard deviation over runs, in percent."""
     spread = f" ± {100 * np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
     return f"{100 * np.mean(values):.1f}{spread}"
+
+
+def describe_machine() -> dict:
+    """What figures were measured on: processor, cores, memory, threads, and versions of the libraries that matter."""
+    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    models = [line.partition(":")[2].strip() for line in cpuinfo.splitlines() if line.startswith("model name")]
+    libraries = ("torch", "torchvision", "transformers", "datasets", "accelerate", "pyarrow", "numpy", "hf_ibdistill")
+    return {
+        "cpu": models[0] if models else platform.processor(),
+        "cores": os.cpu_count(),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in libraries},
+    }
 
 
 def plot_run(

@@ -23,8 +23,6 @@ machine that others use, the latter vary less, and the requirements are checked 
 """
 
 import json
-import os
-import platform
 import shutil
 import time
 from collections.abc import Callable
@@ -43,13 +41,12 @@ from transformers import ViTImageProcessor
 from hf_ibdistill import ViewRecipe, load_image_dataset
 from hf_ibdistill.images import ImageRows
 from hf_ibdistill.logits.encoding import ROW_KEY, LogitsEncoding, column_name, decode
-from hf_ibdistill.report import markdown_table
+from hf_ibdistill.report import describe_machine, markdown_table
 from hf_ibdistill.training.collator import DistillationCollator
 
 
 TEACHERS = ("conv", "inv")
 COLUMNS = [column_name(name) for name in TEACHERS]
-LIBRARIES = ("torch", "torchvision", "transformers", "datasets", "pyarrow", "numpy", "pillow", "hf_ibdistill")
 RANDOM_ROWS = 1000
 WITH_COLUMNS, AGAINST_FILES, FLAT = 0.95, 10.0, 1.1
 
@@ -86,20 +83,6 @@ class Case:
     baseline: str | None
     wall: list[float] = field(default_factory=list)  # seconds a row, one for each repetition
     cpu: list[float] = field(default_factory=list)
-
-
-def describe_machine() -> dict:
-    """What the figures were measured on."""
-    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    models = [line.partition(":")[2].strip() for line in cpuinfo.splitlines() if line.startswith("model name")]
-    return {
-        "cpu": models[0] if models else platform.processor(),
-        "cores": os.cpu_count(),
-        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in LIBRARIES},
-    }
 
 
 def make_images(count: int, bench: LoadingArguments) -> Dataset:

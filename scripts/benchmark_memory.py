@@ -8,18 +8,16 @@ memory is measured.
 
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 
 from arguments import parse_arguments, run
 
-from hf_ibdistill.report import markdown_table
+from hf_ibdistill.report import describe_machine, markdown_table
 
 
 @dataclass
@@ -104,8 +102,7 @@ def main():
         for row in rows
     ]  # fmt: skip
     print(markdown_table(header, cells))
-    versions = {name: version(name) for name in ("torch", "transformers", "datasets", "pyarrow")}
-    report = {"machine": platform.machine(), "cores": os.cpu_count(), "versions": versions, "rows": rows}
+    report = {"machine": describe_machine(), "rows": rows}
     path = Path(arguments.output_file)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=2))

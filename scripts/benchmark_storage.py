@@ -25,12 +25,9 @@ that storing could give them. Of each, means over rows and views, in nats:
 """
 
 import json
-import os
-import platform
 import shutil
 import time
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -52,12 +49,11 @@ from hf_ibdistill import (
 )
 from hf_ibdistill.images import ImageRows
 from hf_ibdistill.logits.encoding import column_name, decode
-from hf_ibdistill.report import markdown_table
+from hf_ibdistill.report import describe_machine, markdown_table
 
 
 TEACHER = "conv"
 NUM_CLASSES = 1000
-LIBRARIES = ("torch", "transformers", "datasets", "pyarrow", "numpy", "hf_ibdistill")
 ALLOWED_BYTES = 42  # at k = 10
 
 
@@ -75,20 +71,6 @@ class StorageArguments:
     batch_size: int = field(default=128, metadata={"help": "Images a step."})
     learning_rate: float = field(default=1e-2, metadata={"help": "Peak learning rate of the teacher."})
     seed: int = field(default=0, metadata={"help": "Seed of the images, the teacher's weights and the views."})
-
-
-def describe_machine() -> dict:
-    """What the figures were measured on."""
-    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    models = [line.partition(":")[2].strip() for line in cpuinfo.splitlines() if line.startswith("model name")]
-    return {
-        "cpu": models[0] if models else platform.processor(),
-        "cores": os.cpu_count(),
-        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in LIBRARIES},
-    }
 
 
 def side_by_side(digits: Dataset, count: int, seed: int) -> Dataset:
@@ -177,8 +159,8 @@ def measure_distances(truth: Dataset, table: Dataset, top_k: int | None, bench: 
     columns = [dataset.with_format("arrow")[:][column_name(TEACHER)].combine_chunks() for dataset in (truth, table)]
     results = {temperature: [] for temperature in bench.temperatures}
     for view in range(bench.num_views):
-        dense, decoded = (decode(column, NUM_CLASSES, view) for column in columns)
         for temperature in bench.temperatures:
+            dense, decoded = (decode(column, NUM_CLASSES, view, temperature) for column in columns)
             results[temperature].append(distances(dense, decoded, top_k, temperature))
     return {t: {name: float(np.mean([r[name] for r in of_t])) for name in of_t[0]} for t, of_t in results.items()}
 

@@ -85,3 +85,13 @@ def test_wrong_predictions_stand_out(wrong_names, tmp_path):
     wrong = {"class": ["cat", "dog"], "conv": wrong_names}
     assert count(draw(tmp_path / "right.png", images=2, predictions=right), CRIMSON) == 0
     assert count(draw(tmp_path / "wrong.png", images=2, predictions=wrong), CRIMSON) > 20
+
+
+def test_the_machine_is_described_in_json():
+    import json
+
+    from hf_ibdistill.report import describe_machine
+
+    machine = json.loads(json.dumps(describe_machine()))
+    assert machine["cores"] >= 1 and machine["memory_gb"] > 0
+    assert machine["versions"]["transformers"].split(".")[0] >= "5"

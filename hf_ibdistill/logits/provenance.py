@@ -25,12 +25,15 @@ def describe_teacher(teacher: Teacher, encoding: LogitsEncoding) -> dict:
     """What identifies a teacher's column: where the teacher came from, a hash of its weights, its configuration,
     preprocessing and classes, and how its logits are stored."""
     config = teacher.model.config
+    settings = json.loads(config.to_json_string(use_diff=True))
+    # With many classes these are most of the record, and `label_names` says the same.
+    settings = {key: value for key, value in settings.items() if key not in ("id2label", "label2id")}
     return {
         "name": teacher.name,
         "source": config.name_or_path or None,
         "revision": getattr(config, "_commit_hash", None),
         "weights_sha256": teacher.weights_sha256(),
-        "config": json.loads(config.to_json_string(use_diff=True)),
+        "config": settings,
         "image_processor": json.loads(teacher.image_processor.to_json_string()),
         "num_labels": config.num_labels,
         "label_names": teacher.class_names,
