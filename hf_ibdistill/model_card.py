@@ -23,6 +23,7 @@ def create_model_card(
     metrics: Mapping[str, float],
     recipe: Mapping[str, object],
     teacher_metrics: Mapping[str, Mapping[str, float]] | None = None,
+    online: bool = False,
     picture: str | None = None,
     notes: str = "",
 ) -> ModelCard:
@@ -36,6 +37,7 @@ def create_model_card(
         metrics: name → measured value, as `evaluate_model` returns them. What is not in it is not in the card.
         recipe: hyperparameters, name → value.
         teacher_metrics: for a student, teacher → its own metrics on the same split.
+        online: the teachers ran in every step; otherwise their logits were stored.
         picture: file name of a picture beside the card.
         notes: a paragraph on this run.
     """
@@ -66,6 +68,8 @@ def create_model_card(
         template_path=str(_TEMPLATE),
         title=title,
         is_student=model.config.model_type == "ibvit" and bool(model.config.teacher_names),
+        teacher_names=", ".join(getattr(model.config, "teacher_names", [])),
+        online=online,
         num_parameters=f"{model.num_parameters():,}",
         num_classes=model.config.num_labels,
         data_name=data_name,

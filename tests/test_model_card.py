@@ -153,3 +153,16 @@ def test_the_example_in_the_card_is_python():
     (code,) = re.findall(r"```python\n(.*?)```", card().text, flags=re.DOTALL)
     compile(code, "card", "exec")
     assert "import hf_ibdistill" in code and 'pipeline("image-classification"' in code
+
+
+@pytest.mark.parametrize(("online", "text"), [(False, "logits were stored"), (True, "in every training step")])
+def test_a_students_card_tells_how_its_teachers_taught(online, text):
+    config = IBViTConfig(
+        teacher_names=("oak", "elm"), image_size=8, patch_size=4, hidden_size=8, num_hidden_layers=1,
+        num_attention_heads=1, intermediate_size=8,
+    )  # fmt: skip
+    card = create_model_card(
+        IBViTForImageClassification(config), title="T", data_name="d", split="test", metrics={"accuracy": 0.5},
+        recipe={}, online=online,
+    )  # fmt: skip
+    assert "(oak, elm)" in card.content and text in " ".join(card.content.split())

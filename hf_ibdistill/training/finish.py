@@ -90,6 +90,7 @@ def evaluate_and_save(
             metrics=metrics,
             recipe=recipe,
             teacher_metrics=teacher_metrics,
+            online=bool(getattr(trainer, "teachers", [])),
             picture=picture,
             notes=notes,
         )
