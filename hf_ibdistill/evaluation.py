@@ -56,7 +56,7 @@ class ExpectedCalibrationError(_LogitsMetric):
     def _compute(self, predictions, references, num_bins=15):
         probabilities = np.exp(_log_softmax(predictions))
         confidence, correct = probabilities.max(axis=1), probabilities.argmax(axis=1) == np.asarray(references)
-        bins = np.clip(np.ceil(confidence * num_bins).astype(int) - 1, 0, num_bins - 1)
+        bins = np.clip(np.ceil(np.nan_to_num(confidence) * num_bins).astype(int) - 1, 0, num_bins - 1)
         gaps = np.bincount(bins, weights=correct - confidence, minlength=num_bins)
         return {"expected_calibration_error": float(np.abs(gaps).sum() / len(correct))}
 

@@ -33,7 +33,7 @@ def expected_top_k(row, k):
     row = row.astype(np.float64)
     probabilities = np.exp(row - row.max()) / np.exp(row - row.max()).sum()
     largest = sorted(range(len(row)), key=lambda i: (-row[i], i))[:k]
-    rest = (1 - probabilities[largest].sum()) / (len(row) - k)
+    rest = max(0, 1 - probabilities[largest].sum()) / (len(row) - k)
     return np.array([probabilities[i] if i in largest else rest for i in range(len(row))])
 
 

@@ -867,7 +867,6 @@ def test_empty_tables(trainer_class, plain_table, table, tmp_path):
 def test_tables_that_are_no_tables(trainer_class, table, tmp_path):
     settings = {"trainer_class": trainer_class, "error": TypeError}
     for wrong, name in (
-        (table.to_iterable_dataset(), "IterableDataset"),
         (DatasetDict(train=table), "DatasetDict"),
         ([table[0]], "list"),
     ):
