@@ -9,6 +9,7 @@ load.
 """
 
 import json
+import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -171,6 +172,8 @@ def run_seed(data, views, quick, seed: int, folder: Path) -> tuple[dict, dict]:
         metrics[name] = evaluate_and_save(trainer, splits[split], split, title=preset, data_name=data.dataset)
         watch.lap(f"train the teacher {name}")
 
+    # An earlier run's table is by other teachers, unless nothing at all was changed.
+    shutil.rmtree(folder / "table", ignore_errors=True)
     table = record_teacher_logits(
         splits,
         {name: str(folder / name) for name in PRESETS},

@@ -7,6 +7,7 @@ A seed whose results are there already is not run again. Every student takes the
 """
 
 import json
+import shutil
 from pathlib import Path
 
 from arguments import parse_arguments, result_split, run
@@ -27,6 +28,8 @@ from hf_ibdistill.report import markdown_table, mean_and_spread
 
 def run_seed(data, views, quick, seed: int, folder: Path) -> dict:
     """Method → test accuracy."""
+    # What an interrupted run of this seed left is by other teachers.
+    shutil.rmtree(folder, ignore_errors=True)
     data.split_seed = seed
     splits = data.load()
     test = splits[result_split(splits)]

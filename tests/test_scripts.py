@@ -115,6 +115,8 @@ def test_two_processes_train(outputs, tmp_path):
 
 def test_quickstart_leaves_table_student_card_and_picture(tmp_path, capsys):
     steps = ["--teacher_steps", "2", "--student_steps", "2", "--images_per_class", "3"]
+    # Run again with other settings, it makes everything anew.
+    run("quickstart.py", "--teacher_steps", "1", *steps[2:], "--output_dir", tmp_path)
     run("quickstart.py", *steps, "--output_dir", tmp_path, "--seeds", "0", "1")
     printed = capsys.readouterr().out
     for model in ("conv", "inv", "student without teachers", "student with both teachers"):
