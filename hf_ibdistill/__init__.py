@@ -22,6 +22,7 @@ _PUBLIC_NAMES = {
     "teachers": ["Teacher", "load_teachers"],
     "logits.views": ["ViewRecipe"],
     "logits.recording": ["record_teacher_logits"],
+    "logits.provenance": ["attach_record", "read_records", "stored_views"],
     "logits.attaching": ["attach_teacher_logits"],
     "logits.publishing": ["export_logits_table", "open_logits_table"],
     "logits.verification": ["verify_teacher_logits"],

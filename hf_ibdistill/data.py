@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, load_dataset, load_from_disk
+from transformers import PreTrainedConfig
 
 
 logger = logging.getLogger(__name__)
@@ -77,11 +78,20 @@ def find_columns(
         ValueError: there is none, or several and no usual name among them; the message lists the columns.
     """
     features = dataset.features
-    images = [name for name, feature in features.items() if isinstance(feature, Image)]
-    image = _pick("image", image_column, images, _IMAGE_NAMES, features)
+    image = find_image_column(dataset, image_column)
     labels = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
     scalars = [name for name in _LABEL_NAMES if isinstance(features.get(name), Value)]
     return image, _pick("label", label_column, labels or scalars, _LABEL_NAMES, features)
+
+
+def find_image_column(dataset: Dataset, image_column: str | None = None) -> str:
+    """The image column alone, as [`find_columns`] finds it.
+
+    Raises:
+        ValueError: as [`find_columns`].
+    """
+    images = [name for name, feature in dataset.features.items() if isinstance(feature, Image)]
+    return _pick("image", image_column, images, _IMAGE_NAMES, dataset.features)
 
 
 def class_names(dataset: Dataset, label_column: str) -> list[str]:
@@ -97,6 +107,11 @@ def class_names(dataset: Dataset, label_column: str) -> list[str]:
             f'load_image_dataset, or cast it: dataset.class_encode_column("{label_column}").'
         )
     return feature.names
+
+
+def config_class_names(config: PreTrainedConfig) -> list[str]:
+    """The names of a model's classes, in the order of its logits."""
+    return [str(config.id2label[i]) for i in range(config.num_labels)]
 
 
 def class_config(dataset: Dataset, label_column: str = "label") -> dict:

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 from transformers import BaseImageProcessor, EvalPrediction, PreTrainedModel
 
-from .data import class_names, find_columns
+from .data import class_names, config_class_names, find_columns
 from .images import ImageRows
 from .logits.encoding import column_name, describe_column
 from .logits.provenance import check_class_names
@@ -131,8 +131,7 @@ def predict(
         raise ValueError("The data set is empty; there is nothing to predict.")
     image_column, label_column = find_columns(dataset, image_column, label_column)
     config = model.config
-    label_names = [str(config.id2label[i]) for i in range(config.num_labels)]
-    check_class_names(label_names, class_names(dataset, label_column), "the model")
+    check_class_names(config_class_names(config), class_names(dataset, label_column), "the model")
     teacher_names = getattr(config, "teacher_names", [])
     columns = [column_name(name) for name in teacher_names if column_name(name) in dataset.column_names]
     if len(columns) < len(teacher_names) or any(describe_column(dataset.features[c])[1] is not None for c in columns):

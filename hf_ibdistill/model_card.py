@@ -10,8 +10,6 @@ from .report import markdown_table
 
 
 _TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
-# The Hub shows these under names of its own.
-_METRIC_TYPES = {"accuracy": "accuracy", "top_5_accuracy": "top_5_accuracy"}
 
 
 def create_model_card(
@@ -48,7 +46,7 @@ def create_model_card(
             dataset_type=data_name,
             dataset_name=data_name,
             dataset_split=split,
-            metric_type=_METRIC_TYPES.get(name, name),
+            metric_type=name,
             metric_name=name.replace("_", " "),
             metric_value=round(float(value), 6),
         )
@@ -62,7 +60,6 @@ def create_model_card(
         model_name=title,
         eval_results=results,
     )
-    teachers = {name: teacher_metrics[name] for name in teacher_metrics or {}}
     return ModelCard.from_template(
         data,
         template_path=str(_TEMPLATE),
@@ -77,9 +74,9 @@ def create_model_card(
         metrics_table=markdown_table(["metric", split], [[name, f"{value:.4f}"] for name, value in metrics.items()]),
         teachers_table=markdown_table(
             ["teacher", f"accuracy ({split})"],
-            [[name, f"{100 * values['accuracy']:.2f} %"] for name, values in teachers.items()],
+            [[name, f"{100 * values['accuracy']:.2f} %"] for name, values in teacher_metrics.items()],
         )
-        if teachers
+        if teacher_metrics
         else "",
         recipe_table=markdown_table(["setting", "value"], [[name, f"`{value}`"] for name, value in recipe.items()]),
         picture=picture,

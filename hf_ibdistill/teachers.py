@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoImageProcessor, AutoModelForImageClassification, BaseImageProcessor, PreTrainedModel
 
+from .data import config_class_names
+
 
 TeacherLike = PreTrainedModel | tuple[PreTrainedModel, BaseImageProcessor] | str | os.PathLike
 
@@ -23,7 +25,7 @@ class Teacher:
     @property
     def class_names(self) -> list[str]:
         """The names of the classes, in the order of the logits."""
-        return [str(self.model.config.id2label[i]) for i in range(self.model.config.num_labels)]
+        return config_class_names(self.model.config)
 
     def logits(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(N, channels, H, W) of this teacher's own image processor → (N, classes) in float32, without gradients."""

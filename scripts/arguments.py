@@ -106,6 +106,11 @@ def name_folders(pairs: list[str]) -> dict[str, str]:
     return named
 
 
+def default_patch_size(image_size: int) -> int:
+    """Pixels a side: 16 patches and more, at a length that a small transformer bears."""
+    return 2 if image_size < 16 else 4 if image_size <= 64 else 16
+
+
 def result_split(splits: DatasetDict) -> str:
     """The split that final results are measured on."""
     return "test" if "test" in splits else "validation"

@@ -11,7 +11,15 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from arguments import DataArguments, ViewArguments, name_folders, parse_arguments, result_split, run
+from arguments import (
+    DataArguments,
+    ViewArguments,
+    default_patch_size,
+    name_folders,
+    parse_arguments,
+    result_split,
+    run,
+)
 from transformers import set_seed
 
 from hf_ibdistill import (
@@ -79,7 +87,7 @@ class StudentArguments:
             fusion=self.fusion,
             patch_embedding=self.patch_embedding,
             image_size=image_size,
-            patch_size=self.patch_size or (2 if image_size < 16 else 4 if image_size <= 64 else 16),
+            patch_size=self.patch_size or default_patch_size(image_size),
             hidden_size=self.hidden_size,
             num_hidden_layers=self.num_hidden_layers,
             num_attention_heads=self.num_attention_heads,

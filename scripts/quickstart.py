@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from arguments import DataArguments, ViewArguments, parse_arguments, result_split, run
+from arguments import DataArguments, ViewArguments, default_patch_size, parse_arguments, result_split, run
 from transformers import AutoImageProcessor, AutoModelForImageClassification, set_seed
 
 from hf_ibdistill import (
@@ -141,7 +141,7 @@ def build_student(teacher_names, processor, classes, seed) -> IBViTForImageClass
         teacher_names=teacher_names,
         patch_embedding="convolution",
         image_size=size,
-        patch_size=2 if size < 16 else 4 if size <= 64 else 16,
+        patch_size=default_patch_size(size),
         hidden_size=96,
         num_hidden_layers=4,
         num_attention_heads=4,
@@ -162,7 +162,7 @@ def run_seed(data, views, quick, seed: int, folder: Path) -> tuple[dict, dict]:
     shared = {
         "seed": seed, "quick": quick, "splits": splits, "data": data, "processor": processor, "views": views.recipe()
     }  # fmt: skip
-    metrics, trainers = {}, {}
+    metrics = {}
     watch.lap("load the images")
 
     for name, preset in PRESETS.items():
@@ -265,6 +265,7 @@ def main():
         ["step", "seconds"], [[name, f"{sum(lap[name] for lap in seconds) / len(seconds):.1f}"] for name in seconds[0]]
     )
     images = "all training images" if data.images_per_class is None else f"{data.images_per_class} images a class"
+    images += f", {views.num_views} views" if views.num_views else ", no views"
     summary = (
         f"{data.dataset}, {images}, seeds {quick.seeds}, {torch.get_num_threads()} threads\n\n{table}\n\n{times}\n"
     )

@@ -5,7 +5,7 @@ import logging
 import numpy as np
 from datasets import Dataset, Features, Value, concatenate_datasets
 
-from ..data import find_columns
+from ..data import find_image_column
 from ..images import ImageRows
 from .encoding import ROW_KEY, column_name, recorded_teachers
 from .provenance import attach_record, read_records
@@ -52,7 +52,7 @@ def attach_teacher_logits(
     twice = [name for name in columns if name in images.column_names]
     if twice:
         raise ValueError(f"The images already have the columns {twice}; remove them first.")
-    image_column, _ = find_columns(images, image_column, images.column_names[0])
+    image_column = find_image_column(images, image_column)
     keyed = images.select_columns([image_column]).map(
         _KeysOf(images, image_column),
         batched=True,

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset
 
-from ..data import find_columns
+from ..data import find_image_column
 from ..images import ImageRows, pixel_values
 from ..teachers import TeacherLike, load_teachers
 from .encoding import ROW_KEY, LogitsEncoding, column_name, decode, describe_column
@@ -53,7 +53,7 @@ def verify_teacher_logits(
     Raises:
         ValueError: a teacher without a column, a table without provenance, or an image that cannot be decoded.
     """
-    image_column, _ = find_columns(dataset, image_column, dataset.column_names[0])
+    image_column = find_image_column(dataset, image_column)
     loaded = load_teachers(teachers, trust_remote_code=trust_remote_code)
     described = {teacher["name"]: teacher for record in read_records(dataset) for teacher in record["teachers"]}
     problems = _damaged_files(dataset)

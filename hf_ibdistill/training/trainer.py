@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from transformers import BaseImageProcessor, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
-from ..data import class_names, find_columns
+from ..data import class_names, config_class_names, find_columns
 from ..evaluation import compute_metrics
 from ..images import ImageRows, StreamedImageRows
 from ..logits.encoding import ROW_KEY, column_name
@@ -113,8 +113,7 @@ class ImageClassificationTrainer(Trainer):
 
     @property
     def _label_names(self) -> list[str]:
-        config = self.model.config
-        return [str(config.id2label[i]) for i in range(config.num_labels)]
+        return config_class_names(self.model.config)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         if ignore_keys is None and self._measures_tokens:
