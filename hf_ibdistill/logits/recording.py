@@ -281,6 +281,7 @@ def _open_folder(folder, plan) -> bool:
                 f"{folder} holds a finished recording that differs: {'; '.join(differences)}. "
                 "Choose another folder, or delete this one."
             )
+        _remove_scaffolding(folder)
         return True
     if path.exists():
         found = json.loads(path.read_text())
@@ -477,5 +478,12 @@ def _assemble(dataset, plan, shards, folder) -> None:
             os.replace(path, folder / path.name)
     finally:
         shutil.rmtree(finished, ignore_errors=True)
-    shutil.rmtree(folder / "shards")
-    (folder / _MANIFEST).unlink()
+    _remove_scaffolding(folder)
+
+
+def _remove_scaffolding(folder) -> None:
+    """Remove what only an unfinished recording needs, and what killed processes left of it."""
+    for name in ("shards", "finished"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for path in (folder / _MANIFEST, *folder.glob("*.partial")):
+        path.unlink(missing_ok=True)

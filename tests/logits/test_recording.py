@@ -316,6 +316,24 @@ def test_a_damaged_shard_is_recorded_again(teachers, tmp_path, images):
     assert same_bytes(continued, record_teacher_logits(images(200), teachers, output_dir=tmp_path / "whole"))
 
 
+@pytest.mark.parametrize("finished", [False, True])
+def test_what_a_killed_process_left_is_removed(finished, teachers, tmp_path, images):
+    # Killed while it began the recording, or after the table was whole but before it was cleaned up.
+    folder = tmp_path / "t"
+    if finished:
+        record_teacher_logits(images(9), teachers, output_dir=folder)
+        (folder / "shards").mkdir()
+        (folder / "shards" / "000000000000-000000000009.arrow").write_bytes(b"")
+        (folder / "recording.json").write_text("{}")
+    else:
+        folder.mkdir()
+    (folder / "recording.json.123.partial").write_text("{")
+    table = record_teacher_logits(images(9), teachers, output_dir=folder)
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"data-00000-of-00001.arrow", "dataset_info.json", "state.json", "checksums.json"}
+    assert len(table) == 9
+
+
 def give_own_lock(progress_bars):
     """Progress bars share a lock among processes, and a killed one never gives it back."""
     progress_bars.set_lock(threading.RLock())
