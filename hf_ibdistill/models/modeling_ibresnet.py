@@ -158,6 +158,9 @@ class IBResNetForImageClassification(IBResNetPreTrainedModel):
             raise ValueError(
                 f"The model takes images of {self.config.num_channels} channels; got {pixel_values.shape[1]}."
             )
+        if self.config.spatial_operator == "convolution":
+            # Convolutions are up to a third faster channels last; involution would pay for turning its operands.
+            pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         hidden_states = self.stem(pixel_values)
         all_hidden_states = [hidden_states]
         for stage in self.stages:

@@ -4,8 +4,20 @@ from dataclasses import dataclass, field
 
 import torch
 from transformers import TrainingArguments
+from transformers.utils import is_torch_bf16_gpu_available
 
 from .losses import MODES
+
+
+def has_bf16_units(use_cpu: bool) -> bool:
+    """Whether the device that training will run on multiplies bf16 faster than float32."""
+    if use_cpu:
+        # Releases of torch before 2.10 do not say.
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+        return any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return is_torch_bf16_gpu_available()
 
 
 def _default(value, help):
@@ -29,12 +41,23 @@ class ImageTrainingArguments(TrainingArguments):
     eval_strategy: str = _default("epoch", 'When to evaluate on the validation split: "epoch", "steps" or "no".')
     save_strategy: str = _default("no", 'When to save a checkpoint to resume from: "epoch", "steps" or "no".')
     logging_strategy: str = _default("epoch", 'When to log the loss: "epoch", "steps" or "no".')
+    bf16: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Run the model under bf16 autocast; its weights, the loss and the optimizer stay in float32. "
+            "(default: where the hardware multiplies bf16 faster than float32)"
+        },
+    )
 
     def __post_init__(self):
-        super().__post_init__()
         if not torch.accelerator.is_available():
+            # transformers wants to be told so before it grants bf16.
+            self.use_cpu = True
             # There is no device to copy to, and the data loader would warn at every start.
             self.dataloader_pin_memory = False
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and has_bf16_units(self.use_cpu)
+        super().__post_init__()
 
 
 @dataclass(repr=False)  # transformers' own hides tokens

@@ -1,7 +1,9 @@
 """The operator against plain loops and the published formulation; the layer against its parts."""
 
+import copy
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,8 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from hf_ibdistill import involution2d
-from hf_ibdistill.models.involution import Involution2d
+from hf_ibdistill import IBResNetConfig, IBResNetForImageClassification, involution2d
+from hf_ibdistill.models.involution import Involution2d, _chunks, _involution, _Matrices, _Taps, _way
+
+
+SCRIPTS = Path(__file__).parent.parent.parent / "scripts"
 
 
 # Half a unit in the last place, relative: what one rounding to this type may change.
@@ -116,6 +121,45 @@ def test_equals_the_published_unfold_formulation(groups, channels_of_group, kern
     gradients = torch.autograd.grad(output, (input, kernel), grad_output)
     expected_gradients = torch.autograd.grad(expected, (input, kernel), grad_output)
     torch.testing.assert_close(gradients, expected_gradients, rtol=1e-5, atol=3e-5)
+
+
+@pytest.mark.parametrize(
+    ("way", "kernel_size", "stride", "size", "batch"),
+    [
+        (_Taps, 3, 1, (20, 23), 210),
+        (_Taps, 5, 2, (21, 22), 300),
+        (_Matrices, 5, 1, (8, 7), 800),
+        (_Matrices, 3, 2, (5, 5), 4000),
+    ],
+)
+def test_chunks_fit_together_and_the_last_may_be_shorter(way, kernel_size, stride, size, batch):
+    input, kernel = random_inputs(4, 2, kernel_size, stride, *size, batch)
+    chosen = _way(*size, kernel_size, stride)
+    chunks = _chunks(torch.empty(2 * batch, 2, *size), kernel_size**2, chosen)
+    assert isinstance(chosen, way) and len(chunks) > 2 and chunks[-1].stop > 2 * batch
+    output, expected = involution2d(input, kernel, stride), unfold_formulation(input, kernel, stride)
+    grad_output = torch.randn_like(output)
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=3e-5)
+    gradients = torch.autograd.grad(output, (input, kernel), grad_output)
+    expected_gradients = torch.autograd.grad(expected, (input, kernel), grad_output)
+    torch.testing.assert_close(gradients, expected_gradients, rtol=1e-5, atol=3e-5)
+
+
+@pytest.mark.parametrize(("size", "batch"), [((28, 28), 50), ((4, 4), 3000)], ids=["taps", "matrices"])
+def test_scratch_memory_does_not_grow_with_the_kernel(size, batch, monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    from benchmark_involution import both, extra_memory, forward
+
+    def measure(mode, operator, kernel_size):
+        input, kernel = random_inputs(8, 1, kernel_size, 1, *size, batch)
+        operands = input, kernel, torch.randn(input.shape), 1
+        mode(operator, *operands)  # what is kept from one call to the next is not scratch
+        return extra_memory(lambda: mode(operator, *operands))
+
+    # The measure itself: the copies and their products with the kernels, both there before they are summed.
+    columns = 4 * 3**2 * 8 * batch * size[0] * size[1]
+    assert measure(forward, unfold_formulation, 3) == 2 * columns
+    assert measure(both, involution2d, 7) < 1.1 * measure(both, involution2d, 3)
 
 
 def test_the_kernel_of_one_position_acts_on_that_position_only():
@@ -246,6 +290,54 @@ def test_compiled_equals_eager():
 def test_traced_equals_eager_when_the_image_size_changes():
     # The second size makes the compiler trace again with symbolic sizes.
     check_compiled("aot_eager", stride=2, sizes=[(5, 6), (8, 7)])
+
+
+def test_the_teacher_compiles_once_a_mode_and_type():
+    # One block a stage, since compiling a block takes a second.
+    config = IBResNetConfig.from_preset("involution-small", depths=(1, 1, 1), num_labels=10)
+    model = IBResNetForImageClassification(config)
+    reference = copy.deepcopy(model)
+
+    def step(model, images, labels, dtype):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            return model(images, labels=labels).loss
+
+    # With fullgraph a graph break is an error, and so is one compilation more than torch._dynamo.config.recompile_limit.
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+
+    def run(dtype, is_training, batch):
+        images, labels, losses = torch.randn(batch, 3, 8, 8), torch.arange(batch) % 10, []
+        for network, function in ((model, compiled), (reference, step)):
+            network.train(is_training)
+            with torch.set_grad_enabled(is_training):
+                losses.append(function(network, images, labels, dtype))
+        torch.testing.assert_close(*losses)
+        if is_training:
+            weights = model.stem[0].convolution.weight, reference.stem[0].convolution.weight
+            gradients = [torch.autograd.grad(loss, weight) for loss, weight in zip(losses, weights)]
+            torch.testing.assert_close(*gradients)
+
+    for dtype in (torch.float32, torch.bfloat16):
+        for is_training, batch in ((True, 8), (True, 3), (False, 16)):
+            run(dtype, is_training, batch)
+    # Evaluation stays at 16 and more, where torch's own convolution compiles again for fewer.
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for dtype in (torch.float32, torch.bfloat16):
+            for is_training, batch in ((True, 8), (True, 5), (False, 18)):
+                run(dtype, is_training, batch)
+
+
+@pytest.mark.parametrize(
+    ("kernel_size", "stride", "size", "dtypes"),
+    [
+        (3, 1, (9, 8), (torch.float32, torch.float32)),
+        (3, 2, (9, 8), (torch.float32, torch.bfloat16)),
+        (5, 1, (4, 3), (torch.bfloat16, torch.float32)),
+    ],
+)
+def test_the_operator_keeps_to_the_rules_of_custom_operators(kernel_size, stride, size, dtypes):
+    input, kernel = random_inputs(4, 2, kernel_size, stride, *size, dtypes=dtypes)
+    torch.library.opcheck(_involution, (input, kernel, stride))  # schema, shapes without data, autograd, compiling
 
 
 # The layer

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -122,6 +123,9 @@ def test_own_fields_are_found():
 def test_every_own_field_says_what_it_does_and_its_default(arguments):
     for field in own_fields(arguments):
         help = field.metadata.get("help", "")
+        if field.default is None:
+            assert len(help) > 30 and "(default: where" in help, field.name
+            continue
         if field.default is not dataclasses.MISSING:
             default = str(field.default)
         else:
@@ -152,12 +156,28 @@ def test_image_arguments_change_nothing_else(tmp_path):
     # "eval_strategy" decides `do_eval` too.
     ours = ImageTrainingArguments(str(tmp_path), eval_strategy="no")
     theirs = TrainingArguments(str(tmp_path), eval_strategy="no")
-    # Where there is no accelerator, pinning has no use and torch warns.
-    own = {field.name for field in own_fields(ImageTrainingArguments)} | {"dataloader_pin_memory"}
+    # Where there is no accelerator, pinning has no use and torch warns, and transformers wants `use_cpu` before it grants
+    # bf16.
+    own = {field.name for field in own_fields(ImageTrainingArguments)} | {"dataloader_pin_memory", "use_cpu"}
+    assert ours.use_cpu != torch.accelerator.is_available()
     assert ours.dataloader_pin_memory == torch.accelerator.is_available()
     for field in dataclasses.fields(TrainingArguments):
         if field.init and field.name not in own:
             assert getattr(ours, field.name) == getattr(theirs, field.name), field.name
+
+
+def test_bf16_where_the_hardware_has_it_unless_told_otherwise(tmp_path):
+    flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
+    if torch.accelerator.is_available() or "flags" not in flags:
+        pytest.skip("the processor does not say what it has")
+    has_units = "avx512_bf16" in flags or "amx_bf16" in flags
+    assert ImageTrainingArguments(str(tmp_path)).bf16 == has_units
+    assert ImageTrainingArguments(str(tmp_path), bf16=False).bf16 is False
+    assert ImageTrainingArguments(str(tmp_path), bf16=True).bf16 is True
+    (parsed,) = HfArgumentParser(ImageTrainingArguments).parse_args_into_dataclasses(
+        ["--output_dir", str(tmp_path), "--bf16", "false"]
+    )
+    assert parsed.bf16 is False
 
 
 @pytest.mark.parametrize("arguments", ARGUMENTS)

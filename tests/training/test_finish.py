@@ -55,7 +55,7 @@ def finish(kind, tables, output_dir, **overrides):
     torch.manual_seed(0)
     classes = {"id2label": dict(enumerate(CLASSES)), "label2id": {name: i for i, name in enumerate(CLASSES)}}
     settings = {"num_train_epochs": 2, "per_device_train_batch_size": 8, "per_device_eval_batch_size": 5}
-    settings |= {"use_cpu": True, "disable_tqdm": True, **overrides}
+    settings |= {"use_cpu": True, "bf16": False, "disable_tqdm": True, **overrides}
     data = {name: load_from_disk(tables / name) for name in ("train", "test")}
     shared = {"train_dataset": data["train"], "eval_dataset": data["test"], "processing_class": PROCESSOR}
     if kind == "teacher":

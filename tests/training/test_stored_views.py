@@ -73,7 +73,7 @@ def trained(folder, train_dataset, trainer_class=EnsembleDistillationTrainer, vi
     arguments = {
         "num_train_epochs": 3, "per_device_train_batch_size": 8, "learning_rate": 0.05, "warmup_steps": 0,
         "optim": "sgd", "lr_scheduler_type": "constant", "eval_strategy": "no", "report_to": "none",
-        "disable_tqdm": True, "use_cpu": True, **settings,
+        "disable_tqdm": True, "use_cpu": True, "bf16": False, **settings,
     }  # fmt: skip
     is_distilled = trainer_class is EnsembleDistillationTrainer
     trainer = trainer_class(
@@ -129,7 +129,7 @@ def test_resuming_within_an_epoch_goes_on_with_its_view(table, tmp_path):
         student(),
         DistillationArguments(
             str(tmp_path / "b"), num_train_epochs=3, per_device_train_batch_size=8, learning_rate=0.05, warmup_steps=0,
-            optim="sgd", lr_scheduler_type="constant", eval_strategy="no", report_to="none", use_cpu=True,
+            optim="sgd", lr_scheduler_type="constant", eval_strategy="no", report_to="none", use_cpu=True, bf16=False,
         ),
         train_dataset=table,
         processing_class=PROCESSOR,

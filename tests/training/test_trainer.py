@@ -139,7 +139,8 @@ SGD = {
     "optim": "sgd", "learning_rate": 0.5, "lr_scheduler_type": "constant", "warmup_steps": 0, "weight_decay": 0.0,
     "max_grad_norm": 0.0,
 }  # fmt: skip
-QUIET = {"use_cpu": True, "disable_tqdm": True, "eval_strategy": "no", "logging_strategy": "steps", "logging_steps": 1}
+# Compared with float32 formulas, on machines with and without bf16 units.
+QUIET = {"use_cpu": True, "bf16": False, "disable_tqdm": True, "eval_strategy": "no", "logging_strategy": "steps", "logging_steps": 1}
 LOSS = {"teacher_weights": WEIGHTS, "temperature": TEMPERATURES, "label_weight": LABEL_WEIGHT}
 
 
