@@ -1,7 +1,7 @@
 """Rows of a table → decoded images → pixel values. Recording and training read images only through here."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +13,8 @@ from datasets import Dataset, Image, IterableDataset
 from datasets.distributed import split_dataset_by_node
 from transformers import BaseImageProcessor, ViTImageProcessor
 
-from .logits.encoding import ROW_KEY, decode, describe_column
-from .logits.views import ViewRecipe, make_view, row_key
+from .logits.encoding import ROW_KEY, StoredLogits, decode, describe_column
+from .logits.views import ViewRecipe, make_views, row_key
 
 
 def decode_image(value: dict) -> PIL.Image.Image:
@@ -30,12 +30,13 @@ def decode_image(value: dict) -> PIL.Image.Image:
         content = value["bytes"] if value.get("bytes") is not None else Path(path).read_bytes()
         with PIL.Image.open(io.BytesIO(content)) as opened:
             # Cameras store how they were held instead of turning the pixels.
-            image = PIL.ImageOps.exif_transpose(opened)
+            PIL.ImageOps.exif_transpose(opened, in_place=True)
+            image = opened
             if image.mode.startswith("I"):
                 # PIL clips 16-bit images to 255 when it converts them, which would turn them white.
                 levels = np.asarray(image)
                 image = PIL.Image.fromarray((levels // (257 if levels.max() > 255 else 1)).astype(np.uint8))
-            return image.convert("RGB")
+            return image if image.mode == "RGB" else image.convert("RGB")
     except Exception as error:  # what a damaged file raises depends on its format: anything
         where = f" ({path})" if path else ""
         raise ValueError(f"The image{where} cannot be decoded: {error}") from error
@@ -74,24 +75,31 @@ class _RowDecoder:
         """Turn to the views of this epoch."""
         self._epoch.fill_(epoch)
 
-    def _decode(self, table: pa.Table, numbers: Sequence[int]) -> list[dict]:
-        view = None if self.views is None else int(self._epoch) % self.views.num_views
-        values = {name: table[name].to_pylist() for name in table.column_names if name not in self.logits_columns}
-        for name in self.logits_columns:
-            view_of_column = view if self._has_views[name] else None
-            values[name] = decode(table[name], self.num_classes, view_of_column, self.temperatures[name])
+    @property
+    def _view(self) -> int | None:
+        return None if self.views is None else int(self._epoch) % self.views.num_views
+
+    def _decode_logits(self, read: Callable[..., np.ndarray], column: str, source) -> np.ndarray:
+        view = self._view if self._has_views[column] else None
+        return read(source, self.num_classes, view, self.temperatures[column])
+
+    def _decode(self, table: pa.Table, numbers: Sequence[int], logits: Mapping[str, np.ndarray]) -> list[dict]:
+        values = {name: table[name].to_pylist() for name in table.column_names if name not in logits} | logits
         rows = [dict(zip(values, row)) for row in zip(*values.values())]
         for number, row in zip(numbers, rows):
             try:
-                image = decode_image(row[self.image_column])
+                row[self.image_column] = decode_image(row[self.image_column])
             except ValueError as error:
                 if not self.skip_unreadable:
                     raise ValueError(f"Row {number}: {error}") from error
-                image = None
-            if image is not None and self.views is not None:
-                key = row.pop(ROW_KEY) if ROW_KEY in row else row_key(image)
-                image = make_view(image, self.views, key, view)
-            row[self.image_column] = image
+                row[self.image_column] = None
+        if self.views is not None:
+            readable = [row for row in rows if row[self.image_column] is not None]
+            images = [row[self.image_column] for row in readable]
+            keys = [row.pop(ROW_KEY) if ROW_KEY in row else row_key(image) for row, image in zip(readable, images)]
+            views = make_views(images, self.views, keys, [self._view] * len(images))
+            for row, view in zip(readable, views):
+                row[self.image_column] = view
         return rows
 
 
@@ -123,6 +131,8 @@ class ImageRows(_RowDecoder, torch.utils.data.Dataset):
                 "preprocessed here, so that teachers and student see the same ones."
             )
         super().__init__(dataset, *args, **kwargs)
+        self._stored_logits = {column: StoredLogits(dataset, column) for column in self.logits_columns}
+        self._table = self._table.remove_columns(self.logits_columns)
 
     def __len__(self) -> int:
         return len(self._table)
@@ -132,7 +142,8 @@ class ImageRows(_RowDecoder, torch.utils.data.Dataset):
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict]:
         indices = list(indices)
-        return self._decode(self._table[indices], indices)
+        logits = {name: self._decode_logits(stored.read, name, indices) for name, stored in self._stored_logits.items()}
+        return self._decode(self._table[indices], indices, logits)
 
 
 class StreamedImageRows(_RowDecoder, torch.utils.data.IterableDataset):
@@ -154,7 +165,8 @@ class StreamedImageRows(_RowDecoder, torch.utils.data.IterableDataset):
             table = split_dataset_by_node(table, rank=worker.id, world_size=worker.num_workers)
         first = 0
         for batch in table.iter(batch_size=64):
-            rows = self._decode(batch, range(first, first + len(batch)))
+            logits = {name: self._decode_logits(decode, name, batch[name]) for name in self.logits_columns}
+            rows = self._decode(batch, range(first, first + len(batch)), logits)
             for number, row in enumerate(rows, first):
                 for name in self.logits_columns:
                     # A stream cannot be looked through before it is trained on.

@@ -9,7 +9,7 @@ Every figure is of a table on disk, opened by `load_from_disk`, whose rows are r
     images       `ImageRows` → torch's `DataLoader` without workers → `DistillationCollator`; without logits, and with two
                  teachers' columns, dense (float16) or top-k. A pass ends in the tensors that a training step gets.
     views        the same with a view of each image, and columns that hold the logits of several
-    columns      the columns alone: rows → `decode` → one float32 tensor (N, teachers, classes)
+    columns      the columns alone: rows → `StoredLogits` → one tensor (N, teachers, classes)
     torchdistill its `CacheableDataset`, one file a row with both teachers' logits, as one tensor like ours. The class was
                  removed in torchdistill 1.1.5. Without it this part is left out.
 
@@ -17,16 +17,16 @@ The images are scikit-learn's handwritten digits, shifted so that they differ; s
 cost less beside their logits here than anywhere else. Only reading is timed, so the logits are random numbers, those of
 the first rows repeated. Everything is read once before it is timed, and is in the page cache.
 
-All cases are timed in turn, in another order each repetition, those of one number of rows one after the other; a ratio is
-the median over the repetitions of the ratios within one. Seconds on the wall and of the processor are both measured; on a
+All cases of one number of rows are timed in turn, and read the same rows; a ratio is the median over the repetitions of
+the ratios within one. Seconds on the wall and of the processor are both measured; on a
 machine that others use, the latter vary less, and the requirements are checked by them.
 """
 
-import json
 import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -36,12 +36,13 @@ import torch
 from arguments import parse_arguments, run
 from datasets import Dataset, Image, concatenate_datasets, load_from_disk
 from PIL.Image import Resampling, fromarray
+from timing import Case, spread, time_in_turn, write_results
 from transformers import ViTImageProcessor
 
 from hf_ibdistill import ViewRecipe, load_image_dataset
 from hf_ibdistill.images import ImageRows
-from hf_ibdistill.logits.encoding import ROW_KEY, LogitsEncoding, column_name, decode
-from hf_ibdistill.report import describe_machine, markdown_table
+from hf_ibdistill.logits.encoding import ROW_KEY, LogitsEncoding, StoredLogits, column_name
+from hf_ibdistill.report import markdown_table
 from hf_ibdistill.training.collator import DistillationCollator
 
 
@@ -73,16 +74,10 @@ class LoadingArguments:
 
 
 @dataclass
-class Case:
-    """Something that is timed. `read` takes batches of row numbers."""
-
-    name: str
-    classes: int | None
-    rows: int
-    read: Callable
-    baseline: str | None
-    wall: list[float] = field(default_factory=list)  # seconds a row, one for each repetition
-    cpu: list[float] = field(default_factory=list)
+class LoadingCase(Case):
+    classes: int | None = None
+    rows: int = 0
+    baseline: str | None = None
 
 
 def make_images(count: int, bench: LoadingArguments) -> Dataset:
@@ -125,13 +120,11 @@ def read_images(dataset: Dataset, num_classes: int | None, views: ViewRecipe | N
 
 
 def read_columns(dataset: Dataset, num_classes: int, view: int | None) -> Callable:
-    table = dataset.select_columns(COLUMNS).with_format("arrow")
+    columns = [StoredLogits(dataset, name) for name in COLUMNS]
 
     def read(batches):
         for batch in batches:
-            found = table[batch]
-            logits = [decode(found[name], num_classes, view) for name in COLUMNS]
-            torch.from_numpy(np.stack(logits, axis=1).astype(np.float32, copy=False))
+            torch.from_numpy(np.stack([column.read(batch, num_classes, view) for column in columns], axis=1))
 
     return read
 
@@ -167,15 +160,26 @@ def read_files(count: int, num_classes: int, folder: Path, seed: int) -> Callabl
     return read
 
 
-def make_cases(images: Dataset, bench: LoadingArguments, work: Path) -> list[Case]:
+def read_random_rows(read: Callable, count: int, bench: LoadingArguments, rng: np.random.Generator) -> None:
+    order = np.concatenate([rng.permutation(count) for _ in range(-(-bench.rows_read // count))])
+    order = order[: bench.rows_read].tolist()
+    read([order[i : i + bench.batch_size] for i in range(0, len(order), bench.batch_size)])
+
+
+def make_cases(images: Dataset, bench: LoadingArguments, work: Path) -> list[LoadingCase]:
     """Everything that is timed on tables of this many rows."""
     count, size = len(images), bench.image_size
     recipe = ViewRecipe(num_views=bench.num_views, seed=bench.seed)
+
+    def case(name, classes, read, baseline):
+        run = partial(read_random_rows, read, count, bench)
+        return LoadingCase(name, run, bench.rows_read, classes=classes, rows=count, baseline=baseline)
+
     images.save_to_disk(work / f"{count}")
     plain = load_from_disk(work / f"{count}")
     cases = [
-        Case("images", None, count, read_images(plain, None, None, size), None),
-        Case("views", None, count, read_images(plain, None, recipe, size), None),
+        case("images", None, read_images(plain, None, None, size), None),
+        case("views", None, read_images(plain, None, recipe, size), None),
     ]
     for classes in bench.classes:
         top_k = min(bench.top_k, classes // 2)
@@ -183,7 +187,7 @@ def make_cases(images: Dataset, bench: LoadingArguments, work: Path) -> list[Cas
         if fits_files(count, classes, bench):
             files = read_files(count, classes, work / f"{count}_{classes}_files", bench.seed)
         if files is not None:
-            cases.append(Case("torchdistill", classes, count, files, None))
+            cases.append(case("torchdistill", classes, files, None))
         for views in (None, recipe):
             for name, encoding in {"dense": LogitsEncoding(), "top-k": LogitsEncoding(top_k=top_k)}.items():
                 values = 2 * top_k if encoding.top_k else classes
@@ -196,12 +200,14 @@ def make_cases(images: Dataset, bench: LoadingArguments, work: Path) -> list[Cas
                 concatenate_datasets([images, columns], axis=1).save_to_disk(folder)
                 table = load_from_disk(folder)
                 cases += [
-                    Case(f"{kind}, {name}", classes, count, read_images(table, classes, views, size), kind),
-                    Case(
+                    case(f"{kind}, {name}", classes, read_images(table, classes, views, size), kind),
+                    case(
                         f"columns{' of views' if views else ''}, {name}",
-                        classes, count, read_columns(table, classes, views and 0), "torchdistill" if files else None,
+                        classes,
+                        read_columns(table, classes, None if views is None else 0),
+                        "torchdistill" if files else None,
                     ),
-                ]  # fmt: skip
+                ]
     return cases
 
 
@@ -209,47 +215,20 @@ def fits_files(count, classes, bench) -> bool:
     return count <= bench.max_files and 4e-6 * classes * len(TEACHERS) * count <= bench.max_table_megabytes
 
 
-def time_cases(cases: list[Case], bench: LoadingArguments) -> None:
-    """Fill in the times."""
-    rng = np.random.default_rng(bench.seed)
-    for repetition in range(-1, bench.repetitions):
-        for count in rng.permutation(bench.rows):
-            order = np.concatenate([rng.permutation(count) for _ in range(-(-bench.rows_read // count))])
-            order = order[: bench.rows_read].tolist()
-            batches = [order[i : i + bench.batch_size] for i in range(0, len(order), bench.batch_size)]
-            for case in rng.permutation(np.array([case for case in cases if case.rows == count], dtype=object)):
-                wall, cpu = time.perf_counter(), time.process_time()
-                case.read(batches)
-                wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-                # The first time only brings the table into memory.
-                if repetition >= 0:
-                    case.wall.append(wall / len(order))
-                    case.cpu.append(cpu / len(order))
-
-
-def summarize(cases: list[Case]) -> list[dict]:
+def summarize(cases: list[LoadingCase]) -> list[dict]:
     found = {(case.name, case.classes, case.rows): case for case in cases}
     entries = []
     for case in cases:
         entry = {"case": case.name, "classes": case.classes, "rows": case.rows}
         entry |= {"wall_seconds_per_row": case.wall, "cpu_seconds_per_row": case.cpu, "baseline": case.baseline}
-        entry["rows_per_second"] = quartiles(1 / np.array(case.wall))
+        entry["rows_per_second"] = case.rate
         if case.baseline is not None:
             classes = case.classes if case.baseline == "torchdistill" else None
             baseline = found[case.baseline, classes, case.rows]
-            entry["ratio"] = quartiles(np.array(baseline.wall) / case.wall)
-            entry["cpu_ratio"] = quartiles(np.array(baseline.cpu) / case.cpu)
+            entry["ratio"] = case.speed_against(baseline)
+            entry["cpu_ratio"] = case.speed_against(baseline, clock="cpu")
         entries.append(entry)
     return entries
-
-
-def quartiles(values) -> dict[str, float]:
-    low, middle, high = np.percentile(values, (25, 50, 75))
-    return {"median": float(middle), "lower_quartile": float(low), "upper_quartile": float(high)}
-
-
-def spread(values: dict, digits: int) -> str:
-    return f"{values['median']:,.{digits}f} ({values['lower_quartile']:,.{digits}f}–{values['upper_quartile']:,.{digits}f})"
 
 
 def check(entries: list[dict]) -> list[dict]:
@@ -296,23 +275,23 @@ def main():
     begin = time.perf_counter()
     images = make_images(max(bench.rows), bench)
     try:
-        cases = [case for count in bench.rows for case in make_cases(images.select(range(count)), bench, work)]
-        time_cases(cases, bench)
+        cases = []
+        for count in bench.rows:
+            cases += (of_count := make_cases(images.select(range(count)), bench, work))
+            time_in_turn(of_count, bench.repetitions, bench.seed)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     entries = summarize(cases)
     checks = check(entries)
     has_files = any(case.name == "torchdistill" for case in cases)
     results = {
-        "machine": describe_machine(),
         "torchdistill": version("torchdistill") if has_files else None,
         "arguments": asdict(bench),
         "entries": entries,
         "checks": checks,
         "seconds": time.perf_counter() - begin,
     }
-    output_file.parent.mkdir(parents=True, exist_ok=True)
-    output_file.write_text(json.dumps(results, indent=2))
+    write_results(output_file, results)
     print(f"\n{report(entries, checks)}")
     if not has_files:
         print("Left out: torchdistill's cached outputs; its CacheableDataset (torchdistill < 1.1.5) is not installed.")

@@ -1,6 +1,8 @@
 """Logits ↔ Arrow columns: dense, or the k largest with what the others sum up to."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import repeat
 
 import numpy as np
 import pyarrow as pa
@@ -162,21 +164,72 @@ def decode(
 ) -> np.ndarray:
     """A batch of rows of a logits column → (N, C) in its stored type; of a column with views, view number `view`.
 
-    Top-k logits come back relative to the row's largest, the classes that were not stored at the same value, at which
-    their probabilities sum up to the rest's at this temperature.
+    Top-k logits come back in float32, relative to the row's largest, the classes that were not stored at the same value,
+    at which their probabilities sum up to the rest's at this temperature.
     """
     if isinstance(column, pa.ChunkedArray):
         column = column.combine_chunks()
+    parts = [part if view is None else part[:, view] for part in _to_parts(column)]
+    return _expand(parts, num_classes, temperature)
+
+
+class StoredLogits:
+    """Random access to a logits column of a table. Nothing is read but the view that is asked for of the rows that are
+    asked for, where indexing the table would first copy all views of these rows.
+
+    Args:
+        dataset: the table.
+        column: its logits column.
+    """
+
+    def __init__(self, dataset: Dataset, column: str):
+        self._dataset, self._column, self._chunks = dataset.select_columns([column]), column, None
+
+    def __getstate__(self):
+        # Arrays are mapped files here, but would be copied into another process.
+        return {**self.__dict__, "_chunks": None}
+
+    def read(
+        self, rows: Sequence[int], num_classes: int, view: int | None = None, temperature: float = 1.0
+    ) -> np.ndarray:
+        """What [`decode`] gives for these rows."""
+        if self._chunks is None:
+            chunks = [chunk for chunk in self._dataset.data.column(self._column).chunks if len(chunk)]
+            self._starts = np.cumsum([0, *map(len, chunks)])
+            self._chunks = list(zip(*map(_to_parts, chunks)))
+        rows = np.asarray(rows) % len(self._dataset)  # −1 is the last
+        # Where `select` and `shuffle` keep which rows of the files they mean.
+        if self._dataset._indices is not None:
+            rows = self._dataset._indices.column(0).take(pa.array(rows)).to_numpy().astype(np.int64)
+        numbers = np.searchsorted(self._starts, rows, side="right") - 1
+        rows = rows - self._starts[numbers]
+        places = list(zip(numbers.tolist(), rows.tolist() if view is None else zip(rows.tolist(), repeat(view))))
+        parts = [
+            np.concatenate([chunks[number][row] for number, row in places]).reshape(len(places), -1)
+            for chunks in self._chunks
+        ]
+        return _expand(parts, num_classes, temperature)
+
+
+def _to_parts(column):
+    """An Arrow column → [logits (N, C)] or [class ids, differences, rest, gap], each (N, ·), or (N, V, ·) with views."""
     if not pa.types.is_struct(column.type):
-        return _to_numpy(column, view)
-    parts = ("class_ids", "differences", "rest", "gap")
-    ids, differences, rest, gap = (_to_numpy(column.field(name), view) for name in parts)
+        return [_to_numpy(column)]
+    return [_to_numpy(column.field(name)) for name in ("class_ids", "differences", "rest", "gap")]
+
+
+def _expand(parts, num_classes, temperature):
+    if len(parts) == 1:
+        return parts[0]
+    ids, differences, rest, gap = parts
     even = rest.astype(np.float32) - np.float32(np.log(num_classes - ids.shape[1]))
     # τ·(μ/τ + g/τ²), with μ = even − g.
     even -= gap.astype(np.float32) * ((1 - 1 / temperature) / _GAP_STEPS)
-    logits = np.repeat(even, num_classes, axis=1)
-    np.put_along_axis(logits, ids[:, :1].astype(np.int64), 0, axis=1)
-    np.put_along_axis(logits, ids[:, 1:].astype(np.int64), differences.astype(np.float32), axis=1)
+    logits = np.empty((len(ids), num_classes), dtype=np.float32)
+    logits[:] = even
+    rows = np.arange(len(ids))
+    logits[rows, ids[:, 0]] = 0
+    logits[rows[:, None], ids[:, 1:]] = differences
     return logits
 
 
@@ -189,7 +242,7 @@ def concatenate_views(first: pa.Array | pa.ChunkedArray, second: pa.Array) -> pa
         return pa.StructArray.from_arrays(
             [concatenate_views(first.field(name), second.field(name)) for name in names], names=names
         )
-    joined = np.concatenate([_to_numpy(first, None), _to_numpy(second, None)], axis=1)
+    joined = np.concatenate([_to_numpy(first), _to_numpy(second)], axis=1)
     return _to_arrow(joined, None)
 
 
@@ -201,10 +254,9 @@ def _to_arrow(array, arrow_type=None):
     return nested if arrow_type is None else nested.cast(arrow_type)
 
 
-def _to_numpy(array, view):
+def _to_numpy(array):
     shape = []
     while pa.types.is_fixed_size_list(array.type):
         shape.append(array.type.list_size)
         array = array.flatten()
-    values = array.to_numpy(zero_copy_only=False).reshape(-1, *shape)
-    return values if view is None else values[:, view]
+    return array.to_numpy(zero_copy_only=False).reshape(-1, *shape)

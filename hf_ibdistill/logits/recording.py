@@ -45,7 +45,7 @@ from .provenance import (
     record_differences,
     teacher_differences,
 )
-from .views import ViewRecipe, make_view, row_key
+from .views import ViewRecipe, make_views, row_key
 
 
 logger = logging.getLogger(__name__)
@@ -407,7 +407,9 @@ def _image_batches(dataset, plan, shards, num_workers) -> torch.utils.data.DataL
         numbers, keys = [number for number, _ in readable], [row_key(image) for _, image in readable]
         pictures = [image for _, image in readable]
         if plan.views is not None:
-            pictures = [make_view(i, plan.views, key, v) for i, key in zip(pictures, keys) for v in plan.new_views]
+            shown = [(image, key, view) for image, key in zip(pictures, keys) for view in plan.new_views]
+            images, view_keys, numbers_of_views = zip(*shown) if shown else ((), (), ())
+            pictures = make_views(images, plan.views, view_keys, numbers_of_views)
         return len(rows), numbers, keys, pixel_values(pictures, processors) if readable else {}
 
     return torch.utils.data.DataLoader(

@@ -7,6 +7,7 @@ rows, the number of workers or the batch size.
 
 import hashlib
 import struct
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 
@@ -97,10 +98,20 @@ def row_key(image: PIL.Image.Image) -> int:
 
 def make_view(image: PIL.Image.Image, recipe: ViewRecipe, key: int, index: int) -> torch.Tensor:
     """View number `index` of an RGB image with this row key: (3, height, width), uint8."""
-    digest = hashlib.blake2b(struct.pack("<qqQ", recipe.seed, key, index), digest_size=8).digest()
+    return make_views([image], recipe, [key], [index])[0]
+
+
+def make_views(
+    images: Sequence[PIL.Image.Image], recipe: ViewRecipe, keys: Sequence[int], indices: Sequence[int]
+) -> list[torch.Tensor]:
+    """[`make_view`] of each image, with its key and index."""
+    views = []
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(int.from_bytes(digest, "little"))
-        return _transform(recipe, image.size)(pil_to_tensor(image))
+        for image, key, index in zip(images, keys, indices, strict=True):
+            digest = hashlib.blake2b(struct.pack("<qqQ", recipe.seed, key, index), digest_size=8).digest()
+            torch.default_generator.manual_seed(int.from_bytes(digest, "little"))
+            views.append(_transform(recipe, image.size)(pil_to_tensor(image)))
+    return views
 
 
 @lru_cache(maxsize=1024)
@@ -119,7 +130,7 @@ def _transform(recipe, image_size):
     steps += [v2.RandomChoice(_photometric_ops(recipe.magnitude / 10)) for _ in range(recipe.photometric_ops)]
     if recipe.erasing:
         steps.append(v2.RandomErasing(recipe.erasing, value=127))
-    return v2.Compose(steps or [v2.Identity()])
+    return steps[0] if len(steps) == 1 else v2.Compose(steps or [v2.Identity()])
 
 
 def _photometric_ops(strength):

@@ -19,8 +19,8 @@ class DistillationCollator:
         teacher_names: stack these teachers' logits, in this order, when the rows carry them.
         teacher_image_processors: name → image processor of each online teacher.
 
-    A batch has `pixel_values` (N, channels, H, W), `labels` (N,), `teacher_logits` (N, T, C) in float32 when the rows
-    carry every teacher's column, and `teacher_pixel_values`, name → (N, channels, H, W), for online teachers.
+    A batch has `pixel_values` (N, channels, H, W), `labels` (N,), `teacher_logits` (N, T, C) in the type that they are
+    stored in when the rows carry every teacher's column, and `teacher_pixel_values`, name → (N, channels, H, W), for online teachers.
     """
 
     def __init__(
@@ -46,7 +46,8 @@ class DistillationCollator:
         }
         if self.logits_columns and all(column in rows[0] for column in self.logits_columns):
             shape = (len(rows), len(self.logits_columns), len(rows[0][self.logits_columns[0]]))
-            logits = np.empty(shape, dtype=np.float32)
+            # Not float32 yet: what is stored in half of it also takes half the way to the device.
+            logits = np.empty(shape, dtype=np.result_type(*(rows[0][column] for column in self.logits_columns)))
             for i, row in enumerate(rows):
                 for j, column in enumerate(self.logits_columns):
                     logits[i, j] = row[column]
