@@ -142,7 +142,9 @@ class ImageRows(_RowDecoder, torch.utils.data.Dataset):
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict]:
         indices = list(indices)
-        logits = {name: self._decode_logits(stored.read, name, indices) for name, stored in self._stored_logits.items()}
+        logits = {
+            name: self._decode_logits(stored.read, name, indices) for name, stored in self._stored_logits.items()
+        }
         return self._decode(self._table[indices], indices, logits)
 
 

@@ -16,11 +16,13 @@ TeacherLike = PreTrainedModel | tuple[PreTrainedModel, BaseImageProcessor] | str
 
 @dataclass
 class Teacher:
-    """An image classifier with the name that its logits go by and the image processor that prepares its images."""
+    """An image classifier with the name that its logits go by and the image processor that prepares its images. With
+    `bf16` it runs under bf16 autocast."""
 
     name: str
     model: PreTrainedModel
     image_processor: BaseImageProcessor
+    bf16: bool = False
 
     @property
     def class_names(self) -> list[str]:
@@ -29,7 +31,9 @@ class Teacher:
 
     def logits(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(N, channels, H, W) of this teacher's own image processor → (N, classes) in float32, without gradients."""
-        with torch.no_grad():
+        device = self.model.device.type
+        # Said in either case: a caller's own autocast must not decide what is recorded.
+        with torch.no_grad(), torch.autocast(device, dtype=torch.bfloat16, enabled=self.bf16):
             return self.model(pixel_values=pixel_values.to(self.model.dtype)).logits.float()
 
     def weights_sha256(self) -> str:
@@ -41,11 +45,14 @@ class Teacher:
         return digest.hexdigest()
 
 
-def load_teachers(teachers: Mapping[str, TeacherLike], *, trust_remote_code: bool = False) -> list[Teacher]:
+def load_teachers(
+    teachers: Mapping[str, TeacherLike], *, bf16: bool = False, trust_remote_code: bool = False
+) -> list[Teacher]:
     """Open teachers by name, in evaluation mode.
 
     Args:
         teachers: name → Hub id, folder, model loaded by `from_pretrained`, or (model, image processor).
+        bf16: run them under bf16 autocast.
         trust_remote_code: run the code of a Hub repository that brings its own.
 
     Raises:
@@ -54,10 +61,10 @@ def load_teachers(teachers: Mapping[str, TeacherLike], *, trust_remote_code: boo
     """
     if not teachers:
         raise ValueError("There is no teacher; give at least one as name → model, Hub id or folder.")
-    return [_load_teacher(name, teacher, trust_remote_code) for name, teacher in teachers.items()]
+    return [_load_teacher(name, teacher, bf16, trust_remote_code) for name, teacher in teachers.items()]
 
 
-def _load_teacher(name, teacher, trust_remote_code):
+def _load_teacher(name, teacher, bf16, trust_remote_code):
     if not isinstance(name, str) or not name.isidentifier():
         raise ValueError(f'A teacher\'s name becomes a column name: letters, digits and "_" only; got "{name}".')
     if isinstance(teacher, tuple):
@@ -72,7 +79,7 @@ def _load_teacher(name, teacher, trust_remote_code):
     else:
         model = teacher
         processor = _load_processor(name, model.name_or_path, trust_remote_code)
-    return Teacher(name, model.eval(), processor)
+    return Teacher(name, model.eval(), processor, bf16)
 
 
 def _load_processor(name, source, trust_remote_code):

@@ -22,6 +22,12 @@ class RecordingArguments:
         default=None, metadata={"help": "Store the k largest logits and the sum of the rest; by default all."}
     )
     dtype: str = field(default="float16", metadata={"help": "How logits are stored: float16 or float32."})
+    bf16: bool = field(
+        default=False,
+        metadata={
+            "help": "Run the teachers under bf16 autocast: faster where the hardware has it, less exact for good."
+        },
+    )
     batch_size: int = field(default=64, metadata={"help": "Images (views) a forward pass."})
     shard_size: int = field(default=4096, metadata={"help": "Rows a shard: what an interruption can cost."})
     num_workers: int = field(default=0, metadata={"help": "Processes that decode images ahead of the teachers."})
@@ -42,6 +48,7 @@ def main():
         views=views.recipe(),
         top_k=recording.top_k,
         dtype=recording.dtype,
+        bf16=recording.bf16,
         batch_size=recording.batch_size,
         shard_size=recording.shard_size,
         num_workers=recording.num_workers,

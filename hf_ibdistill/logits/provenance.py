@@ -23,7 +23,7 @@ _LIBRARIES = ("torch", "torchvision", "transformers", "datasets", "hf_ibdistill"
 
 def describe_teacher(teacher: Teacher, encoding: LogitsEncoding) -> dict:
     """What identifies a teacher's column: where the teacher came from, a hash of its weights, its configuration,
-    preprocessing and classes, and how its logits are stored."""
+    preprocessing and classes, how it ran and how its logits are stored."""
     config = teacher.model.config
     settings = json.loads(config.to_json_string(use_diff=True))
     # With many classes these are most of the record, and `label_names` says the same.
@@ -38,6 +38,7 @@ def describe_teacher(teacher: Teacher, encoding: LogitsEncoding) -> dict:
         "num_labels": config.num_labels,
         "label_names": teacher.class_names,
         "encoding": encoding.to_dict(),
+        "bf16": teacher.bf16,
     }
 
 
@@ -105,7 +106,7 @@ def record_differences(expected: dict, found: dict) -> list[str]:
         lines.append(f"teachers: {found_names} instead of {names}")
     for teacher, other in zip(expected["teachers"], found["teachers"]):
         for key in teacher_differences(teacher, other):
-            lines.append(f'teacher "{teacher["name"]}": {key} {other[key]} instead of {teacher[key]}')
+            lines.append(f'teacher "{teacher["name"]}": {key} {other.get(key)} instead of {teacher.get(key)}')
     for part in ("dataset", "views"):
         ours, theirs = expected[part] or {}, found[part] or {}
         for key in sorted({*ours, *theirs}):
@@ -116,9 +117,9 @@ def record_differences(expected: dict, found: dict) -> list[str]:
 
 def teacher_differences(teacher: dict, other: dict) -> list[str]:
     """The parts in which two described teachers would give other columns."""
-    return [
-        key for key in ("weights_sha256", "image_processor", "label_names", "encoding") if teacher[key] != other[key]
-    ]
+    # Records without "bf16" are of teachers that ran in float32.
+    parts = {"weights_sha256": None, "image_processor": None, "label_names": None, "encoding": None, "bf16": False}
+    return [key for key, default in parts.items() if teacher.get(key, default) != other.get(key, default)]
 
 
 def has_default_names(label_names: Sequence[str]) -> bool:

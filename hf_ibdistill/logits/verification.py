@@ -65,6 +65,7 @@ def verify_teacher_logits(
                 f"{', '.join(dataset.column_names)}."
             )
         encoding = LogitsEncoding(**described[teacher.name]["encoding"])
+        teacher.bf16 = described[teacher.name].get("bf16", False)
         differing = teacher_differences(described[teacher.name], describe_teacher(teacher, encoding))
         if differing:
             problems.append(f'The teacher "{teacher.name}" is not the one that was recorded: {", ".join(differing)}.')

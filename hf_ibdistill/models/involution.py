@@ -265,7 +265,9 @@ class _Taps(_Geometry):
         layout, spread_kernel, grad_output = self._lay_out(input), self._spread(kernel), self._spread(grad_output)
         grad_layout = torch.zeros_like(layout)
         for tap, (phase, offset) in enumerate(self._offsets):
-            grad_layout[:, :, phase, offset : offset + self.positions].addcmul_(grad_output, spread_kernel[:, tap, None])
+            grad_layout[:, :, phase, offset : offset + self.positions].addcmul_(
+                grad_output, spread_kernel[:, tap, None]
+            )
         grad_input = torch.zeros_like(input)
         for part, place in self._phases(grad_input, grad_layout):
             part.copy_(place)

@@ -235,7 +235,8 @@ class EnsembleDistillationTrainer(ImageClassificationTrainer):
                     f"The student's teachers are {self.teacher_names}; got teachers {sorted(teachers)}. The names must "
                     "be the same."
                 )
-            self.teachers = load_teachers({name: teachers[name] for name in self.teacher_names})
+            named = {name: teachers[name] for name in self.teacher_names}
+            self.teachers = load_teachers(named, bf16=self.args.bf16)
         for teacher in self.teachers:
             check_class_names(teacher.class_names, self._label_names, f'the teacher "{teacher.name}"')
             teacher.model.to(self.args.device)

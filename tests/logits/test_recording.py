@@ -11,10 +11,17 @@ import numpy as np
 import pytest
 import torch
 import tqdm.std
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from datasets import DatasetDict, Image, List, Value, load_dataset, load_from_disk
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
-from hf_ibdistill import IBResNetForImageClassification, ViewRecipe, record_teacher_logits
+from hf_ibdistill import (
+    IBResNetForImageClassification,
+    ViewRecipe,
+    record_teacher_logits,
+    verify_teacher_logits,
+)
 from hf_ibdistill.images import decode_image
 from hf_ibdistill.logits.encoding import decode
 from hf_ibdistill.logits.provenance import read_records, stored_views
@@ -102,6 +109,54 @@ def test_float32(teachers, tmp_path, images):
     assert table.features["conv_logits"] == List(Value("float32"), length=3)
     values = columns(table)["conv_logits"]
     np.testing.assert_allclose(values, logits_by_hand(teachers["conv"], images(9)), rtol=1e-5, atol=1e-5)
+
+
+def test_bf16_rounds_and_is_part_of_the_provenance(teachers, tmp_path, images):
+    exact = record_teacher_logits(images(30), teachers, output_dir=tmp_path / "exact", dtype="float32")
+    rounded = record_teacher_logits(images(30), teachers, output_dir=tmp_path / "t", dtype="float32", bf16=True)
+    for name, values in columns(rounded).items():
+        whole = columns(exact)[name]
+        assert not np.array_equal(values, whole)
+        assert np.abs(values - whole).max() < 0.05 * np.abs(whole).max()
+    assert [teacher["bf16"] for teacher in read_records(rounded)[0]["teachers"]] == [True, True]
+    assert verify_teacher_logits(rounded, teachers).problems == []
+    with pytest.raises(ValueError, match='teacher "conv": bf16 True instead of False'):
+        record_teacher_logits(images(30), teachers, output_dir=tmp_path / "t", dtype="float32")
+
+
+def test_what_the_caller_computes_in_does_not_change_what_is_recorded(teachers, tmp_path, images):
+    # Accelerate's mixed precision is one setting of the whole process, and a trainer before may have made it.
+    expected = columns(record_teacher_logits(images(9), teachers, output_dir=tmp_path / "a", dtype="float32"))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        Accelerator(mixed_precision="bf16", cpu=True)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = columns(record_teacher_logits(images(9), teachers, output_dir=tmp_path / "b", dtype="float32"))
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    for name in expected:
+        np.testing.assert_array_equal(found[name], expected[name])
+
+
+class SmallMemory(IBResNetForImageClassification):
+    """Has room for three images."""
+
+    def forward(self, pixel_values, **kwargs):
+        if len(pixel_values) > 3:
+            raise torch.OutOfMemoryError("no room")
+        return super().forward(pixel_values, **kwargs)
+
+
+def test_a_batch_that_does_not_fit_into_memory_is_halved(teachers, tmp_path, images):
+    processor = ViTImageProcessor.from_pretrained(teachers["conv"])
+    model = SmallMemory.from_pretrained(teachers["conv"])
+    table = record_teacher_logits(images(20), {"conv": (model, processor)}, output_dir=tmp_path / "t", dtype="float32")
+    np.testing.assert_allclose(
+        columns(table, ["conv_logits"])["conv_logits"],
+        logits_by_hand(teachers["conv"], images(20)),
+        rtol=1e-5,
+        atol=1e-5,
+    )
 
 
 def test_every_split_is_recorded(teachers, tmp_path, images):

@@ -140,7 +140,14 @@ SGD = {
     "max_grad_norm": 0.0,
 }  # fmt: skip
 # Compared with float32 formulas, on machines with and without bf16 units.
-QUIET = {"use_cpu": True, "bf16": False, "disable_tqdm": True, "eval_strategy": "no", "logging_strategy": "steps", "logging_steps": 1}
+QUIET = {
+    "use_cpu": True,
+    "bf16": False,
+    "disable_tqdm": True,
+    "eval_strategy": "no",
+    "logging_strategy": "steps",
+    "logging_steps": 1,
+}
 LOSS = {"teacher_weights": WEIGHTS, "temperature": TEMPERATURES, "label_weight": LABEL_WEIGHT}
 
 
