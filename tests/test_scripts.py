@@ -13,7 +13,7 @@ from datasets import load_from_disk
 
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
-NAMES = sorted(path.name for path in SCRIPTS.glob("*.py") if path.name != "arguments.py")
+NAMES = sorted(path.name for path in SCRIPTS.glob("*.py") if path.name not in ("arguments.py", "timing.py"))
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 

@@ -4,8 +4,9 @@
 `involution2d` is the operator alone, `Involution2d` the layer that also generates the kernels.
 
 The usual formulation unfolds the input into K² copies before it multiplies. Here nothing is unfolded and nothing but the
-operands is kept for the backward pass. The work is cut into chunks of samples and groups, whose scratch memory is
-of a constant size and stays in a processor's caches. A chunk is computed in one of two ways:
+operands is kept for the backward pass. The work is cut into chunks of samples and groups, whose scratch memory is of a
+constant size (or what one group of one sample takes) and stays in a processor's caches. A chunk is computed in one of two
+ways:
 
 - by taps: for each of the K² positions in the kernel, multiply and add a shifted view of the input. Rows are laid out one
   after the other with a margin of zeros between them, so that a shift is a change of offset, and each step runs over
@@ -34,8 +35,8 @@ def involution2d(input: torch.Tensor, kernel: torch.Tensor, stride: int = 1) -> 
         output[n, c, i, j] = Σ_{u,v} kernel[n, g(c), u·K + v, i, j] · input[n, c, i·stride + u − ⌊K/2⌋, j·stride + v − ⌊K/2⌋]
 
     with zeros outside the input. The sum runs in float32 whatever the inputs are, so the result under bf16 or fp16
-    autocast differs from the float32 one by the rounding of inputs and output only. First derivatives only. For
-    `torch.compile` it is one opaque operator: new shapes, types or modes never make it compile again.
+    autocast differs from the float32 one by the rounding of inputs and output only. First derivatives only. To
+    `torch.compile` it is one opaque operator, which breaks no graph and costs no compilation of its own.
 
     Args:
         input: (N, C, H, W).
@@ -48,6 +49,10 @@ def involution2d(input: torch.Tensor, kernel: torch.Tensor, stride: int = 1) -> 
     Raises:
         ValueError: the shapes do not fit together.
     """
+    return _involution(input, kernel, stride)
+
+
+def _check_shapes(input, kernel, stride):
     if input.dim() != 4 or kernel.dim() != 5:
         raise ValueError(
             f"involution2d takes an input (N, C, H, W) and a kernel (N, G, K·K, H/stride, W/stride); "
@@ -65,11 +70,12 @@ def involution2d(input: torch.Tensor, kernel: torch.Tensor, stride: int = 1) -> 
             f"For an input {tuple(input.shape)} and stride {stride} the kernel must be {expected}; "
             f"got {tuple(kernel.shape)}."
         )
-    return _involution(input, kernel, stride)
 
 
 @torch.library.custom_op("hf_ibdistill::involution2d", mutates_args=())
 def _involution(input: torch.Tensor, kernel: torch.Tensor, stride: int) -> torch.Tensor:
+    # Checked here, where torch.compile does not look: every check would be a guard.
+    _check_shapes(input, kernel, stride)
     batch, groups, taps, *size = kernel.shape
     way = _way(*input.shape[2:], math.isqrt(taps), stride)
     dtype = torch.promote_types(input.dtype, kernel.dtype)
@@ -126,7 +132,7 @@ def _group(tensor, groups):
 
 def _chunks(inputs, taps, way):
     """Slices of the samples and groups that are worked on together."""
-    floats = way.positions * (2 * inputs.shape[1] + taps)
+    floats = way.positions * ((1 + way.stride**2) * inputs.shape[1] + taps)
     budget = _CHUNK_FLOATS.get(inputs.device.type, _CHUNK_FLOATS_ELSEWHERE)
     size = max(1, budget // floats)
     return [slice(start, start + size) for start in range(0, len(inputs), size)]
@@ -135,7 +141,7 @@ def _chunks(inputs, taps, way):
 @lru_cache(maxsize=256)
 def _way(height, width, kernel_size, stride):
     # Where the two cross, as measured; a stride costs the taps more than it costs the matrices.
-    is_small = height * width <= (2 + stride) * kernel_size**2
+    is_small = height * width <= (5 * stride - 2) * kernel_size**2
     return (_Matrices if is_small else _Taps)(height, width, kernel_size, stride)
 
 
