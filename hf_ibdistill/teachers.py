@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from transformers import AutoImageProcessor, AutoModelForImageClassification, BaseImageProcessor, PreTrainedModel
 
 from .data import config_class_names
@@ -79,6 +80,8 @@ def _load_teacher(name, teacher, bf16, trust_remote_code):
     else:
         model = teacher
         processor = _load_processor(name, model.name_or_path, trust_remote_code)
+    # A trainer that ran in this process may have left its autocast or its DDP around the model.
+    model = extract_model_from_parallel(model, keep_fp32_wrapper=False)
     return Teacher(name, model.eval(), processor, bf16)
 
 

@@ -114,15 +114,21 @@ class LogitsEncoding:
         limit = np.finfo(self.dtype).max / (1 if self.top_k is None else 2)
         bad = np.flatnonzero(~(np.abs(flat) <= limit).all(axis=1))
         if len(bad):
-            raise NonFiniteLogitsError(bad, fits_wider=bool(np.isfinite(flat).all()))
+            raise NonFiniteLogitsError(bad, largest=float(np.abs(flat).max()))
 
 
 class NonFiniteLogitsError(ValueError):
     """Some rows' logits are NaN or infinite. `rows` counts from the first row of the encoded array."""
 
-    def __init__(self, rows: np.ndarray, fits_wider: bool):
+    def __init__(self, rows: np.ndarray, largest: float):
         self.rows = rows
-        self.advice = 'they fit into dtype="float32"' if fits_wider else "check the teacher and these images"
+        self.advice = "check the teacher and these images"
+        if np.isfinite(largest):
+            self.advice = (
+                f"the largest is {largest:.3g}, too large for float16. A teacher that has hardly been trained, or never "
+                'saw such images, gives logits like that: train it longer, on the same views. dtype="float32" has room '
+                "for them"
+            )
         super().__init__(
             f"Logits are NaN or infinite in {len(rows)} rows (first {rows[:10].tolist()}): {self.advice}."
         )

@@ -50,8 +50,8 @@ def evaluate_and_save(
         The metrics.
     """
     args = trainer.args
-    # As `from_pretrained` will give it back: without the autocast that training in bf16 wraps around it.
-    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False, keep_torch_compile=False)
+    # As `from_pretrained` will give it back.
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     metrics = evaluate_model(
         model,
         trainer.processing_class,

@@ -18,6 +18,8 @@ from transformers import ResNetConfig, ResNetForImageClassification, ViTImagePro
 
 from hf_ibdistill import (
     IBResNetForImageClassification,
+    ImageClassificationTrainer,
+    ImageTrainingArguments,
     ViewRecipe,
     record_teacher_logits,
     verify_teacher_logits,
@@ -136,6 +138,28 @@ def test_what_the_caller_computes_in_does_not_change_what_is_recorded(teachers, 
         AcceleratorState._reset_state(reset_partial_state=True)
     for name in expected:
         np.testing.assert_array_equal(found[name], expected[name])
+
+
+def test_a_teacher_that_was_just_trained_in_bf16_is_recorded_in_float32(teachers, tmp_path, images):
+    model = IBResNetForImageClassification.from_pretrained(teachers["conv"])
+    processor = ViTImageProcessor.from_pretrained(teachers["conv"])
+    settings = {"max_steps": 2, "eval_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True}
+    arguments = ImageTrainingArguments(str(tmp_path / "run"), bf16=True, **settings)
+    trainer = ImageClassificationTrainer(model, arguments, train_dataset=images(16), processing_class=processor)
+    trainer.train()
+    # As transformers' own Trainer leaves it.
+    trainer.accelerator.prepare(trainer.model)
+    table = record_teacher_logits(
+        images(9), {"conv": (trainer.model, processor)}, output_dir=tmp_path / "a", dtype="float32"
+    )
+    model.save_pretrained(tmp_path / "conv")
+    processor.save_pretrained(tmp_path / "conv")
+    expected = record_teacher_logits(
+        images(9), {"conv": tmp_path / "conv"}, output_dir=tmp_path / "b", dtype="float32"
+    )
+    np.testing.assert_array_equal(
+        table.with_format("numpy")["conv_logits"][:], expected.with_format("numpy")["conv_logits"][:]
+    )
 
 
 class SmallMemory(IBResNetForImageClassification):
