@@ -60,7 +60,7 @@ ALLOWED_BYTES = 42  # at k = 10
 @dataclass
 class StorageArguments:
     output_file: str = field(default="outputs/benchmark_storage.json", metadata={"help": "Where the results go."})
-    rows: int = field(default=4000, metadata={"help": "Held-out images to record."})
+    rows: int = field(default=10_000, metadata={"help": "Held-out images to record."})
     num_views: int = field(default=10, metadata={"help": "Views of each."})
     top_k: list[int] = field(default_factory=lambda: [5, 10, 20, 50], metadata={"help": "The k to compare."})
     temperatures: list[float] = field(

@@ -30,7 +30,12 @@ class RecordingArguments:
     )
     batch_size: int = field(default=64, metadata={"help": "Images (views) a forward pass."})
     shard_size: int = field(default=4096, metadata={"help": "Rows a shard: what an interruption can cost."})
-    num_workers: int = field(default=0, metadata={"help": "Processes that decode images ahead of the teachers."})
+    num_workers: int | None = field(
+        default=None,
+        metadata={
+            "help": "Processes that decode images ahead of the teachers; by default none on a CPU, else up to 8."
+        },
+    )
     skip_unreadable: bool = field(
         default=False, metadata={"help": "Leave out rows whose image cannot be decoded, instead of stopping."}
     )

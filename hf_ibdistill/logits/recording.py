@@ -26,7 +26,7 @@ from datasets.arrow_writer import ArrowWriter
 from tqdm.auto import tqdm
 
 from ..data import class_names, find_columns
-from ..images import ImageRows, pixel_values
+from ..images import ImageRows, default_num_workers, pixel_values
 from ..teachers import Teacher, TeacherLike, load_teachers
 from .encoding import (
     ROW_KEY,
@@ -66,7 +66,7 @@ def record_teacher_logits(
     bf16: bool = False,
     batch_size: int = 64,
     shard_size: int = 4096,
-    num_workers: int = 0,
+    num_workers: int | None = None,
     skip_unreadable: bool = False,
     image_column: str | None = None,
     label_column: str | None = None,
@@ -95,7 +95,8 @@ def record_teacher_logits(
             three digits, for good.
         batch_size: images (views) in a forward pass.
         shard_size: rows in a shard, rounded up to whole batches: what an interruption can cost.
-        num_workers: processes that decode images and make views ahead of the teachers.
+        num_workers: processes that decode images and make views ahead of the teachers; by default none where the teachers
+            run on a CPU, else up to 8.
         skip_unreadable: leave rows out whose image cannot be decoded, and report them, instead of stopping.
         image_column: the image column; found when not given.
         label_column: the label column; found when not given.
@@ -364,6 +365,8 @@ def _record_shards(accelerator, dataset, plan, shards, folder, num_workers) -> N
         teacher.model.to(accelerator.device)
     columns = {column_name(t.name): _feature(plan, t) for t in plan.teachers}
     features = Features({_ROW: Value("int64"), ROW_KEY: Value("int64"), **columns})
+    if num_workers is None:
+        num_workers = default_num_workers(use_cpu=accelerator.device.type == "cpu")
     batches = _teacher_outputs(accelerator, plan, _image_batches(dataset, plan, shards, num_workers))
     total = sum(len(rows) for rows in shards)
     with tqdm(
@@ -416,7 +419,11 @@ def _image_batches(dataset, plan, shards, num_workers) -> torch.utils.data.DataL
         return len(rows), numbers, keys, pixel_values(pictures, processors) if readable else {}
 
     return torch.utils.data.DataLoader(
-        _Numbered(images), batch_sampler=batches, collate_fn=collate, num_workers=num_workers
+        _Numbered(images),
+        batch_sampler=batches,
+        collate_fn=collate,
+        num_workers=num_workers,
+        pin_memory=torch.accelerator.is_available(),
     )
 
 

@@ -6,6 +6,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
+from ..images import default_num_workers
 from .losses import MODES
 
 
@@ -41,6 +42,17 @@ class ImageTrainingArguments(TrainingArguments):
     eval_strategy: str = _default("epoch", 'When to evaluate on the validation split: "epoch", "steps" or "no".')
     save_strategy: str = _default("no", 'When to save a checkpoint to resume from: "epoch", "steps" or "no".')
     logging_strategy: str = _default("epoch", 'When to log the loss: "epoch", "steps" or "no".')
+    dataloader_num_workers: int | None = field(
+        default=None,
+        metadata={
+            "help": "Processes that decode images ahead of the model. (default: where it runs on an accelerator up to 8 of "
+            "the free processors, on a CPU none)"
+        },
+    )
+    dataloader_persistent_workers: bool | None = field(
+        default=None,
+        metadata={"help": "Keep these processes from epoch to epoch. (default: where there are some, yes)"},
+    )
     bf16: bool | None = field(
         default=None,
         metadata={
@@ -55,6 +67,10 @@ class ImageTrainingArguments(TrainingArguments):
             self.use_cpu = True
             # There is no device to copy to, and the data loader would warn at every start.
             self.dataloader_pin_memory = False
+        if self.dataloader_num_workers is None:
+            self.dataloader_num_workers = default_num_workers(self.use_cpu)
+        if self.dataloader_persistent_workers is None:
+            self.dataloader_persistent_workers = self.dataloader_num_workers > 0
         if self.bf16 is None:
             self.bf16 = not self.fp16 and has_bf16_units(self.use_cpu)
         super().__post_init__()
