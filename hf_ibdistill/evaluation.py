@@ -14,6 +14,7 @@ from .data import class_names, config_class_names, find_columns
 from .images import ImageRows
 from .logits.encoding import column_name, describe_column
 from .logits.provenance import check_class_names
+from .teachers import without_autocast
 from .training.collator import DistillationCollator
 
 
@@ -146,7 +147,7 @@ def predict(
     )
     accelerator = Accelerator()
     # The loader alone: preparing a model wraps its forward for good.
-    model, loader = model.eval().to(accelerator.device), accelerator.prepare(loader)
+    model, loader = without_autocast(model).eval().to(accelerator.device), accelerator.prepare(loader)
     results: dict[str, list[torch.Tensor]] = {}
     for batch in tqdm(loader, desc="Predicting", disable=not accelerator.is_local_main_process):
         with torch.no_grad():

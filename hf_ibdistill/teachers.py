@@ -1,5 +1,6 @@
 """Open a teacher, whatever form it comes in: any image classifier of transformers, with its own image processor."""
 
+import copy
 import hashlib
 import os
 from collections.abc import Mapping
@@ -46,6 +47,12 @@ class Teacher:
         return digest.hexdigest()
 
 
+def without_autocast(model: PreTrainedModel) -> PreTrainedModel:
+    """The model without the autocast, or the DDP, that a trainer in this process may have left around it; a shallow copy,
+    so that the trainer can go on with its own."""
+    return extract_model_from_parallel(copy.copy(model), keep_fp32_wrapper=False)
+
+
 def load_teachers(
     teachers: Mapping[str, TeacherLike], *, bf16: bool = False, trust_remote_code: bool = False
 ) -> list[Teacher]:
@@ -80,9 +87,7 @@ def _load_teacher(name, teacher, bf16, trust_remote_code):
     else:
         model = teacher
         processor = _load_processor(name, model.name_or_path, trust_remote_code)
-    # A trainer that ran in this process may have left its autocast or its DDP around the model.
-    model = extract_model_from_parallel(model, keep_fp32_wrapper=False)
-    return Teacher(name, model.eval(), processor, bf16)
+    return Teacher(name, without_autocast(model).eval(), processor, bf16)
 
 
 def _load_processor(name, source, trust_remote_code):

@@ -9,6 +9,8 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from datasets import ClassLabel, Dataset, Features, Image, List, Value, concatenate_datasets
 from sklearn.metrics import accuracy_score, log_loss, top_k_accuracy_score
 from transformers import EvalPrediction, ResNetConfig, ResNetForImageClassification, ViTImageProcessor
@@ -203,6 +205,21 @@ def test_predictions_are_the_models_in_the_order_of_the_rows(batch_size):
     np.testing.assert_allclose(outputs["logits"], by_hand(model, dataset), atol=1e-5)
     np.testing.assert_array_equal(outputs["labels"], dataset["label"][:])
     assert outputs["logits"].dtype == np.float32
+
+
+def test_a_model_that_is_being_trained_in_bf16_is_measured_as_it_will_be_saved():
+    model, dataset, pixels = student(), table(), torch.randn(2, 3, 8, 8)
+    expected, exact = predict(model, PROCESSOR, dataset), model(pixels).logits
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        prepared = Accelerator(mixed_precision="bf16", cpu=True).prepare(model)
+        rounded = prepared(pixels).logits
+        found = predict(prepared, PROCESSOR, dataset)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    np.testing.assert_array_equal(found["logits"], expected["logits"])
+    # The training that goes on still runs in bf16.
+    assert not torch.equal(rounded, exact) and torch.equal(prepared(pixels).logits, rounded)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

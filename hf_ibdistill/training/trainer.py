@@ -105,12 +105,6 @@ class ImageClassificationTrainer(Trainer):
             if isinstance(rows, StreamedImageRows):
                 self.train_dataset = rows
 
-    def train(self, *args, **kwargs):
-        output = super().train(*args, **kwargs)
-        # Accelerate leaves its autocast around the model. Final figures are those of the model that is saved.
-        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-        return output
-
     def _prepare(self) -> None:
         """Check what the constructor was given, before any table is looked at."""
 

@@ -147,8 +147,6 @@ def test_a_teacher_that_was_just_trained_in_bf16_is_recorded_in_float32(teachers
     arguments = ImageTrainingArguments(str(tmp_path / "run"), bf16=True, **settings)
     trainer = ImageClassificationTrainer(model, arguments, train_dataset=images(16), processing_class=processor)
     trainer.train()
-    # As transformers' own Trainer leaves it.
-    trainer.accelerator.prepare(trainer.model)
     table = record_teacher_logits(
         images(9), {"conv": (trainer.model, processor)}, output_dir=tmp_path / "a", dtype="float32"
     )
