@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import repeat
 
 import numpy as np
 import pyarrow as pa
@@ -193,7 +192,7 @@ class StoredLogits:
 
     def __getstate__(self):
         # Arrays are mapped files here, but would be copied into another process.
-        return {**self.__dict__, "_chunks": None}
+        return {**self.__dict__, "_chunks": None, "_parts": None}
 
     def read(
         self, rows: Sequence[int], num_classes: int, view: int | None = None, temperature: float = 1.0
@@ -202,19 +201,35 @@ class StoredLogits:
         if self._chunks is None:
             chunks = [chunk for chunk in self._dataset.data.column(self._column).chunks if len(chunk)]
             self._starts = np.cumsum([0, *map(len, chunks)])
-            self._chunks = list(zip(*map(_to_parts, chunks)))
+            self._parts = [_as_one(arrays) for arrays in zip(*map(_to_parts, chunks))]
+            self._chunks = chunks  # whose memory the parts are
         rows = np.asarray(rows) % len(self._dataset)  # −1 is the last
         # Where `select` and `shuffle` keep which rows of the files they mean.
         if self._dataset._indices is not None:
             rows = self._dataset._indices.column(0).take(pa.array(rows)).to_numpy().astype(np.int64)
-        numbers = np.searchsorted(self._starts, rows, side="right") - 1
-        rows = rows - self._starts[numbers]
-        places = list(zip(numbers.tolist(), rows.tolist() if view is None else zip(rows.tolist(), repeat(view))))
-        parts = [
-            np.concatenate([chunks[number][row] for number, row in places]).reshape(len(places), -1)
-            for chunks in self._chunks
-        ]
+        chunks = np.searchsorted(self._starts, rows, side="right") - 1
+        rows = rows - self._starts[chunks]
+        parts = []
+        for values, starts, num_views in self._parts:
+            row = rows if view is None else rows * num_views + view
+            parts.append(values[starts[chunks] + row * values.shape[1]])
         return _expand(parts, num_classes, temperature)
+
+
+def _as_one(arrays):
+    """The chunks of a part, each (N, ·) or (N, V, ·), as one array that begins anew at every value, so that any row can be
+    taken from it in one step wherever its chunk lies in memory; where in it each chunk begins; and V."""
+    # Arrow aligns what it maps to 8 bytes, so distances are whole numbers of values.
+    addresses = np.array([array.__array_interface__["data"][0] for array in arrays])
+    first = arrays[addresses.argmin()]
+    starts = (addresses - addresses.min()) // first.itemsize
+    end = max(start + array.size for start, array in zip(starts.tolist(), arrays))
+    length = first.shape[-1]
+    # What lies between the chunks is in no row and never read.
+    values = np.lib.stride_tricks.as_strided(
+        first, (end - length + 1, length), (first.itemsize, first.itemsize), writeable=False
+    )
+    return values, starts, first.shape[1] if first.ndim == 3 else 1
 
 
 def _to_parts(column):

@@ -45,12 +45,9 @@ class DistillationCollator:
             "labels": torch.tensor([int(row[self.label_column]) for row in rows]),
         }
         if self.logits_columns and all(column in rows[0] for column in self.logits_columns):
-            shape = (len(rows), len(self.logits_columns), len(rows[0][self.logits_columns[0]]))
             # Not float32 yet: what is stored in half of it also takes half the way to the device.
-            logits = np.empty(shape, dtype=np.result_type(*(rows[0][column] for column in self.logits_columns)))
-            for i, row in enumerate(rows):
-                for j, column in enumerate(self.logits_columns):
-                    logits[i, j] = row[column]
+            logits = np.concatenate([row[column] for row in rows for column in self.logits_columns])
+            logits = logits.reshape(len(rows), len(self.logits_columns), -1)
             batch["teacher_logits"] = torch.from_numpy(logits)
         if tensors:
             batch["teacher_pixel_values"] = tensors

@@ -1,15 +1,17 @@
 import math
+import pickle
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from datasets import Dataset, Features, Value, load_from_disk
+from datasets import Dataset, Features, Value, concatenate_datasets, load_from_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_ibdistill.logits.encoding import (
     LogitsEncoding,
     NonFiniteLogitsError,
+    StoredLogits,
     concatenate_views,
     decode,
     describe_column,
@@ -177,3 +179,39 @@ def test_wrong_encodings_are_refused():
 def test_recorded_teachers_are_found_by_their_columns():
     table = Dataset.from_dict({"image": [0], "b_logits": [0], "a_b_logits": [0], "logits": [0]})
     assert recorded_teachers(table) == ["b", "a_b"]
+
+
+@pytest.mark.parametrize("num_views", [None, 3])
+@pytest.mark.parametrize("encoding", [LogitsEncoding("float16"), LogitsEncoding("float32", top_k=4)], ids=str)
+@pytest.mark.parametrize(
+    "made", ["one file", "shards", "other folders", "in memory", "shuffled", "filtered", "in another process"]
+)
+def test_random_access_equals_decoding_the_rows(made, encoding, num_views, tmp_path):
+    logits = random_logits(2500, *([] if num_views is None else [num_views]), 7)
+    column, feature = encoding.encode(logits, num_views is not None), encoding.feature(7, num_views)
+    # Names of another length for each row, as images have: chunks in the file lie at uneven distances.
+    features = Features({"name": Value("string"), "a_logits": feature})
+    names = pa.array(["x" * (i % 17) for i in range(2500)])
+    table = Dataset(pa.table({"name": names, "a_logits": column}).cast(features.arrow_schema)).cast(features)
+    if made == "other folders":
+        parts = [table.select(range(900)), table.select(range(900, 2500))]
+        for i, part in enumerate(parts):
+            part.save_to_disk(tmp_path / str(i))
+        table = concatenate_datasets([load_from_disk(tmp_path / str(i)) for i in (1, 0)])
+    elif made != "in memory":
+        table.save_to_disk(tmp_path / "t", num_shards=3 if made == "shards" else 1)
+        table = load_from_disk(tmp_path / "t")
+    if made == "shuffled":
+        table = table.shuffle(seed=0)
+    if made == "filtered":
+        table = table.filter(lambda name: len(name) % 2 == 0, input_columns="name")
+    stored = StoredLogits(table, "a_logits")
+    if made == "in another process":
+        stored.read([0], 7, None if num_views is None else 0)
+        stored = pickle.loads(pickle.dumps(stored))
+    rows = [len(table) - 1, 0, 999, 1000, 7, 7, -2]
+    for view in [None] if num_views is None else range(num_views):
+        expected = decode(table.with_format("arrow")[[row % len(table) for row in rows]]["a_logits"], 7, view, 2.0)
+        read = stored.read(rows, 7, view, 2.0)
+        assert read.dtype == expected.dtype
+        np.testing.assert_array_equal(read, expected)
