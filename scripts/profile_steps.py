@@ -6,6 +6,7 @@ Digits enlarged to 28 pixels, both small teachers, a student of 52 tokens. Train
 them. Ten steps of each are profiled after two that are not.
 """
 
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -62,7 +63,9 @@ def write_profile(profiler, path: Path, rows: int) -> None:
 def main():
     (arguments,) = parse_arguments(ProfileArguments)
     folder, size = Path(arguments.output_dir), arguments.image_size
-    folder.mkdir(parents=True, exist_ok=True)
+    work = folder / "work"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
     digits = load_image_dataset("digits")["train"].map(lambda row: {"image": row["image"].resize((size, size))})
     images = digits.cast_column("image", Image())
     processor, classes = build_image_processor(images), class_config(images)
@@ -73,10 +76,11 @@ def main():
     views, shown = ViewRecipe(num_views=arguments.num_views), arguments.batch_size // arguments.num_views
     count = (WARM_UP + STEPS) * shown
     warm, rest = images.select(range(WARM_UP * shown)), images.select(range(WARM_UP * shown, count))
-    settings = {"views": views, "batch_size": arguments.batch_size}
-    tables = [record_teacher_logits(warm, teachers, output_dir=folder / "warm_table", **settings)]
+    # An untrained involution network's logits are beyond float16.
+    settings = {"views": views, "batch_size": arguments.batch_size, "dtype": "float32"}
+    tables = [record_teacher_logits(warm, teachers, output_dir=work / "warm_table", **settings)]
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-        tables.append(record_teacher_logits(rest, teachers, output_dir=folder / "table", **settings))
+        tables.append(record_teacher_logits(rest, teachers, output_dir=work / "table", **settings))
     write_profile(profiler, folder / "recording.txt", arguments.rows)
 
     config = IBViTConfig(
@@ -87,7 +91,7 @@ def main():
     trainer = EnsembleDistillationTrainer(
         IBViTForImageClassification(config),
         DistillationArguments(
-            str(folder / "student"), max_steps=WARM_UP + STEPS, per_device_train_batch_size=arguments.batch_size,
+            str(work / "student"), max_steps=WARM_UP + STEPS, per_device_train_batch_size=arguments.batch_size,
             eval_strategy="no", logging_strategy="no", report_to="none",
         ),
         train_dataset=concatenate_datasets(tables),
@@ -96,6 +100,7 @@ def main():
     )  # fmt: skip
     trainer.train()
     write_profile(step_profiler.profiler, folder / "training.txt", arguments.rows)
+    shutil.rmtree(work)
 
 
 if __name__ == "__main__":
