@@ -253,7 +253,9 @@ class _Taps(_Geometry):
 
     def _spread(self, values):
         """(B, ·, out_height, out_width) → (B, ·, positions), zero where no output is."""
-        return nn.functional.pad(values.float(), (0, self.row - self.out_width)).flatten(2)[..., : self.positions]
+        spread = values.new_zeros((*values.shape[:3], self.row), dtype=torch.float32)
+        spread[..., : self.out_width] = values
+        return spread.flatten(2)[..., : self.positions]
 
     def _gather(self, values):
         """The inverse of `_spread`, of (B, ·, out_height · row)."""
