@@ -1,6 +1,7 @@
 """Rows of a table → decoded images → pixel values. Recording and training read images only through here."""
 
 import io
+import multiprocessing
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -49,8 +50,10 @@ def decode_image(value: dict) -> PIL.Image.Image:
 
 def default_num_workers(use_cpu: bool) -> int:
     """Processes that decode images ahead of a model: none beside one that runs on the same processors, where they would
-    only take its time (measured: 1.1 to 1.5 times slower); else up to 8 of the processors that this process may use."""
-    if use_cpu:
+    only take its time (measured: 1.1 to 1.5 times slower), nor where starting one runs the user's script again; else up to
+    8 of the processors that this process may use."""
+    start_method = multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
+    if use_cpu or start_method != "fork":
         return 0
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(0, min(8, available // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))

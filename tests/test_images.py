@@ -1,6 +1,8 @@
 """Decoding images of every mode, reading them row by row, and preparing them for models."""
 
 import io
+import multiprocessing
+import os
 
 import numpy as np
 import PIL.features
@@ -10,7 +12,13 @@ import torch
 from datasets import Dataset, Features, Image, List, Value, load_from_disk
 from transformers import ConvNextImageProcessor, ViTImageProcessor
 
-from hf_ibdistill.images import ImageRows, build_image_processor, decode_image, pixel_values
+from hf_ibdistill.images import (
+    ImageRows,
+    build_image_processor,
+    decode_image,
+    default_num_workers,
+    pixel_values,
+)
 from hf_ibdistill.logits.encoding import LogitsEncoding
 from hf_ibdistill.logits.views import ViewRecipe, make_view, row_key
 
@@ -339,3 +347,24 @@ def test_equal_image_processors_share_a_batch_and_others_do_not():
     assert len({id(batch) for batch in distinct}) == len(distinct)
     for name, processor in processors.items():
         assert torch.equal(batches[name], processor(images, return_tensors="pt")["pixel_values"])
+
+
+def test_workers_are_none_beside_a_model_on_the_cpu(monkeypatch):
+    assert default_num_workers(use_cpu=True) == 0
+    method = multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    free = available - 1 if method == "fork" else 0
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert default_num_workers(use_cpu=False) == min(8, free)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")
+    assert default_num_workers(use_cpu=False) == 0
+
+
+@pytest.mark.parametrize("size", [8, 64, 65])
+def test_small_and_large_images_are_preprocessed_alike(size):
+    # Small ones go through the processor together, large ones one by one.
+    processor = ViTImageProcessor(size={"height": 20, "width": 20})
+    pixels = np.random.default_rng(0).integers(0, 256, (5, size, size, 3), dtype=np.uint8)
+    images = [PIL.Image.fromarray(image) for image in pixels]
+    expected = torch.cat([processor(image, return_tensors="pt")["pixel_values"] for image in images])
+    torch.testing.assert_close(pixel_values(images, {"a": processor})["a"], expected, rtol=0, atol=0)

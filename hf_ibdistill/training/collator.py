@@ -20,7 +20,8 @@ class DistillationCollator:
         teacher_image_processors: name → image processor of each online teacher.
 
     A batch has `pixel_values` (N, channels, H, W), `labels` (N,), `teacher_logits` (N, T, C) in the type that they are
-    stored in when the rows carry every teacher's column, and `teacher_pixel_values`, name → (N, channels, H, W), for online teachers.
+    stored in when the rows carry every teacher's column, and `teacher_pixel_values`, name → (N, channels, H, W), for
+    online teachers.
     """
 
     def __init__(
