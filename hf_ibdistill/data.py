@@ -1,8 +1,10 @@
 """Open a labelled image data set, whatever form it has: find its columns, name its classes, settle its splits."""
 
+import gzip
 import json
 import logging
 import os
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -34,7 +36,8 @@ def load_image_dataset(
 
     Args:
         source: `"digits"` (scikit-learn's 1,797 handwritten digits of 8×8 pixels, bundled), a `save_to_disk` folder, a
-            folder of class folders (with or without split folders above them), a Parquet file or a folder of them, or
+            folder of class folders (with or without split folders above them), a Parquet file or a folder of them, a
+            folder of MNIST's IDX files (`train-images-idx3-ubyte` and so on, also gzipped; Fashion-MNIST has them too), or
             the id of a data set on the Hub.
         image_column: the image column; found when not given.
         label_column: the label column; found when not given.
@@ -157,6 +160,8 @@ def _open(source, load_kwargs):
         if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
             _check_saved_splits(path)
             return load_from_disk(str(path))
+        if any(path.glob("*-images-idx3-ubyte*")):
+            return _load_idx(path)
         return load_dataset(str(path), **load_kwargs)
     if path.is_file():
         if path.suffix != ".parquet":
@@ -187,6 +192,47 @@ def _load_digits():
     return Dataset.from_dict(rows, features=features).train_test_split(
         test_size=0.2, stratify_by_column="label", seed=0
     )
+
+
+def _load_idx(folder):
+    splits = {}
+    for split, prefix in {"train": "train", "test": "t10k"}.items():
+        files = {}
+        for part in ("images-idx3-ubyte", "labels-idx1-ubyte"):
+            found = [path for path in (folder / f"{prefix}-{part}", folder / f"{prefix}-{part}.gz") if path.exists()]
+            files[part] = found[0] if found else None
+        images, labels = files.values()
+        if images is None and labels is None and split == "test":
+            continue
+        if images is None or labels is None:
+            raise ValueError(
+                f"{folder} has IDX files, but not {prefix}-images-idx3-ubyte and {prefix}-labels-idx1-ubyte (or .gz)."
+            )
+        pixels, classes = _read_idx(images), _read_idx(labels)
+        if pixels.ndim != 3 or classes.shape != pixels.shape[:1]:
+            raise ValueError(
+                f"{images} holds an array {pixels.shape} and {labels} an array {classes.shape}; expected images "
+                "(N, height, width) and a label for each."
+            )
+        # The numbers are all that the files know of the classes.
+        names = [str(number) for number in range(int(classes.max(initial=0)) + 1)]
+        features = Features({"image": Image(), "label": ClassLabel(names=names)})
+        splits[split] = Dataset.from_dict({"image": list(pixels), "label": classes}, features=features)
+    return splits
+
+
+def _read_idx(path):
+    """The array of an IDX file: two zero bytes, the type (8 is uint8), the number of dimensions, each as a big-endian
+    32-bit number, and the values."""
+    content = path.read_bytes()
+    try:
+        content = gzip.decompress(content) if path.suffix == ".gz" else content
+        if content[:3] != b"\0\0\x08":
+            raise ValueError("it does not begin as one of unsigned bytes does")
+        shape = np.frombuffer(content, ">u4", count=content[3], offset=4)
+        return np.frombuffer(content, np.uint8, offset=4 + 4 * content[3]).reshape(shape)
+    except (ValueError, IndexError, EOFError, OSError, zlib.error) as error:
+        raise ValueError(f"{path} is not a whole IDX file: {error}.") from error
 
 
 def _name_splits(splits, source):

@@ -20,7 +20,7 @@ class DataArguments:
         default="digits",
         metadata={
             "help": 'The images: "digits" (8×8 handwritten digits, bundled), a folder of class folders, a save_to_disk '
-            "folder, a Parquet file or folder, or the id of a data set on the Hub."
+            "folder, a Parquet file or folder, a folder of MNIST's IDX files, or the id of a data set on the Hub."
         },
     )
     image_column: str | None = field(default=None, metadata={"help": "Column of the images; found when not given."})

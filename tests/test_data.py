@@ -1,6 +1,8 @@
 """Opening a data set: every form a source can have, the classes it gets, and the splits it is divided into."""
 
+import gzip
 import json
+import struct
 from collections import Counter
 
 import datasets
@@ -9,6 +11,7 @@ import PIL.Image
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from sklearn.datasets import load_digits
+from torchvision.datasets.mnist import read_image_file
 
 from hf_ibdistill.data import class_config, class_names, find_columns, load_image_dataset, select_per_class
 
@@ -161,6 +164,61 @@ def test_one_split_of_another_name_is_trained_on_and_said_so(tmp_path, caplog):
     splits = load_image_dataset(source)
     assert numbers(splits["train"]) == [0, 1, 2] and numbers(splits["validation"]) == [10]
     assert 'has no split "train": training on "full"' in caplog.text
+
+
+# IDX files
+
+
+def write_idx(path, array, compress=False):
+    header = bytes([0, 0, 8, array.ndim]) + b"".join(struct.pack(">I", length) for length in array.shape)
+    (gzip.open if compress else open)(path, "wb").write(header + array.astype(np.uint8).tobytes())
+
+
+def write_idx_folder(folder, compress=False, **counts):
+    """prefix → number of images."""
+    random, arrays, suffix = np.random.default_rng(0), {}, ".gz" if compress else ""
+    for prefix, count in counts.items():
+        arrays[prefix] = random.integers(0, 256, (count, 5, 4)), np.arange(count) % 3
+        for array, part in zip(arrays[prefix], ("images-idx3-ubyte", "labels-idx1-ubyte")):
+            write_idx(folder / f"{prefix}-{part}{suffix}", array, compress)
+    return arrays
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_idx_files(compress, tmp_path):
+    arrays = write_idx_folder(tmp_path, compress, train=40, t10k=9)
+    splits = load_image_dataset(tmp_path, validation_fraction=0.25)
+    assert {name: len(split) for name, split in splits.items()} == {"train": 30, "validation": 10, "test": 9}
+    assert splits["train"].features["label"].names == ["0", "1", "2"]
+    images, labels = arrays["t10k"]
+    assert splits["test"]["label"][:] == labels.tolist()
+    for image, expected in zip(splits["test"]["image"], images):
+        np.testing.assert_array_equal(np.asarray(image), expected)
+
+
+def test_idx_files_as_torchvision_reads_them(tmp_path):
+    write_idx_folder(tmp_path, train=12)
+    expected = read_image_file(str(tmp_path / "train-images-idx3-ubyte"))
+    splits = load_image_dataset(tmp_path, validation_fraction=0.25)
+    found = {np.asarray(image).tobytes() for split in splits.values() for image in split["image"]}
+    assert found == {image.numpy().tobytes() for image in expected}
+
+
+def test_damaged_idx_files_are_named(tmp_path):
+    write_idx_folder(tmp_path, train=12)
+    images, labels = tmp_path / "train-images-idx3-ubyte", tmp_path / "train-labels-idx1-ubyte"
+    whole = images.read_bytes()
+    for content in (b"", whole[:2], b"PNG" + whole, whole[:-1], whole + b"x"):
+        images.write_bytes(content)
+        with pytest.raises(ValueError, match="train-images-idx3-ubyte is not a whole IDX file"):
+            load_image_dataset(tmp_path)
+    images.write_bytes(whole)
+    write_idx(labels, np.arange(11))
+    with pytest.raises(ValueError, match=r"holds an array \(12, 5, 4\) and .* an array \(11,\)"):
+        load_image_dataset(tmp_path)
+    labels.unlink()
+    with pytest.raises(ValueError, match="has IDX files, but not train-images-idx3-ubyte and train-labels-idx1-ubyte"):
+        load_image_dataset(tmp_path)
 
 
 @pytest.mark.parametrize(
