@@ -242,6 +242,36 @@ def test_sdpa_and_eager_attention_are_equal():
     torch.testing.assert_close(results[0].teacher_token_logits, results[1].teacher_token_logits)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_default_attention_is_one_of_the_two(dtype):
+    # Below float32 on a CPU the plain one, because PyTorch's fused one is slow there; both round alike in float32 only.
+    model, pixel_values = small_model(), torch.randn(2, 3, 16, 16)
+    results = {}
+    for implementation in (None, "eager", "sdpa"):
+        if implementation is not None:
+            model.set_attn_implementation(implementation)
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            results[implementation] = model(pixel_values).logits
+    expected = results["sdpa" if dtype == torch.float32 else "eager"]
+    assert torch.equal(results[None], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attentions_come_without_choosing_an_implementation(dtype):
+    model, pixel_values = small_model(), torch.randn(2, 3, 16, 16)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        attentions = model(pixel_values, output_attentions=True).attentions
+    assert [tuple(attention.shape) for attention in attentions] == [(2, 3, 19, 19)] * 2
+    torch.testing.assert_close(attentions[0].sum(-1).float(), torch.ones(2, 3, 19), rtol=1e-2, atol=1e-2)
+
+
+def test_a_chosen_attention_is_kept_and_none_is_saved(tmp_path):
+    small_model().save_pretrained(tmp_path)
+    assert "attn" not in (tmp_path / "config.json").read_text()
+    loaded = IBViTForImageClassification.from_pretrained(tmp_path, attn_implementation="sdpa")
+    assert loaded.config._attn_implementation == "sdpa"
+
+
 @pytest.mark.parametrize("patch_embedding", PATCH_EMBEDDINGS)
 def test_gradient_checkpointing_gives_the_same_gradients(patch_embedding):
     model = small_model(patch_embedding=patch_embedding).train()
