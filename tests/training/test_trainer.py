@@ -526,13 +526,13 @@ def test_settings_follow_the_students_order_of_teachers(names, table, tmp_path):
 # Resuming
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_a_resumed_run_ends_bit_identical(accumulation, table, tmp_path):
+@pytest.mark.parametrize(("accumulation", "bf16"), [(1, False), (2, False), (1, True)])
+def test_a_resumed_run_ends_bit_identical(accumulation, bf16, table, tmp_path):
     # 14 rows: 4 steps an epoch, so step 6 is in the middle of the second. Dropout draws random numbers in every step.
     settings = {
         "optim": "adamw_torch", "learning_rate": 1e-2, "lr_scheduler_type": "cosine", "warmup_steps": 2,
         "weight_decay": 0.05, "num_train_epochs": 3, "per_device_train_batch_size": 4 // accumulation,
-        "gradient_accumulation_steps": accumulation, "save_strategy": "steps", "save_steps": 6,
+        "gradient_accumulation_steps": accumulation, "save_strategy": "steps", "save_steps": 6, "bf16": bf16,
     }  # fmt: skip
     rows, dropout = table.select(range(14)), {"hidden_dropout_prob": 0.2}
     whole = distil(tmp_path / "whole", rows, small_student(**dropout), **settings)
