@@ -24,7 +24,6 @@ that storing could give them. Of each, means over rows and views, in nats:
     TV      = ½ Σ |p − q|               total variation
 """
 
-import json
 import shutil
 import time
 from dataclasses import asdict, dataclass, field
@@ -34,6 +33,7 @@ import numpy as np
 import torch
 from arguments import parse_arguments, run
 from datasets import ClassLabel, Dataset, Features, Image
+from timing import write_results
 from transformers import ViTImageProcessor, set_seed
 
 from hf_ibdistill import (
@@ -49,7 +49,7 @@ from hf_ibdistill import (
 )
 from hf_ibdistill.images import ImageRows
 from hf_ibdistill.logits.encoding import column_name, decode
-from hf_ibdistill.report import describe_machine, markdown_table
+from hf_ibdistill.report import markdown_table
 
 
 TEACHER = "conv"
@@ -256,15 +256,13 @@ def main():
     shutil.rmtree(work)
 
     results = {
-        "machine": describe_machine(),
         "arguments": asdict(bench),
         "teacher": {**metrics, "train_seconds": train_seconds},
         "encodings": encodings,
         "seconds": time.perf_counter() - begin,
     }
     results["checks"] = check(results)
-    output_file.parent.mkdir(parents=True, exist_ok=True)
-    output_file.write_text(json.dumps(results, indent=2))
+    write_results(output_file, results)
     print(f"\n{report(bench, results)}")
 
 
