@@ -206,7 +206,8 @@ def _load_idx(folder):
             continue
         if images is None or labels is None:
             raise ValueError(
-                f"{folder} has IDX files, but not {prefix}-images-idx3-ubyte and {prefix}-labels-idx1-ubyte (or .gz)."
+                f"{folder} has IDX files, but not {prefix}-images-idx3-ubyte and {prefix}-labels-idx1-ubyte (or .gz); "
+                "a split needs both."
             )
         pixels, classes = _read_idx(images), _read_idx(labels)
         if pixels.ndim != 3 or classes.shape != pixels.shape[:1]:
@@ -214,9 +215,7 @@ def _load_idx(folder):
                 f"{images} holds an array {pixels.shape} and {labels} an array {classes.shape}; expected images "
                 "(N, height, width) and a label for each."
             )
-        # The numbers are all that the files know of the classes.
-        names = [str(number) for number in range(int(classes.max(initial=0)) + 1)]
-        features = Features({"image": Image(), "label": ClassLabel(names=names)})
+        features = Features({"image": Image(), "label": Value("int64")})
         splits[split] = Dataset.from_dict({"image": list(pixels), "label": classes}, features=features)
     return splits
 

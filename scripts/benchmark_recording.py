@@ -80,9 +80,7 @@ class RecordingArguments:
     light_batch_size: int = field(default=64, metadata={"help": "Small images in a batch."})
     num_workers: int | None = field(
         default=None,
-        metadata={
-            "help": "Processes that decode, whose time the CPU figures leave out; by default what recording defaults to."
-        },
+        metadata={"help": "Processes that decode; by default what recording defaults to."},
     )
     repetitions: int = field(default=5, metadata={"help": "How often each case is timed."})
     seed: int = field(default=0, metadata={"help": "Seed of the photographs, the teachers and the orders."})

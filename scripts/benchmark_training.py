@@ -18,7 +18,7 @@ read by `ImageRows`, torch's `DataLoader` and `DistillationCollator`:
 
 The whole of `train()` is timed, without logging, evaluation and saving; all cases in turn, in another order each
 repetition. A ratio is the median, with quartiles, over the repetitions of the ratios within one. The processor's time,
-which varies less on a machine that others use, is this process's: without data loader workers or accelerator it is all.
+which varies less on a machine that others use, is that of this process and of its data loader workers.
 Ratios differ by some hundredths from run to run: ask for more repetitions where one is near its limit. Much of that is
 glibc, which hands memory back after one step and fetches it for the next, now more, now less. It keeps it when
 MALLOC_TRIM_THRESHOLD_ and MALLOC_MMAP_THRESHOLD_ are set to 4000000000.

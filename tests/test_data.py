@@ -196,6 +196,12 @@ def test_idx_files(compress, tmp_path):
         np.testing.assert_array_equal(np.asarray(image), expected)
 
 
+def test_an_idx_test_split_may_lack_some_of_the_classes(tmp_path):
+    write_idx_folder(tmp_path, train=40, t10k=2)
+    splits = load_image_dataset(tmp_path)
+    assert splits["test"].features["label"].names == ["0", "1", "2"] and splits["test"]["label"][:] == [0, 1]
+
+
 def test_idx_files_as_torchvision_reads_them(tmp_path):
     write_idx_folder(tmp_path, train=12)
     expected = read_image_file(str(tmp_path / "train-images-idx3-ubyte"))

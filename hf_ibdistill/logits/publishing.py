@@ -78,7 +78,6 @@ def open_logits_table(
             "export_logits_table writes it."
         ) from error
     # The data folder alone, since the JSON beside it would be taken for data too.
-    files = {"data_dir": "data"}
-    dataset = load_dataset(str(source), split=split, streaming=streaming, **files, **load_kwargs)
+    dataset = load_dataset(str(source), data_dir="data", split=split, streaming=streaming, **load_kwargs)
     attach_record(dataset, record)
     return dataset

@@ -413,9 +413,13 @@ def _image_batches(dataset, plan, shards, num_workers) -> torch.utils.data.DataL
         numbers, keys = [number for number, _ in readable], [row_key(image) for _, image in readable]
         pictures = [image for _, image in readable]
         if plan.views is not None:
-            shown = [(image, key, view) for image, key in zip(pictures, keys) for view in plan.new_views]
-            images, view_keys, numbers_of_views = zip(*shown) if shown else ((), (), ())
-            pictures = make_views(images, plan.views, view_keys, numbers_of_views)
+            views = list(plan.new_views)
+            pictures = make_views(
+                [picture for picture in pictures for _ in views],
+                plan.views,
+                [key for key in keys for _ in views],
+                views * len(pictures),
+            )
         return len(rows), numbers, keys, pixel_values(pictures, processors) if readable else {}
 
     return torch.utils.data.DataLoader(

@@ -10,7 +10,7 @@ from datasets import Dataset
 from ..data import find_image_column
 from ..images import ImageRows, pixel_values
 from ..teachers import TeacherLike, load_teachers
-from .encoding import ROW_KEY, LogitsEncoding, column_name, decode, describe_column
+from .encoding import ROW_KEY, LogitsEncoding, StoredLogits, column_name, decode, describe_column
 from .provenance import describe_teacher, read_records, stored_views, teacher_differences
 from .recording import CHECKSUMS, read_checksums, sha256
 from .views import make_view, row_key
@@ -77,8 +77,8 @@ def verify_teacher_logits(
     images = [row[image_column] for row in ImageRows(dataset, image_column).__getitems__(sample)]
     keys = [row_key(image) for image in images]
     if ROW_KEY in dataset.column_names:
-        stored = dataset.select_columns([ROW_KEY])[sample][ROW_KEY]
-        wrong = [row for row, key, other in zip(sample, keys, stored) if key != other]
+        recorded_keys = dataset.select_columns([ROW_KEY])[sample][ROW_KEY]
+        wrong = [row for row, key, other in zip(sample, keys, recorded_keys) if key != other]
         if wrong:
             problems.append(
                 f"The images of {len(wrong)} rows are not the ones that were recorded (first {wrong[:10]})."
@@ -93,11 +93,11 @@ def verify_teacher_logits(
         encoding, num_views, _ = describe_column(dataset.features[column])
         # What is read back of the fresh logits differs from them as much as the encoding makes it.
         fresh = decode(LogitsEncoding("float32", encoding.top_k).encode(fresh), fresh.shape[1])
-        table = dataset.select_columns([column]).with_format("arrow")[sample][column]
-        recorded = np.stack(
+        stored = StoredLogits(dataset, column)
+        recorded = np.concatenate(
             [
-                decode(table.slice(i, 1), fresh.shape[1], None if num_views is None else view)[0]
-                for i, view in enumerate(views)
+                stored.read([row], fresh.shape[1], None if num_views is None else view)
+                for row, view in zip(sample, views)
             ]
         )
         differences = _largest_differences(_log_probabilities(fresh), _log_probabilities(recorded), encoding)

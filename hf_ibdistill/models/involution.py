@@ -77,7 +77,7 @@ def _involution(input: torch.Tensor, kernel: torch.Tensor, stride: int) -> torch
     # Checked here, where torch.compile does not look: every check would be a guard.
     _check_shapes(input, kernel, stride)
     batch, groups, taps, *size = kernel.shape
-    way = _way(*input.shape[2:], math.isqrt(taps), stride)
+    way = _way(*input.shape[2:], math.isqrt(taps), stride, input.device)
     dtype = torch.promote_types(input.dtype, kernel.dtype)
     output = input.new_empty((batch * groups, input.shape[1] // groups, *size), dtype=dtype)
     inputs, kernels = _group(input, groups), kernel.flatten(0, 1)
@@ -92,7 +92,7 @@ def _involution_backward(
     grad_output: torch.Tensor, input: torch.Tensor, kernel: torch.Tensor, stride: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     groups, taps = kernel.shape[1:3]
-    way = _way(*input.shape[2:], math.isqrt(taps), stride)
+    way = _way(*input.shape[2:], math.isqrt(taps), stride, input.device)
     inputs, kernels, grads = _group(input, groups), kernel.flatten(0, 1), _group(grad_output, groups)
     grad_inputs = torch.empty_like(inputs, memory_format=torch.contiguous_format)
     grad_kernels = torch.empty_like(kernels, memory_format=torch.contiguous_format)
@@ -139,10 +139,10 @@ def _chunks(inputs, taps, way):
 
 
 @lru_cache(maxsize=256)
-def _way(height, width, kernel_size, stride):
+def _way(height, width, kernel_size, stride, device):
     # Where the two cross, as measured; a stride costs the taps more than it costs the matrices.
     is_small = height * width <= (5 * stride - 2) * kernel_size**2
-    return (_Matrices if is_small else _Taps)(height, width, kernel_size, stride)
+    return (_Matrices if is_small else _Taps)(height, width, kernel_size, stride, device)
 
 
 @dataclass(frozen=True)
@@ -151,6 +151,7 @@ class _Geometry:
     width: int
     kernel_size: int
     stride: int
+    device: torch.device
 
     @property
     def out_height(self):
@@ -173,8 +174,8 @@ class _Matrices(_Geometry):
         """For each element of the matrix, which element of a kernel (K·K, P_out) it is; K·K·P_out means none. And, the
         other way, for each element of a kernel which of the matrix; P_in·P_out means none."""
         margin, size = self.kernel_size // 2, self.kernel_size
-        rows, columns = torch.arange(self.height), torch.arange(self.width)
-        out_rows, out_columns = torch.arange(self.out_height), torch.arange(self.out_width)
+        sizes = (self.height, self.width, self.out_height, self.out_width)
+        rows, columns, out_rows, out_columns = (torch.arange(n, device=self.device) for n in sizes)
         u = (rows[:, None, None, None] + margin) - self.stride * out_rows[:, None]
         v = (columns[:, None, None] + margin) - self.stride * out_columns
         is_inside = (u >= 0) & (u < size) & (v >= 0) & (v < size)
@@ -182,13 +183,13 @@ class _Matrices(_Geometry):
         num_positions = positions.numel()
         num_elements = size**2 * num_positions
         of_kernel = torch.where(is_inside, (u * size + v) * num_positions + positions, num_elements).flatten()
-        of_matrix = torch.full((num_elements + 1,), len(of_kernel))
-        of_matrix[of_kernel] = torch.arange(len(of_kernel))
+        of_matrix = torch.full((num_elements + 1,), len(of_kernel), device=self.device)
+        of_matrix[of_kernel] = torch.arange(len(of_kernel), device=self.device)
         return of_kernel, of_matrix[:-1]
 
     @staticmethod
     def _pick(elements, indices):
-        return nn.functional.pad(elements.flatten(1).float(), (0, 1)).index_select(1, indices.to(elements.device))
+        return nn.functional.pad(elements.flatten(1).float(), (0, 1)).index_select(1, indices)
 
     def _matrix(self, kernel):
         return self._pick(kernel, self._tap_and_position[0]).unflatten(1, (self.height * self.width, -1))

@@ -21,8 +21,8 @@ from .involution import Involution2d
 
 
 def fastest_attention_forward(module, query, key, value, attention_mask, **kwargs):
-    """PyTorch's fused attention, except below float32 on a CPU, where two plain matrix products take from a sixth (20 tokens)
-    to two thirds (1,000 tokens) of its time in training; and where the attention itself is asked for."""
+    """PyTorch's fused attention, except below float32 on a CPU, where two plain matrix products take from a sixth (20
+    tokens) to two thirds (1,000 tokens) of its time in training; and where the attention itself is asked for."""
     is_slow_when_fused = query.device.type == "cpu" and query.dtype != torch.float32
     is_plain = is_slow_when_fused or kwargs.get("output_attentions")
     forward = eager_attention_forward if is_plain else sdpa_attention_forward

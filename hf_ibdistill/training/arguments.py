@@ -13,7 +13,7 @@ from .losses import MODES
 def has_bf16_units(use_cpu: bool) -> bool:
     """Whether the device that training will run on multiplies bf16 faster than float32."""
     if use_cpu:
-        # Releases of torch before 2.10 do not say.
+        # Older releases of torch do not say.
         capabilities = getattr(torch.cpu, "get_capabilities", dict)()
         return any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
     if torch.cuda.is_available():

@@ -134,7 +134,7 @@ def test_equals_the_published_unfold_formulation(groups, channels_of_group, kern
 )
 def test_chunks_fit_together_and_the_last_may_be_shorter(way, kernel_size, stride, size, batch):
     input, kernel = random_inputs(4, 2, kernel_size, stride, *size, batch)
-    chosen = _way(*size, kernel_size, stride)
+    chosen = _way(*size, kernel_size, stride, torch.device("cpu"))
     chunks = _chunks(torch.empty(2 * batch, 2, *size), kernel_size**2, chosen)
     assert isinstance(chosen, way) and len(chunks) > 2 and chunks[-1].stop > 2 * batch
     output, expected = involution2d(input, kernel, stride), unfold_formulation(input, kernel, stride)
@@ -426,3 +426,15 @@ def test_gradients_under_autocast_are_close_to_float32(dtype):
 def test_layer_arguments_that_do_not_fit_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         Involution2d(**arguments)
+
+
+@pytest.mark.parametrize("size", [(4, 4), (12, 12)])
+def test_training_after_inference_mode(size):
+    # What is computed once for a shape is kept, and may have been computed in inference mode first.
+    _way.cache_clear()
+    input, kernel = random_inputs(8, 2, 5, 1, *size)
+    with torch.inference_mode():
+        expected = involution2d(input, kernel)
+    output = involution2d(input, kernel)
+    output.sum().backward()
+    assert torch.equal(output, expected) and input.grad.abs().sum() > 0 and kernel.grad.abs().sum() > 0
