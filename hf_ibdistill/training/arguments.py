@@ -81,7 +81,7 @@ class DistillationArguments(ImageTrainingArguments):
     """[`ImageTrainingArguments`] with the ensemble distillation loss's weights, temperatures and mode.
 
     Raises:
-        ValueError: a weight below 0, a temperature not above 0, or an unknown mode.
+        ValueError: a weight below 0, a temperature not above 0, an unknown mode, or standardised logits in hard mode.
     """
 
     distillation_mode: str = _default(
@@ -103,6 +103,13 @@ class DistillationArguments(ImageTrainingArguments):
         },
     )
     label_weight: float = _default(1.0, "Weight of the labels' cross-entropy in the loss; 0 ignores the labels.")
+    standardize_logits: bool = _default(
+        False,
+        "Match standardised logits (arXiv 2403.01427): what a teacher prefers, not how sure it is. Needs dense logits.",
+    )
+    confidence_weighting: bool = _default(
+        False, "In each row, weigh teachers by the probability that they give its label. For unequal teachers."
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -113,6 +120,8 @@ class DistillationArguments(ImageTrainingArguments):
                 raise ValueError(f"{name} is one number, or one for each teacher; got none.")
         if self.distillation_mode not in MODES:
             raise ValueError(f'distillation_mode is "soft" or "hard"; got "{self.distillation_mode}".')
+        if self.distillation_mode == "hard" and self.standardize_logits:
+            raise ValueError('standardize_logits does nothing in the "hard" mode, which looks at first choices alone.')
         # Not `any(… <= 0)`: NaN compares false with everything.
         if not all(value > 0 for value in self.temperature):
             raise ValueError(f"A temperature is above 0; got {self.temperature}.")

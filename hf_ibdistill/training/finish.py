@@ -15,7 +15,8 @@ RESULTS = "results.json"
 _RECIPE = (
     "learning_rate", "weight_decay", "lr_scheduler_type", "warmup_steps", "per_device_train_batch_size",
     "gradient_accumulation_steps", "label_smoothing_factor", "max_grad_norm", "optim", "bf16", "fp16", "seed",
-    "distillation_mode", "temperature", "teacher_weights", "label_weight",
+    "distillation_mode", "temperature", "teacher_weights", "label_weight", "standardize_logits",
+    "confidence_weighting",
 )  # fmt: skip
 
 

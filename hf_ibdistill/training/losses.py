@@ -29,6 +29,8 @@ def ensemble_distillation_loss(
     label_weight: float = 1.0,
     mode: str = "soft",
     label_smoothing: float = 0.0,
+    standardize_logits: bool = False,
+    confidence_weighting: bool = False,
 ) -> EnsembleDistillationLoss:
     r"""Labels teach the class token, each teacher its own token (arXiv 2310.00369; arXiv 2106.12378, equation 3).
 
@@ -51,6 +53,11 @@ def ensemble_distillation_loss(
         label_weight: λ_0.
         mode: `"soft"` or `"hard"`.
         label_smoothing: share of a label's weight that is spread over all classes.
+        standardize_logits: shift and scale the logits of each teacher and teacher token to mean 0 and deviation 1 over the
+            classes before the temperature divides them (arXiv 2403.01427), so that a token need not match how sure its
+            teacher is. For `"soft"`.
+        confidence_weighting: the teachers of a row share its weight in proportion to the probability that each gives
+            its label (after CA-MKD, arXiv 2201.00007): λ_i is multiplied by T · p_i(y) / Σ_j p_j(y), at temperature 1.
 
     Raises:
         ValueError: shapes, numbers of weights or temperatures, or the mode do not fit.
@@ -93,13 +100,20 @@ def ensemble_distillation_loss(
     students, teachers = teacher_token_logits.float(), teacher_logits.detach().float()
     if mode == "hard":
         losses = F.cross_entropy(students.transpose(1, 2), teachers.argmax(-1).to(labels.device), reduction="none")
-        teacher_losses = losses.mean(0)
     else:
-        temperatures = temperatures.expand(num_teachers)
-        log_students = (students / temperatures[:, None]).log_softmax(-1)
-        log_teachers = (teachers / temperatures[:, None]).log_softmax(-1)
+        scales = temperatures.expand(num_teachers)[:, None]
+        softened = [_standardize(logits) if standardize_logits else logits for logits in (students, teachers)]
+        log_students, log_teachers = ((logits / scales).log_softmax(-1) for logits in softened)
         divergences = F.kl_div(log_students, log_teachers, reduction="none", log_target=True).sum(-1)
-        teacher_losses = temperatures**2 * divergences.mean(0)
+        losses = scales[:, 0] ** 2 * divergences
+    if confidence_weighting:
+        picked = teachers.log_softmax(-1).gather(-1, labels[:, None, None].expand(-1, num_teachers, 1))[..., 0]
+        losses = losses * num_teachers * picked.softmax(-1)
+    teacher_losses = losses.mean(0)
     return EnsembleDistillationLoss(
         label_weight * label_loss + (weights * teacher_losses).sum(), label_loss, teacher_losses
     )
+
+
+def _standardize(logits):
+    return F.layer_norm(logits, logits.shape[-1:])

@@ -10,7 +10,7 @@ from transformers import BaseImageProcessor, PreTrainedModel, Trainer, TrainerCa
 from ..data import class_names, config_class_names, find_columns
 from ..evaluation import compute_metrics
 from ..images import ImageRows, StreamedImageRows
-from ..logits.encoding import ROW_KEY, column_name
+from ..logits.encoding import ROW_KEY, column_name, describe_column
 from ..logits.provenance import check_class_names, check_columns, stored_views
 from ..logits.views import ViewRecipe
 from ..teachers import TeacherLike, load_teachers
@@ -167,7 +167,8 @@ class EnsembleDistillationTrainer(ImageClassificationTrainer):
     """Distils teachers into an `IBViTForImageClassification` by [`ensemble_distillation_loss`].
 
     The teachers' logits come from the columns that `record_teacher_logits` wrote, or, with `teachers`, from running them
-    in every step. A table of views is trained on view by view, epoch by epoch, as its teachers saw them. Each term of
+    in every step. A table of views is trained on view by view, epoch by epoch, as its teachers saw them; a table of
+    un-augmented images on `views` if given, whose logits are then those of the image as it is. Each term of
     the loss is logged by its own name: `label_loss` and `<teacher>_loss`. Evaluation needs no logits columns: without
     them its loss is the labels' term alone.
 
@@ -268,14 +269,21 @@ class EnsembleDistillationTrainer(ImageClassificationTrainer):
         if not columns:
             return
         check_columns(dataset, self.teacher_names, self._label_names)
+        for column in columns if self.args.standardize_logits else []:
+            if describe_column(dataset.features[column])[0].top_k is not None:
+                raise ValueError(
+                    f'standardize_logits needs every logit, and the column "{column}" holds the largest only. Record dense '
+                    "logits (top_k=None), or leave standardize_logits off."
+                )
         if is_training:
             recorded = stored_views(dataset)
-            if self.views not in (None, recorded):
+            if recorded is not None and self.views not in (None, recorded):
                 raise ValueError(
                     f"The table holds logits of other views: {recorded} instead of {self.views}. Leave `views` out to "
                     "train on the recorded ones, or record these."
                 )
-            self.views = recorded
+            # Logits of the images as they are may teach views of them: the "fixed teacher" of arXiv 2106.05237.
+            self.views = recorded or self.views
 
     def train(self, *args, **kwargs):
         self._loss_terms.zero_()
@@ -304,6 +312,8 @@ class EnsembleDistillationTrainer(ImageClassificationTrainer):
             label_weight=self.args.label_weight,
             mode=self.args.distillation_mode,
             label_smoothing=self.args.label_smoothing_factor if model.training else 0.0,
+            standardize_logits=self.args.standardize_logits,
+            confidence_weighting=self.args.confidence_weighting,
         )
         share = 1.0 if num_items_in_batch is None else len(labels) / num_items_in_batch
         if model.training:

@@ -283,6 +283,57 @@ def test_the_documented_example_runs():
     torch.testing.assert_close(namespace["loss"], terms)
 
 
+# Standardised logits and confidence
+
+
+def standardized(logits):
+    mean = sum(logits) / len(logits)
+    deviation = math.sqrt(sum((logit - mean) ** 2 for logit in logits) / len(logits))
+    return [(logit - mean) / deviation for logit in logits]
+
+
+def test_standardized_logits_are_those_of_the_formula():
+    z, s, y, t = random_logits(2)
+    settings = {"weights": [0.7, 0.4], "temperature": [2.0, 0.5]}
+    found = ensemble_distillation_loss(z, s, y, t, **settings, standardize_logits=True)
+    s, t = ([[standardized(logits) for logits in row] for row in x.tolist()] for x in (s, t))
+    loss, _, teacher_losses = formula(z.tolist(), s, y.tolist(), t, [0.7, 0.4], [2.0, 0.5], 1.0, "soft")
+    assert found.loss.item() == pytest.approx(loss, rel=1e-4)
+    assert found.teacher_losses.tolist() == pytest.approx(teacher_losses, rel=1e-4)
+
+
+def test_standardized_logits_forgive_another_scale_and_nothing_else():
+    z, s, y, _ = random_logits(2)
+    settings = {"weights": [1, 1], "standardize_logits": True}
+    assert ensemble_distillation_loss(z, s, y, 3 * s + 5, **settings).teacher_losses.max() < 1e-5
+    assert ensemble_distillation_loss(z, s, y, s.flip(-1), **settings).teacher_losses.min() > 1e-3
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_confidence_weights_are_those_of_the_formula(mode):
+    z, s, y, t = random_logits(2)
+    found = ensemble_distillation_loss(
+        z, s, y, t, weights=[1, 1], temperature=3.0, mode=mode, confidence_weighting=True
+    )
+    expected = [0.0, 0.0]
+    for n in range(N):
+        rows = [x[n : n + 1].tolist() for x in (z, s, y, t)]
+        terms = formula(*rows, [1, 1], [3.0, 3.0], 1.0, mode)[2]
+        right = [softmax(t[n, i].tolist())[y[n]] for i in range(2)]
+        for i in range(2):
+            expected[i] += 2 * right[i] / sum(right) * terms[i] / N
+    assert found.teacher_losses.tolist() == pytest.approx(expected, rel=1e-4)
+
+
+def test_confidence_of_a_single_teacher_or_of_equal_teachers_changes_nothing():
+    z, s, y, t = random_logits(2)
+    for teachers in (1, 2):
+        arguments = (z, s[:, :teachers], y, t[:, :1].expand(-1, teachers, -1))
+        plain = ensemble_distillation_loss(*arguments, weights=[1] * teachers)
+        weighted = ensemble_distillation_loss(*arguments, weights=[1] * teachers, confidence_weighting=True)
+        torch.testing.assert_close(weighted.teacher_losses, plain.teacher_losses)
+
+
 # Precision
 
 

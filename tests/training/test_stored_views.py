@@ -182,3 +182,21 @@ def test_a_streamed_table_is_checked(table, tmp_path):
 def test_other_views_than_the_recorded_are_refused(table, tmp_path):
     with pytest.raises(ValueError, match="holds logits of other views: .*num_views=3.* instead of .*num_views=4"):
         trained(tmp_path, table, views=ViewRecipe(num_views=4))
+
+
+def test_stored_logits_of_the_images_as_they_are_teach_views_of_them(images, teachers, table, tmp_path):
+    plain = record_teacher_logits(images, teachers, output_dir=tmp_path / "plain", dtype="float32")
+    # The same by hand: a table that says the plain logits of every view.
+    repeated = table
+    for name in teachers:
+        column = f"{name}_logits"
+        logits = np.repeat(np.asarray(plain.with_format("numpy")[column])[:, None], RECIPE.num_views, axis=1)
+        repeated = repeated.remove_columns(column).add_column(column, logits.tolist(), feature=table.features[column])
+    repeated.info.description = table.info.description
+    assert_same(trained(tmp_path, plain, views=RECIPE), trained(tmp_path, repeated))
+
+
+def test_standardized_logits_need_all_of_them(images, teachers, tmp_path):
+    table = record_teacher_logits(images, teachers, output_dir=tmp_path / "table", top_k=2)
+    with pytest.raises(ValueError, match='"conv_logits" holds the largest only. Record dense'):
+        trained(tmp_path, table, standardize_logits=True)

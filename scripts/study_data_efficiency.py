@@ -1,0 +1,387 @@
+"""How many images does a student need, taught by nobody, by one teacher or by both? Fashion-MNIST, nested subsets.
+
+    python scripts/study_data_efficiency.py --dataset FOLDER --stage search --images 3000 --methods both_views
+    python scripts/study_data_efficiency.py --dataset FOLDER --stage grid --images 3000 --methods both_views --seeds 0
+
+A cell is one model: a subset, a method, a seed and a recipe. Its JSON file in RESULTS_DIR holds the recipe, versions,
+metrics, predictions and time; a cell whose file is there is not run again, so a study that was stopped goes on where it
+stopped. Several processes can share a study: give each its own `--seeds` or `--images`.
+
+`--stage search` trains on four fifths of a subset and measures on the fifth that it held out. `--stage grid` trains on all
+of the subset, by recipes that are fixed in RESULTS_DIR/recipes.json, and only then opens the test images.
+"""
+
+import hashlib
+import json
+import math
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from arguments import parse_arguments, run
+from datasets import ClassLabel, Dataset, concatenate_datasets
+from transformers import set_seed
+
+from hf_ibdistill import (
+    DistillationArguments,
+    EnsembleDistillationTrainer,
+    IBResNetConfig,
+    IBResNetForImageClassification,
+    IBViTConfig,
+    IBViTForImageClassification,
+    ImageClassificationTrainer,
+    ImageTrainingArguments,
+    ViewRecipe,
+    build_image_processor,
+    load_image_dataset,
+    predict,
+    record_teacher_logits,
+)
+from hf_ibdistill.data import select_per_class
+from hf_ibdistill.evaluation import classification_metrics
+from hf_ibdistill.report import describe_machine
+
+
+CLASSES = ["T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
+CLASS_CONFIG = {
+    "num_labels": len(CLASSES), "id2label": dict(enumerate(CLASSES)), "label2id": {c: i for i, c in enumerate(CLASSES)}
+}  # fmt: skip
+TEACHERS = {"conv": "convolution-small", "inv": "involution-small"}
+STEPS = {1000: 1500, 3000: 2400, 10000: 4000, 60000: 10000}
+TEACHER_STEPS = {1000: 800, 3000: 1200, 10000: 2400, 60000: 6000}
+
+
+@dataclass(frozen=True)
+class Method:
+    """Whose logits a student learns from, and where they come from: "row" (one stored un-augmented row), "views" (stored
+    views) or "online"."""
+
+    title: str
+    teachers: tuple[str, ...] = ()
+    logits: str | None = None
+    recipe: dict = field(default_factory=dict)
+
+
+_DEIT = {"distillation_mode": "hard", "teacher_weight": 0.5, "label_weight": 0.5}
+METHODS = {
+    "conv": Method("convolution teacher"),
+    "inv": Method("involution teacher"),
+    "undistilled": Method("no teachers"),
+    "undistilled_long": Method("no teachers, three times the steps"),
+    "deit": Method("DeiT: convolution, hard, online", ("conv",), "online", _DEIT),
+    "conv_row": Method("convolution, one stored row", ("conv",), "row"),
+    "inv_row": Method("involution, one stored row", ("inv",), "row"),
+    "both_row": Method("both, one stored row", ("conv", "inv"), "row"),
+    "conv_views": Method("convolution, stored views", ("conv",), "views"),
+    "inv_views": Method("involution, stored views", ("inv",), "views"),
+    "both_views": Method("both, stored views", ("conv", "inv"), "views"),
+    "co_advise": Method("Co-advise: both, online", ("conv", "inv"), "online", {"temperature": 1.0}),
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that decides a cell's result, beside the code."""
+
+    method: str
+    images: int
+    seed: int
+    held_out: bool
+    steps: int
+    num_views: int
+    batch_size: int = 64
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.05
+    label_smoothing: float = 0.0
+    distillation_mode: str = "soft"
+    temperature: float = 4.0
+    teacher_weight: float = 1.0
+    label_weight: float = 1.0
+    padding: float = 0.1
+    horizontal_flip: float = 0.5
+    crop: str = "pad"
+    min_scale: float = 0.5
+    erasing: float = 0.0
+    patch_embedding: str = "convolution"
+    fusion: str = "mean_probabilities"
+    hidden_size: int = 96
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    patch_size: int = 4
+
+    def views(self) -> ViewRecipe:
+        return ViewRecipe(
+            num_views=self.num_views,
+            crop=self.crop,
+            padding=self.padding,
+            scale=(self.min_scale, 1.0),
+            horizontal_flip=self.horizontal_flip,
+            erasing=self.erasing,
+            seed=self.seed,
+        )
+
+    def loss(self) -> dict:
+        return {
+            "distillation_mode": self.distillation_mode,
+            "temperature": [self.temperature],
+            "teacher_weights": [self.teacher_weight],
+            "label_weight": self.label_weight,
+        }
+
+
+# Changes of one thing each; several are joined by "+".
+VARIATIONS = {
+    "base": {},
+    "learning_rate_1e-3": {"learning_rate": 1e-3},
+    "learning_rate_4e-3": {"learning_rate": 4e-3},
+    "learning_rate_1e-2": {"learning_rate": 1e-2},
+    "label_smoothing_0.05": {"label_smoothing": 0.05},
+    "label_smoothing_0.1": {"label_smoothing": 0.1},
+    "label_smoothing_0.2": {"label_smoothing": 0.2},
+    "temperature_1": {"temperature": 1.0},
+    "temperature_2": {"temperature": 2.0},
+    "temperature_8": {"temperature": 8.0},
+    "erasing": {"erasing": 0.25},
+    "pad_only": {"horizontal_flip": 0.0},
+    "resized": {"crop": "resized", "min_scale": 0.5},
+    "resized_erasing": {"crop": "resized", "min_scale": 0.5, "erasing": 0.25},
+}
+
+
+def build_recipe(method: str, images: int, seed: int, held_out: bool, changes: dict) -> Recipe:
+    rows = images * 4 // 5 if held_out else images
+    is_teacher = method in TEACHERS
+    steps = (TEACHER_STEPS if is_teacher else STEPS)[images] * (3 if method == "undistilled_long" else 1)
+    if held_out and not is_teacher:
+        steps //= 2
+    values = {**({"learning_rate": 1e-2} if is_teacher else {}), **METHODS[method].recipe, **changes}
+    steps = round(steps * values.pop("patience", 1))
+    # A view of each image for every epoch, so that none is seen twice.
+    epochs = math.ceil(steps * Recipe.batch_size / rows)
+    return Recipe(method, images, seed, held_out, steps, **{"num_views": epochs, **values})
+
+
+class Study:
+    """The images, and the folders of the cells and of the models."""
+
+    def __init__(self, dataset: str, results_dir: str, work_dir: str):
+        self.dataset, self.results_dir, self.work_dir = dataset, Path(results_dir), Path(work_dir)
+        splits = self._load()
+        # Our own splits are taken out of all training images.
+        self.train = concatenate_datasets([splits["train"], splits["validation"]])
+
+    def _load(self):
+        splits = load_image_dataset(self.dataset)
+        classes = ClassLabel(names=CLASSES)
+        return {name: rows.cast_column("label", classes) for name, rows in splits.items()}
+
+    @property
+    def recipes_path(self) -> Path:
+        return self.results_dir / "recipes.json"
+
+    def rows(self, recipe: Recipe) -> tuple[Dataset, Dataset | None]:
+        """The rows to train on and, in a search, those held out."""
+        train = select_per_class(self.train, recipe.images // len(CLASSES), "label", recipe.seed)
+        if not recipe.held_out:
+            return train, None
+        parts = train.train_test_split(test_size=0.2, stratify_by_column="label", seed=recipe.seed)
+        return parts["train"], parts["test"]
+
+    def test_rows(self) -> Dataset:
+        if not self.recipes_path.exists():
+            raise ValueError(f"The test images stay closed until the recipes are fixed in {self.recipes_path}.")
+        return self._load()["test"]
+
+    def folder(self, recipe: Recipe) -> Path:
+        """Where the teachers and the tables of this subset are."""
+        return self.work_dir / f"{recipe.images}_{recipe.seed}{'_held_out' if recipe.held_out else ''}"
+
+    def cell_path(self, recipe: Recipe, variation: str) -> Path:
+        stage = "search" if recipe.held_out else "grid"
+        return self.results_dir / stage / f"{recipe.images}_{recipe.method}_{variation}_{recipe.seed}.json"
+
+    def run_cell(self, recipe: Recipe, variation: str) -> dict:
+        """The cell's results, from its file if it is there."""
+        path = self.cell_path(recipe, variation)
+        model_folder = self.folder(recipe) / f"{recipe.method}_{variation}"
+        if path.exists():
+            cell = json.loads(path.read_text())
+            if Recipe(**cell["recipe"]) != recipe:
+                raise ValueError(f"{path} was made by another recipe: {cell['recipe']} instead of {asdict(recipe)}.")
+            # A teacher's weights are needed by its students, and not part of the cell.
+            if recipe.method not in TEACHERS or model_folder.exists():
+                return cell
+        train, held_out = self.rows(recipe)
+        processor = build_image_processor(train)
+        recording = {}
+        if recipe.method in TEACHERS:
+            trainer = self._trainer(recipe, build_teacher(recipe), processor, train)
+        else:
+            student = build_student(recipe, processor.size["height"])
+            trainer, recording = self._student_trainer(recipe, student, processor, train)
+        seconds = stopwatch()
+        trainer.train()
+        seconds = seconds()
+        rows = self.test_rows() if held_out is None else held_out
+        outputs = predict(trainer.model, processor, rows, batch_size=256)
+        cell = {
+            "recipe": asdict(recipe),
+            "variation": variation,
+            "split": "test" if held_out is None else "held out",
+            "rows": len(train),
+            "parameters": trainer.model.num_parameters(),
+            "metrics": classification_metrics(**outputs, teacher_names=METHODS[recipe.method].teachers),
+            "seconds": {"training": seconds, **recording},
+            "losses": [entry for entry in trainer.state.log_history if "loss" in entry],
+            # One digit an image, in the order of the split.
+            "predictions": "".join(map(str, outputs["logits"].argmax(-1))),
+            "labels": "".join(map(str, outputs["labels"])) if held_out is not None else None,
+            "machine": describe_machine(),
+        }
+        trainer.model.save_pretrained(model_folder)
+        processor.save_pretrained(model_folder)
+        write(path, cell)
+        print(f"{path.name}: {100 * cell['metrics']['accuracy']:.2f} % in {seconds['wall']:.0f} s", flush=True)
+        return cell
+
+    def teachers(self, recipe: Recipe) -> dict[str, str]:
+        """Name → folder of the teachers that this recipe's student learns from; trained if they are not there."""
+        folders = {}
+        for name in METHODS[recipe.method].teachers:
+            changes = self.chosen(name) if not recipe.held_out else {}
+            teacher = build_recipe(name, recipe.images, recipe.seed, recipe.held_out, changes)
+            self.run_cell(teacher, "base")
+            folders[name] = str(self.folder(recipe) / f"{name}_base")
+        return folders
+
+    def chosen(self, method: str) -> dict:
+        """What the search chose for a method."""
+        return json.loads(self.recipes_path.read_text())[method]
+
+    def _student_trainer(self, recipe, student, processor, train):
+        method = METHODS[recipe.method]
+        if method.logits is None:
+            return self._trainer(recipe, student, processor, train), {}
+        teachers = self.teachers(recipe)
+        if method.logits == "online":
+            return self._trainer(recipe, student, processor, train, teachers=teachers), {}
+        # Both teachers, also where a student learns from one: the table is there for the other methods.
+        views = recipe.views() if method.logits == "views" else None
+        table, seconds = self.record(recipe, train, teachers, views)
+        return self._trainer(recipe, student, processor, table), {"recording": seconds}
+
+    def record(self, recipe, train, teachers, views) -> tuple[Dataset, dict]:
+        augmentation = "row" if views is None else json.dumps(views.to_dict(), sort_keys=True)
+        name = "_".join([*teachers, "row" if views is None else fingerprint(augmentation)])
+        folder = self.folder(recipe) / "tables" / name
+        path = folder.with_suffix(".json")
+        seconds = stopwatch()
+        table = record_teacher_logits(train, teachers, output_dir=folder, views=views, bf16=True)
+        if not path.exists():
+            write(path, seconds())
+        return table, json.loads(path.read_text())
+
+    def _trainer(self, recipe, model, processor, train, **kwargs):
+        is_distilled = bool(getattr(model.config, "teacher_names", []))
+        arguments_class = DistillationArguments if is_distilled else ImageTrainingArguments
+        trainer_class = EnsembleDistillationTrainer if is_distilled else ImageClassificationTrainer
+        args = arguments_class(
+            output_dir=str(self.folder(recipe) / "trainer"),
+            seed=recipe.seed,
+            max_steps=recipe.steps,
+            learning_rate=recipe.learning_rate,
+            weight_decay=recipe.weight_decay,
+            per_device_train_batch_size=recipe.batch_size,
+            label_smoothing_factor=recipe.label_smoothing,
+            eval_strategy="no",
+            logging_strategy="steps",
+            logging_steps=max(1, recipe.steps // 10),
+            disable_tqdm=True,
+            **(recipe.loss() if is_distilled else {}),
+        )
+        return trainer_class(
+            model, args, train_dataset=train, processing_class=processor, views=recipe.views(), **kwargs
+        )
+
+
+def build_teacher(recipe: Recipe) -> IBResNetForImageClassification:
+    set_seed(recipe.seed)
+    return IBResNetForImageClassification(IBResNetConfig.from_preset(TEACHERS[recipe.method], **CLASS_CONFIG))
+
+
+def build_student(recipe: Recipe, image_size: int) -> IBViTForImageClassification:
+    set_seed(recipe.seed)
+    config = IBViTConfig(
+        teacher_names=METHODS[recipe.method].teachers,
+        fusion=recipe.fusion,
+        patch_embedding=recipe.patch_embedding,
+        image_size=image_size,
+        patch_size=recipe.patch_size,
+        hidden_size=recipe.hidden_size,
+        num_hidden_layers=recipe.num_hidden_layers,
+        num_attention_heads=recipe.num_attention_heads,
+        intermediate_size=2 * recipe.hidden_size,
+        **CLASS_CONFIG,
+    )
+    return IBViTForImageClassification(config)
+
+
+def stopwatch():
+    """Called later, it tells the seconds since now: on the wall, and of processor time, which other processes that share
+    the machine do not lengthen."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    return lambda: {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+
+
+def fingerprint(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def write(path: Path, content) -> None:
+    """Beside, then renamed: a file that is there is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".partial")
+    beside.write_text(json.dumps(content, indent=1))
+    beside.replace(path)
+
+
+def combine(variation: str) -> dict:
+    """The changes of variations joined by "+"."""
+    changes = {}
+    for name in variation.split("+"):
+        changes |= VARIATIONS[name]
+    return changes
+
+
+@dataclass
+class StudyArguments:
+    dataset: str = field(
+        default="zalando-datasets/fashion_mnist",
+        metadata={"help": "Fashion-MNIST: its id on the Hub, or a folder of its IDX files."},
+    )
+    stage: str = field(default="grid", metadata={"help": "search or grid."})
+    images: list[int] = field(default_factory=lambda: [3000], metadata={"help": "Sizes of the training subset."})
+    methods: list[str] = field(default_factory=lambda: list(METHODS), metadata={"help": "Any of the methods."})
+    variations: list[str] = field(
+        default_factory=lambda: ["base"], metadata={"help": 'Changes of the recipe, joined by "+". For the search.'}
+    )
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "One cell each."})
+    results_dir: str = field(default="results/data_efficiency", metadata={"help": "Folder of the cells."})
+    work_dir: str = field(default="outputs/data_efficiency", metadata={"help": "Folder of models and tables."})
+
+
+def main():
+    (args,) = parse_arguments(StudyArguments)
+    study = Study(args.dataset, args.results_dir, args.work_dir)
+    held_out = args.stage == "search"
+    for images in args.images:
+        for seed in args.seeds:
+            for variation in args.variations:
+                for method in args.methods:
+                    changes = combine(variation) if held_out else study.chosen(method)
+                    study.run_cell(build_recipe(method, images, seed, held_out, changes), variation)
+
+
+if __name__ == "__main__":
+    run(main)
