@@ -29,6 +29,7 @@ setup(
         "evaluate>=0.4.5,<0.5",
         "safetensors>=0.6,<1",
         "scikit-learn>=1.5,<2",
+        "scipy>=1.11,<2",
         "numpy>=1.26,<3",
         "pyarrow>=19",
         "pillow>=10",

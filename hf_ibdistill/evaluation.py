@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import datasets
 import evaluate
 import numpy as np
+import PIL.Image
 import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
@@ -14,6 +15,7 @@ from .data import class_names, config_class_names, find_columns
 from .images import ImageRows
 from .logits.encoding import column_name, describe_column
 from .logits.provenance import check_class_names
+from .models.modeling_ibvit import IBViTForImageClassification
 from .teachers import without_autocast
 from .training.collator import DistillationCollator
 
@@ -166,3 +168,34 @@ def evaluate_model(
     """[`predict`], then [`classification_metrics`]; arguments and errors are `predict`'s."""
     outputs = predict(model, image_processor, dataset, **kwargs)
     return classification_metrics(**outputs, teacher_names=getattr(model.config, "teacher_names", None))
+
+
+def token_attention(
+    model: IBViTForImageClassification,
+    image_processor: BaseImageProcessor,
+    images: Sequence[PIL.Image.Image],
+) -> dict[str, np.ndarray]:
+    """Where each token looks: its attention to the patches in the last layer, mean over the heads.
+
+    Args:
+        model: a student.
+        image_processor: its image processor.
+        images: N images.
+
+    Returns:
+        Token ("class token", then the teachers' names) → (N, height / patch, width / patch), float32; each sums to the share of
+        its attention that the token gives to patches, not to other tokens.
+    """
+    pixel_values = image_processor(list(images), return_tensors="pt")["pixel_values"].to(model.device, model.dtype)
+    names, implementation = ["class token", *model.config.teacher_names], model.config._attn_implementation
+    # Fused kernels keep their attention to themselves.
+    model.set_attn_implementation("eager")
+    try:
+        with torch.no_grad():
+            attentions = without_autocast(model).eval()(pixel_values, output_attentions=True).attentions
+    finally:
+        model.set_attn_implementation(implementation)
+    attention = attentions[-1].float().mean(1)[:, : len(names), len(names) :]
+    side = model.config.image_size // model.config.patch_size
+    maps = attention.unflatten(2, (side, side)).cpu().numpy()
+    return {name: maps[:, i] for i, name in enumerate(names)}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
+import scipy.stats
 import torch
 
 
@@ -21,6 +22,22 @@ def mean_and_spread(values: Sequence[float]) -> str:
     """Mean ± standard deviation over runs, in percent."""
     spread = f" ± {100 * np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
     return f"{100 * np.mean(values):.1f}{spread}"
+
+
+def paired_difference(
+    first: Sequence[float], second: Sequence[float], confidence: float = 0.95
+) -> tuple[float, float, float]:
+    """Mean of `first` − `second` over pairs (seeds, or test images), and the ends of its confidence interval by Student's
+    t-distribution; NaN ends for a single pair."""
+    differences = np.array([a - b for a, b in zip(first, second, strict=True)])
+    mean = float(differences.mean())
+    if len(differences) < 2:
+        return mean, float("nan"), float("nan")
+    error = scipy.stats.sem(differences)
+    if error == 0:
+        return mean, mean, mean
+    low, high = scipy.stats.t.interval(confidence, len(differences) - 1, loc=mean, scale=error)
+    return mean, float(low), float(high)
 
 
 def describe_machine() -> dict:
@@ -54,10 +71,7 @@ def plot_run(
         true_names: each image's class.
         predictions: token → its predicted class for each image.
     """
-    # Not pyplot, which keeps figures and may want a display.
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 6.5), layout="constrained")
+    figure = _figure(12, 6.5)
     curves, gallery = figure.subfigures(2, 1, height_ratios=[3, 2])
     accuracy, loss = curves.subplots(1, 2)
     for name, history in histories.items():
@@ -78,3 +92,103 @@ def plot_run(
         right = all(names[i] == true_names[i] for names in predictions.values())
         axes.set_xlabel("\n".join(lines), fontsize=8, color="black" if right else "crimson")
     figure.savefig(path, dpi=110)
+
+
+def plot_accuracy(
+    path: str | Path,
+    panels: Mapping[str, Mapping[str, Mapping[float, Sequence[float]]]],
+    xlabel: str,
+) -> None:
+    """Draw accuracy against a quantity, on a logarithmic axis: one line a method, with the standard deviation over seeds.
+
+    Args:
+        path: the PNG file to write.
+        panels: title → method → quantity → accuracies (0 … 1), one a seed.
+        xlabel: the quantity and its unit.
+    """
+    figure = _figure(6.5 * len(panels), 4.8)
+    methods = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    for axes, (title, lines) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels.items()):
+        for name, points in lines.items():
+            places = sorted(points)
+            values = [100 * np.asarray(points[place]) for place in places]
+            spreads = [value.std(ddof=1) if len(value) > 1 else 0.0 for value in values]
+            style = {"color": f"C{methods.index(name)}", "marker": "o", "markersize": 4, "capsize": 3, "label": name}
+            axes.errorbar(places, [value.mean() for value in values], spreads, **style)
+        axes.set(xscale="log", xlabel=xlabel, ylabel="test accuracy (%)", title=title)
+        axes.grid(alpha=0.3, which="both")
+        axes.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def plot_attention(
+    path: str | Path,
+    images: Sequence[PIL.Image.Image],
+    captions: Sequence[str],
+    maps: Mapping[str, np.ndarray],
+) -> None:
+    """Draw where each token looks: one row of images, below it one row for each token. Each map has its own scale.
+
+    Args:
+        path: the PNG file to write.
+        images: N images.
+        captions: N captions.
+        maps: token → (N, height, width), its attention to the patches.
+    """
+    figure = _figure(1.5 * len(images), 1.5 * (1 + len(maps)))
+    grid = figure.subplots(1 + len(maps), len(images), squeeze=False)
+    for axes in grid.flat:
+        axes.set(xticks=[], yticks=[])
+    for i, image in enumerate(images):
+        pixels = np.asarray(image.convert("RGB"))
+        grid[0, i].imshow(pixels)
+        grid[0, i].set_title(captions[i], fontsize=8)
+        for axes, attention in zip(grid[1:, i], maps.values()):
+            axes.imshow(pixels.mean(-1), cmap="gray", extent=(0, 1, 0, 1))
+            axes.imshow(attention[i], cmap="inferno", alpha=0.7, extent=(0, 1, 0, 1), interpolation="bilinear")
+    for axes, name in zip(grid[:, 0], ["image", *maps]):
+        axes.set_ylabel(name, fontsize=9)
+    figure.savefig(path, dpi=110)
+
+
+def plot_corrections(
+    path: str | Path,
+    labels: np.ndarray,
+    before: Sequence[np.ndarray],
+    after: Sequence[np.ndarray],
+    names: Sequence[str],
+) -> None:
+    """Draw how confusions change from one method to another: for each true (row) and predicted (column) class, the change of
+    the number of images, mean over seeds. Blue is better: fewer confusions off the diagonal, more right ones on it.
+
+    Args:
+        path: the PNG file to write.
+        labels: (N,) class ids.
+        before, after: predicted class ids (N,), one array a seed.
+        names: C class names.
+    """
+
+    def confusion(predictions):
+        return np.bincount(labels * len(names) + predictions, minlength=len(names) ** 2).reshape(len(names), -1)
+
+    change = np.mean([confusion(p) for p in after], axis=0) - np.mean([confusion(p) for p in before], axis=0)
+    gain = np.where(np.eye(len(names), dtype=bool), change, -change)
+    figure = _figure(7.5, 6.5)
+    axes = figure.subplots()
+    limit = max(1.0, np.abs(gain).max())
+    axes.imshow(gain, cmap="RdBu", vmin=-limit, vmax=limit)
+    for (i, j), value in np.ndenumerate(change):
+        if abs(value) >= 1:
+            color = "white" if abs(value) > 0.6 * limit else "black"
+            axes.text(j, i, f"{value:+.0f}", ha="center", va="center", fontsize=8, color=color)
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
+    axes.set_yticks(range(len(names)), names)
+    axes.set(xlabel="predicted", ylabel="true")
+    figure.savefig(path, dpi=110)
+
+
+def _figure(width, height):
+    # Not pyplot, which keeps figures and may want a display.
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")

@@ -7,8 +7,9 @@ A cell is one model: a subset, a method, a seed and a recipe. Its JSON file in R
 metrics, predictions and time; a cell whose file is there is not run again, so a study that was stopped goes on where it
 stopped. Several processes can share a study: give each its own `--seeds` or `--images`.
 
-`--stage search` trains on four fifths of a subset and measures on the fifth that it held out. `--stage grid` trains on all
-of the subset, by recipes that are fixed in RESULTS_DIR/recipes.json, and only then opens the test images.
+`--stage search` trains on four fifths of a subset and measures on the fifth that it held out. `--stage choose` fixes the
+best recipe of each method in RESULTS_DIR/recipes.json. `--stage grid` trains on all of the subset by these recipes, and only
+then opens the test images. `report_data_efficiency.py` turns the cells into tables, pictures and model cards.
 """
 
 import hashlib
@@ -16,9 +17,10 @@ import json
 import math
 import time
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from pathlib import Path
 
-import torch
+import numpy as np
 from arguments import parse_arguments, run
 from datasets import ClassLabel, Dataset, concatenate_datasets
 from transformers import set_seed
@@ -98,6 +100,8 @@ class Recipe:
     temperature: float = 4.0
     teacher_weight: float = 1.0
     label_weight: float = 1.0
+    standardize_logits: bool = False
+    confidence_weighting: bool = False
     padding: float = 0.1
     horizontal_flip: float = 0.5
     crop: str = "pad"
@@ -127,58 +131,106 @@ class Recipe:
             "temperature": [self.temperature],
             "teacher_weights": [self.teacher_weight],
             "label_weight": self.label_weight,
+            "standardize_logits": self.standardize_logits,
+            "confidence_weighting": self.confidence_weighting,
         }
 
 
-# Changes of one thing each; several are joined by "+".
+# Changes of the recipe; several are joined by "+". "patience" multiplies the steps.
 VARIATIONS = {
     "base": {},
     "learning_rate_1e-3": {"learning_rate": 1e-3},
     "learning_rate_4e-3": {"learning_rate": 4e-3},
-    "learning_rate_1e-2": {"learning_rate": 1e-2},
     "label_smoothing_0.05": {"label_smoothing": 0.05},
     "label_smoothing_0.1": {"label_smoothing": 0.1},
     "label_smoothing_0.2": {"label_smoothing": 0.2},
     "temperature_1": {"temperature": 1.0},
     "temperature_2": {"temperature": 2.0},
+    "temperature_4": {"temperature": 4.0},
     "temperature_8": {"temperature": 8.0},
-    "erasing": {"erasing": 0.25},
+    "hard": {"distillation_mode": "hard"},
+    "label_weight_0": {"label_weight": 0.0},
+    "teacher_weight_0.3": {"teacher_weight": 0.3},
+    "teacher_weight_3": {"teacher_weight": 3.0},
+    "standardized": {"standardize_logits": True},
+    "confidence": {"confidence_weighting": True},
+    "views_1": {"num_views": 1},
+    "views_4": {"num_views": 4},
+    "views_10": {"num_views": 10},
+    "patience_0.5": {"patience": 0.5},
+    "patience_2": {"patience": 2},
     "pad_only": {"horizontal_flip": 0.0},
+    "erasing": {"erasing": 0.25},
     "resized": {"crop": "resized", "min_scale": 0.5},
-    "resized_erasing": {"crop": "resized", "min_scale": 0.5, "erasing": 0.25},
+    "linear": {"patch_embedding": "linear"},
+    "bias_stems": {"patch_embedding": "bias_stems"},
+    "mean_logits": {"fusion": "mean_logits"},
+    "class_token": {"fusion": "class_token"},
 }
+# Every method has the same number of trials, of the setting that matters most to it.
+_SMOOTHINGS = ("base", "label_smoothing_0.05", "label_smoothing_0.1", "label_smoothing_0.2")
+_TEMPERATURES = ("base", "temperature_1", "temperature_2", "temperature_8")
+TRIALS = {
+    **dict.fromkeys(TEACHERS, ("base", "learning_rate_4e-3", "label_smoothing_0.1", "learning_rate_4e-3+label_smoothing_0.1")),
+    **dict.fromkeys(("undistilled", "deit", "co_advise"), _SMOOTHINGS),
+    **dict.fromkeys(("conv_row", "inv_row", "both_row", "conv_views", "inv_views", "both_views"), _TEMPERATURES),
+}  # fmt: skip
 
 
-def build_recipe(method: str, images: int, seed: int, held_out: bool, changes: dict) -> Recipe:
-    rows = images * 4 // 5 if held_out else images
-    is_teacher = method in TEACHERS
-    steps = (TEACHER_STEPS if is_teacher else STEPS)[images] * (3 if method == "undistilled_long" else 1)
-    if held_out and not is_teacher:
-        steps //= 2
-    values = {**({"learning_rate": 1e-2} if is_teacher else {}), **METHODS[method].recipe, **changes}
-    steps = round(steps * values.pop("patience", 1))
-    # A view of each image for every epoch, so that none is seen twice.
-    epochs = math.ceil(steps * Recipe.batch_size / rows)
-    return Recipe(method, images, seed, held_out, steps, **{"num_views": epochs, **values})
+@dataclass
+class StudyArguments:
+    dataset: str = field(
+        default="zalando-datasets/fashion_mnist",
+        metadata={"help": "Fashion-MNIST: its id on the Hub, or a folder of its IDX files."},
+    )
+    stage: str = field(default="grid", metadata={"help": "search, choose or grid."})
+    images: list[int] = field(default_factory=lambda: [3000], metadata={"help": "Sizes of the training subset."})
+    methods: list[str] = field(default_factory=lambda: list(METHODS), metadata={"help": "Any of the methods."})
+    variations: list[str] = field(
+        default_factory=lambda: ["base"], metadata={"help": 'Changes of the recipe; join several by "+".'}
+    )
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "One cell each."})
+    teacher_steps: int | None = field(default=None, metadata={"help": "Other steps than the study's, to try it out."})
+    student_steps: int | None = field(default=None, metadata={"help": "Other steps than the study's, to try it out."})
+    results_dir: str = field(default="results/data_efficiency", metadata={"help": "Folder of the cells."})
+    work_dir: str = field(default="outputs/data_efficiency", metadata={"help": "Folder of models and tables."})
 
 
 class Study:
     """The images, and the folders of the cells and of the models."""
 
-    def __init__(self, dataset: str, results_dir: str, work_dir: str):
-        self.dataset, self.results_dir, self.work_dir = dataset, Path(results_dir), Path(work_dir)
+    def __init__(self, args: StudyArguments):
+        self.args, self.results_dir, self.work_dir = args, Path(args.results_dir), Path(args.work_dir)
         splits = self._load()
         # Our own splits are taken out of all training images.
         self.train = concatenate_datasets([splits["train"], splits["validation"]])
 
     def _load(self):
-        splits = load_image_dataset(self.dataset)
+        splits = load_image_dataset(self.args.dataset)
         classes = ClassLabel(names=CLASSES)
         return {name: rows.cast_column("label", classes) for name, rows in splits.items()}
 
     @property
     def recipes_path(self) -> Path:
         return self.results_dir / "recipes.json"
+
+    @property
+    def labels_path(self) -> Path:
+        return self.results_dir / "test_labels.json"
+
+    def recipe(self, method: str, images: int, seed: int, changes: dict) -> Recipe:
+        """The study's recipe, then the method's, then `changes`."""
+        is_teacher, is_search = method in TEACHERS, self.args.stage == "search"
+        if is_teacher:
+            steps = self.args.teacher_steps or TEACHER_STEPS[images]
+        else:
+            steps = self.args.student_steps or STEPS[images]
+            steps = steps // 2 if is_search else steps * (3 if method == "undistilled_long" else 1)
+        values = {**({"learning_rate": 1e-2} if is_teacher else {}), **METHODS[method].recipe, **changes}
+        steps = round(steps * values.pop("patience", 1))
+        # A view of each image for every epoch, so that none is seen twice.
+        epochs = math.ceil(steps * Recipe.batch_size / (images * 4 // 5 if is_search else images))
+        return Recipe(method, images, seed, is_search, steps, **{"num_views": epochs, **values})
 
     def rows(self, recipe: Recipe) -> tuple[Dataset, Dataset | None]:
         """The rows to train on and, in a search, those held out."""
@@ -235,10 +287,11 @@ class Study:
             "seconds": {"training": seconds, **recording},
             "losses": [entry for entry in trainer.state.log_history if "loss" in entry],
             # One digit an image, in the order of the split.
-            "predictions": "".join(map(str, outputs["logits"].argmax(-1))),
-            "labels": "".join(map(str, outputs["labels"])) if held_out is not None else None,
+            "predictions": digits(outputs["logits"].argmax(-1)),
             "machine": describe_machine(),
         }
+        if held_out is None and not self.labels_path.exists():
+            write(self.labels_path, digits(outputs["labels"]))
         trainer.model.save_pretrained(model_folder)
         processor.save_pretrained(model_folder)
         write(path, cell)
@@ -249,15 +302,33 @@ class Study:
         """Name → folder of the teachers that this recipe's student learns from; trained if they are not there."""
         folders = {}
         for name in METHODS[recipe.method].teachers:
-            changes = self.chosen(name) if not recipe.held_out else {}
-            teacher = build_recipe(name, recipe.images, recipe.seed, recipe.held_out, changes)
-            self.run_cell(teacher, "base")
+            self.run_cell(self.recipe(name, recipe.images, recipe.seed, self.chosen(name)), "base")
             folders[name] = str(self.folder(recipe) / f"{name}_base")
         return folders
 
     def chosen(self, method: str) -> dict:
-        """What the search chose for a method."""
+        """What the search chose for a method; nothing yet in the search itself."""
+        if self.args.stage == "search":
+            return {}
+        if not self.recipes_path.exists():
+            raise ValueError(f"There is no {self.recipes_path}; search and choose first.")
         return json.loads(self.recipes_path.read_text())[method]
+
+    def choose(self) -> None:
+        """Fix each method's recipe: the trial of the highest accuracy on held-out images, mean over its seeds."""
+        recipes = {}
+        for method, trials in TRIALS.items():
+            accuracies = {}
+            for variation in trials:
+                paths = sorted((self.results_dir / "search").glob(f"*_{method}_{variation}_[0-9].json"))
+                values = [json.loads(path.read_text())["metrics"]["accuracy"] for path in paths]
+                if not values:
+                    raise ValueError(f"{method} has no cell of the trial {variation}; run the search first.")
+                accuracies[variation] = sum(values) / len(values)
+            recipes[method] = combine(max(accuracies, key=accuracies.get))
+            print(method, {name: round(100 * value, 2) for name, value in accuracies.items()}, recipes[method])
+        recipes["undistilled_long"] = recipes["undistilled"]
+        write(self.recipes_path, recipes)
 
     def _student_trainer(self, recipe, student, processor, train):
         method = METHODS[recipe.method]
@@ -266,7 +337,6 @@ class Study:
         teachers = self.teachers(recipe)
         if method.logits == "online":
             return self._trainer(recipe, student, processor, train, teachers=teachers), {}
-        # Both teachers, also where a student learns from one: the table is there for the other methods.
         views = recipe.views() if method.logits == "views" else None
         table, seconds = self.record(recipe, train, teachers, views)
         return self._trainer(recipe, student, processor, table), {"recording": seconds}
@@ -334,6 +404,16 @@ def stopwatch():
     return lambda: {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
 
 
+def digits(classes) -> str:
+    """One digit for each class id."""
+    return "".join(map(str, classes))
+
+
+def undigits(text: str) -> np.ndarray:
+    """[`digits`] back."""
+    return np.array([int(digit) for digit in text])
+
+
 def fingerprint(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -354,33 +434,14 @@ def combine(variation: str) -> dict:
     return changes
 
 
-@dataclass
-class StudyArguments:
-    dataset: str = field(
-        default="zalando-datasets/fashion_mnist",
-        metadata={"help": "Fashion-MNIST: its id on the Hub, or a folder of its IDX files."},
-    )
-    stage: str = field(default="grid", metadata={"help": "search or grid."})
-    images: list[int] = field(default_factory=lambda: [3000], metadata={"help": "Sizes of the training subset."})
-    methods: list[str] = field(default_factory=lambda: list(METHODS), metadata={"help": "Any of the methods."})
-    variations: list[str] = field(
-        default_factory=lambda: ["base"], metadata={"help": 'Changes of the recipe, joined by "+". For the search.'}
-    )
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "One cell each."})
-    results_dir: str = field(default="results/data_efficiency", metadata={"help": "Folder of the cells."})
-    work_dir: str = field(default="outputs/data_efficiency", metadata={"help": "Folder of models and tables."})
-
-
 def main():
     (args,) = parse_arguments(StudyArguments)
-    study = Study(args.dataset, args.results_dir, args.work_dir)
-    held_out = args.stage == "search"
-    for images in args.images:
-        for seed in args.seeds:
-            for variation in args.variations:
-                for method in args.methods:
-                    changes = combine(variation) if held_out else study.chosen(method)
-                    study.run_cell(build_recipe(method, images, seed, held_out, changes), variation)
+    study = Study(args)
+    if args.stage == "choose":
+        return study.choose()
+    for images, seed, variation, method in product(args.images, args.seeds, args.variations, args.methods):
+        changes = {**study.chosen(method), **combine(variation)}
+        study.run_cell(study.recipe(method, images, seed, changes), variation)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from transformers import EvalPrediction, ResNetConfig, ResNetForImageClassificat
 
 import hf_ibdistill
 from hf_ibdistill import IBViTConfig, IBViTForImageClassification, evaluate_model, predict
-from hf_ibdistill.evaluation import ExpectedCalibrationError, classification_metrics, compute_metrics
+from hf_ibdistill.evaluation import ExpectedCalibrationError, classification_metrics, compute_metrics, token_attention
 from hf_ibdistill.logits.encoding import LogitsEncoding
 
 
@@ -343,6 +343,63 @@ def test_an_unreadable_image_names_its_row():
     rows = {"image": cells, "label": dataset["label"][:]}
     with pytest.raises(ValueError, match="Row 7: The image cannot be decoded"):
         predict(plain(), PROCESSOR, Dataset.from_dict(rows, features=table().features), batch_size=4)
+
+
+# Attention
+
+
+def attention_by_hand(model, images):
+    """The last layer's, from its queries and keys: (N, tokens, tokens), mean over two heads."""
+    last, outputs = model.ibvit.layers[-1].attention, {}
+
+    def keep(module, _, output):
+        outputs[module] = output.numpy()
+
+    hooks = [projection.register_forward_hook(keep) for projection in (last.q_proj, last.k_proj)]
+    with torch.no_grad():
+        model(PROCESSOR(images, return_tensors="pt")["pixel_values"])
+    for hook in hooks:
+        hook.remove()
+    heads = [np.split(outputs[projection], 2, axis=-1) for projection in (last.q_proj, last.k_proj)]
+    rows = [[softmax(q @ k.T / np.sqrt(q.shape[1])) for q, k in zip(*head)] for head in zip(*heads)]
+    return np.mean(rows, axis=0)
+
+
+@pytest.mark.parametrize("teacher_names", [(), ("inv", "conv")], ids=str)
+def test_attention_equals_the_softmax_of_queries_and_keys(teacher_names):
+    model, images = student(teacher_names=teacher_names, patch_size=2, num_hidden_layers=2), table(3)["image"][:]
+    expected = attention_by_hand(model, images)
+    maps = token_attention(model, PROCESSOR, images)
+    assert list(maps) == ["class token", *teacher_names]
+    for i, found in enumerate(maps.values()):
+        assert found.shape == (3, 4, 4) and found.dtype == np.float32
+        np.testing.assert_allclose(found, expected[:, i, len(maps) :].reshape(3, 4, 4), atol=1e-6)
+        assert (found.sum(axis=(1, 2)) < 1).all()
+
+
+@pytest.mark.parametrize(("turn", "axis"), [("FLIP_TOP_BOTTOM", 0), ("FLIP_LEFT_RIGHT", 1)])
+def test_attention_follows_the_patches(turn, axis):
+    model = student(patch_size=2, patch_embedding="linear")
+    # What a token looks at then depends on what is in a patch, not on where the patch is.
+    torch.nn.init.zeros_(model.ibvit.embeddings.position_embeddings)
+    colours = np.random.default_rng(0).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    image = PIL.Image.fromarray(colours).resize((8, 8), PIL.Image.Resampling.NEAREST)
+    maps = token_attention(model, PROCESSOR, [image, image.transpose(PIL.Image.Transpose[turn])])
+    for plain, turned in maps.values():
+        assert np.ptp(plain) > 0.01
+        np.testing.assert_allclose(turned, np.flip(plain, axis), atol=1e-6)
+
+
+def test_attention_of_a_model_with_fused_attention_in_half_precision_or_training_mode():
+    model, images = student(attention_probs_dropout_prob=0.5, num_hidden_layers=2), table(3)["image"][:]
+    expected = token_attention(model, PROCESSOR, images)
+    model.set_attn_implementation("sdpa")
+    np.testing.assert_equal(token_attention(model, PROCESSOR, images), expected)
+    assert model.config._attn_implementation == "sdpa"
+    found = token_attention(model.to(torch.bfloat16).train(), PROCESSOR, images)
+    for name, maps in found.items():
+        assert maps.dtype == np.float32
+        np.testing.assert_allclose(maps, expected[name], atol=2e-2)
 
 
 OFFLINE = """

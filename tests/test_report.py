@@ -6,8 +6,18 @@ import statistics
 import numpy as np
 import PIL.Image
 import pytest
+import scipy.ndimage
+import scipy.stats
 
-from hf_ibdistill.report import markdown_table, mean_and_spread, plot_run
+from hf_ibdistill.report import (
+    markdown_table,
+    mean_and_spread,
+    paired_difference,
+    plot_accuracy,
+    plot_attention,
+    plot_corrections,
+    plot_run,
+)
 
 
 GREEN = (0, 200, 90)
@@ -38,6 +48,27 @@ def test_one_run_has_no_spread():
     assert mean_and_spread([0.9137]) == "91.4"
 
 
+@pytest.mark.parametrize("confidence", [0.5, 0.9, 0.95, 0.999])
+@pytest.mark.parametrize("pairs", [2, 5, 40])
+def test_the_interval_of_a_difference_equals_that_of_scipys_test(pairs, confidence):
+    first, second = np.random.default_rng(pairs).normal([[0.7], [0.6]], 0.05, size=(2, pairs))
+    expected = scipy.stats.ttest_rel(first, second).confidence_interval(confidence)
+    mean = statistics.mean(first) - statistics.mean(second)
+    assert paired_difference(first, second, confidence) == pytest.approx((mean, expected.low, expected.high))
+
+
+def test_three_seeds_give_an_interval_that_holds_the_true_difference_as_often_as_it_says():
+    # With the normal distribution in place of Student's it would be 81 %.
+    runs = np.random.default_rng(0).normal(size=(2000, 2, 3))
+    intervals = [paired_difference(first, second)[1:] for first, second in runs]
+    assert np.mean([low < 0 < high for low, high in intervals]) == pytest.approx(0.95, abs=0.015)
+
+
+def test_a_difference_that_never_varies_is_certain_and_one_pair_is_not():
+    assert paired_difference([0.75, 0.5, 1.0], [0.5, 0.25, 0.75]) == (0.25, 0.25, 0.25)
+    assert paired_difference([0.25], [0.75]) == pytest.approx((-0.5, np.nan, np.nan), nan_ok=True)
+
+
 def history(start):
     entries = [{"step": 5, "loss": 1.0}]
     for step in (10, 20, 30):
@@ -55,6 +86,10 @@ def draw(path, runs=1, images=1, predictions=None):
         names,
         predictions or {"class": names, "conv": names},
     )
+    return read(path)
+
+
+def read(path):
     with PIL.Image.open(path) as image:
         assert image.format == "PNG"
         return np.asarray(image.convert("RGB")).astype(int)
@@ -63,6 +98,11 @@ def draw(path, runs=1, images=1, predictions=None):
 def count(pixels, colour):
     # Lines and letters have soft edges.
     return int((np.abs(pixels - colour).max(axis=-1) <= 40).sum())
+
+
+def stretches(mask):
+    """Begin and end of each run of true values."""
+    return np.flatnonzero(np.diff(np.pad(mask.astype(int), 1))).reshape(-1, 2)
 
 
 def test_plots_show_a_curve_for_each_run(tmp_path):
@@ -75,8 +115,7 @@ def test_plots_show_a_curve_for_each_run(tmp_path):
 def test_plots_show_every_image(images, tmp_path):
     pixels = draw(tmp_path / "plot.png", images=images)
     columns = (np.abs(pixels - GREEN).max(axis=-1) <= 12).sum(axis=0) > 20
-    # Stretches of columns with green in them: an image each.
-    assert (np.diff(columns.astype(int)) == 1).sum() == images
+    assert len(stretches(columns)) == images
 
 
 @pytest.mark.parametrize("wrong_names", [["dog", "dog"], ["cat", "cat"]], ids=["first image", "second image"])
@@ -85,6 +124,129 @@ def test_wrong_predictions_stand_out(wrong_names, tmp_path):
     wrong = {"class": ["cat", "dog"], "conv": wrong_names}
     assert count(draw(tmp_path / "right.png", images=2, predictions=right), CRIMSON) == 0
     assert count(draw(tmp_path / "wrong.png", images=2, predictions=wrong), CRIMSON) > 20
+
+
+def draw_accuracy(path, **panels):
+    plot_accuracy(path, panels, "labels")
+    return read(path)
+
+
+def largest_shape(pixels, colour):
+    """Rows and columns of the largest connected shape of a colour, which leaves out the legend's."""
+    shapes, _ = scipy.ndimage.label(np.abs(pixels - colour).max(axis=-1) <= 40, np.ones((3, 3)))
+    boxes = scipy.ndimage.find_objects(shapes)
+    rows, columns = max(boxes, key=lambda box: (box[0].stop - box[0].start) * (box[1].stop - box[1].start))
+    return np.array([rows.start, rows.stop]), np.array([columns.start, columns.stop])
+
+
+def test_a_method_has_one_colour_in_all_panels(tmp_path):
+    line = {10: [0.5], 100: [0.7]}
+    pixels = draw_accuracy(tmp_path / "plot.png", both={"plain": line, "ours": {10: [0.6]}}, ours={"ours": line})
+    left, right = np.array_split(pixels, 2, axis=1)
+    assert count(left, BLUE) > 100 and count(left, ORANGE) > 20
+    assert count(right, BLUE) == 0 and count(right, ORANGE) > 100
+
+
+def test_accuracies_have_bars_of_one_standard_deviation_on_a_logarithmic_axis(tmp_path):
+    accuracies = [0.4, 0.55, 0.6]
+    mean, spread = statistics.mean(accuracies), statistics.stdev(accuracies)
+    # A line of single seeds that begins as high as the bar's upper end, and ends as low as its lower.
+    ends = {1: [mean + spread], 10: [mean - spread]}
+    pixels = draw_accuracy(str(tmp_path / "plot.png"), panel={"ends": ends, "seeds": {100: accuracies}})
+    (line_rows, line_columns), (bar_rows, bar_columns) = (largest_shape(pixels, c) for c in (BLUE, ORANGE))
+    assert np.ptp(bar_rows) > 200
+    # Up to the size of a marker.
+    np.testing.assert_allclose(bar_rows, line_rows, atol=4)
+    assert bar_columns.mean() - line_columns[1] == pytest.approx(np.ptp(line_columns), abs=16)
+
+
+def test_quantities_are_drawn_in_their_order(tmp_path):
+    peak = {1: [0.5], 10: [0.9], 100: [0.5]}
+    shuffled = {place: peak[place] for place in (100, 1, 10)}
+    first, second = (draw_accuracy(tmp_path / "plot.png", panel={"plain": line}) for line in (peak, shuffled))
+    np.testing.assert_array_equal(first, second)
+
+
+def draw_attention(path, images, maps):
+    """The pictures in the plot: [row][column]."""
+    plot_attention(path, images, ["caption"] * len(images), maps)
+    pixels = read(path)
+    filled = pixels.min(axis=-1) < 230
+    rows, columns = (stretches(filled.mean(axis=axis) > 0.5) for axis in (1, 0))
+    return [[pixels[top + 2 : bottom - 2, left + 2 : right - 2] for left, right in columns] for top, bottom in rows]
+
+
+def brightest_patch(picture, height, width):
+    brightness = PIL.Image.fromarray(picture.mean(axis=-1).astype(np.float32))
+    patches = np.asarray(brightness.resize((width, height), PIL.Image.Resampling.BOX))
+    return divmod(int(patches.argmax()), width)
+
+
+def attention_to(*patches, height=3, width=4):
+    maps = np.full((len(patches), height, width), 0.01, np.float32)
+    for i, (y, x) in enumerate(patches):
+        maps[i, y, x] = 0.5
+    return maps
+
+
+def test_attention_is_drawn_where_it_is(tmp_path):
+    patches = {"class": [(0, 0), (2, 1)], "conv": [(0, 3), (1, 2)]}
+    maps = {name: attention_to(*places) for name, places in patches.items()}
+    _, *rows = draw_attention(tmp_path / "plot.png", [PIL.Image.new("RGB", (12, 12), GREEN)] * 2, maps)
+    found = [[brightest_patch(picture, 3, 4) for picture in row] for row in rows]
+    assert found == list(patches.values())
+
+
+@pytest.mark.parametrize(("images", "tokens"), [(1, 1), (3, 2)])
+def test_images_are_above_and_below_the_attention(images, tokens, tmp_path):
+    pale = [(0, 0), (2, 1), (1, 3)][:images]
+    pictures = [PIL.Image.new("RGB", (12, 12), colour) for colour in (GREEN, BLUE, CRIMSON)[:images]]
+    for picture, (y, x) in zip(pictures, pale):
+        picture.paste((225, 225, 225), (3 * x, 4 * y, 3 * x + 3, 4 * y + 4))
+    even = {f"token {i}": np.full((images, 3, 4), 0.05) for i in range(tokens)}
+    rows = draw_attention(str(tmp_path / "plot.png"), pictures, even)
+    assert [[brightest_patch(picture, 3, 4) for picture in row] for row in rows] == [pale] * (1 + tokens)
+    for picture, colour in zip(rows[0], (GREEN, BLUE, CRIMSON)):
+        np.testing.assert_allclose(np.median(picture, axis=(0, 1)), colour, atol=2)
+
+
+def draw_corrections(path, *arguments, names):
+    """Each cell of the plot: 1 if it is blue, −1 if red, 0 if white."""
+    plot_corrections(path, *arguments, names)
+    pixels = read(path)
+    dark = pixels.min(axis=-1) < 100
+    top, *_, bottom = np.flatnonzero(dark.mean(axis=1) > 0.5)
+    left, *_, right = np.flatnonzero(dark.mean(axis=0) > 0.5)
+    rows = np.array_split(pixels[top : bottom + 1, left : right + 1], len(names))
+    # The median: not the number in the cell.
+    cells = [[np.median(cell, axis=(0, 1)) for cell in np.array_split(row, len(names), axis=1)] for row in rows]
+    red, _, blue = np.moveaxis(cells, -1, 0)
+    sign = np.sign(blue - red) * (np.abs(blue - red) > 30)
+    assert (np.min(cells, axis=-1)[sign == 0] > 240).all()
+    return sign.tolist()
+
+
+@pytest.mark.parametrize(
+    ("labels", "before", "after", "expected"),
+    [
+        ([0, 0, 0, 1, 1, 1], [1, 1, 0, 1, 1, 0], [0, 0, 0, 1, 1, 0], [[1, 1], [0, 0]]),
+        ([0, 0, 0, 1, 1, 1], [0, 1, 0, 1, 1, 1], [0, 1, 0, 0, 1, 0], [[0, 0], [-1, -1]]),
+        ([0, 1, 2, 2], [0, 1, 0, 0], [0, 1, 1, 1], [[0, 0, 0], [0, 0, 0], [1, -1, 0]]),
+    ],
+    ids=["better", "worse", "another confusion"],
+)
+def test_better_is_blue_and_worse_is_red(labels, before, after, expected, tmp_path):
+    names = ["cat", "dog", "owl"][: len(expected)]
+    arrays = np.array(labels), [np.array(before)], [np.array(after)]
+    assert draw_corrections(tmp_path / "plot.png", *arrays, names=names) == expected
+
+
+def test_corrections_are_means_over_seeds(tmp_path):
+    labels = np.array([0, 0, 0, 1, 1, 1])
+    usual, better, worse = np.array([[0, 0, 1, 1, 1, 0], [0, 0, 0, 1, 1, 1], [0, 1, 1, 1, 0, 0]])
+    for after, sign in (([better, worse], 0), ([better, usual, usual], 1), ([worse, usual], -1)):
+        found = draw_corrections(str(tmp_path / "plot.png"), labels, [usual], after, names=["cat", "dog"])
+        assert found == [[sign, sign], [sign, sign]]
 
 
 def test_the_machine_is_described_in_json():

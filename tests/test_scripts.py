@@ -3,13 +3,16 @@
 import json
 import os
 import runpy
+import statistics
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import PIL.Image
 import pytest
 from datasets import load_from_disk
+from huggingface_hub import ModelCard
 
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
@@ -160,3 +163,75 @@ def test_mistakes_end_in_one_sentence(script, arguments, message, tmp_path):
         run(script, *arguments)
     assert message in exit.value.code
     assert "\n" not in exit.value.code
+
+
+# The data-efficiency study
+
+
+def study(folder, *arguments, images=100):
+    few = ["--dataset", "digits", "--images", images, "--teacher_steps", "1", "--student_steps", "2"]
+    folders = ["--results_dir", folder / "results", "--work_dir", folder / "work"]
+    run("study_data_efficiency.py", *few, *folders, *arguments)
+
+
+def test_a_cell_runs_once_and_keeps_its_recipe(tmp_path):
+    cell = ["--stage", "search", "--methods", "both_row", "--seeds", "1"]
+    study(tmp_path, *cell)
+    paths = sorted((tmp_path / "results" / "search").iterdir())
+    assert [path.name for path in paths] == [
+        f"100_{name}_base_1.json" for name in ("both_row", "conv", "inv")
+    ]  # its teachers are cells too
+    content = json.loads(paths[0].read_text())
+    assert content["split"] == "held out" and content["rows"] == 80 and len(content["predictions"]) == 20
+    written = [path.stat().st_mtime_ns for path in paths]
+    study(tmp_path, *cell)
+    assert [path.stat().st_mtime_ns for path in paths] == written
+    with pytest.raises(SystemExit, match="made by another recipe"):
+        study(tmp_path, *cell, "--student_steps", "4")
+
+
+def test_the_search_decides_and_the_test_images_stay_closed_before(tmp_path):
+    with pytest.raises(SystemExit, match="search and choose first"):
+        study(tmp_path, "--methods", "undistilled")
+    with pytest.raises(SystemExit, match="run the search first"):
+        study(tmp_path, "--stage", "choose")
+    search = tmp_path / "results" / "search"
+    search.mkdir(parents=True)
+    trials = runpy.run_path(str(SCRIPTS / "study_data_efficiency.py"))["TRIALS"]
+    random, best = np.random.default_rng(0), {}
+    for method, variations in trials.items():
+        accuracies = random.random((len(variations), 2))
+        best[method] = variations[accuracies.mean(1).argmax()]
+        for variation, values in zip(variations, accuracies):
+            for seed, accuracy in enumerate(values):
+                path = search / f"3000_{method}_{variation}_{seed}.json"
+                path.write_text(json.dumps({"metrics": {"accuracy": accuracy}}))
+    study(tmp_path, "--stage", "choose")
+    chosen = json.loads((tmp_path / "results" / "recipes.json").read_text())
+    combine = runpy.run_path(str(SCRIPTS / "study_data_efficiency.py"))["combine"]
+    assert {method: chosen[method] for method in trials} == {method: combine(best[method]) for method in trials}
+
+
+def test_the_study_ends_in_tables_pictures_and_cards(tmp_path):
+    results = tmp_path / "results"
+    results.mkdir()
+    methods = ["conv", "inv", "undistilled", "both_views"]
+    (results / "recipes.json").write_text(json.dumps(dict.fromkeys(methods, {})))
+    study(tmp_path, "--methods", *methods, "--seeds", "0", "1")
+    folders = ["--results_dir", results, "--work_dir", tmp_path / "work", "--cards_dir", tmp_path / "cards"]
+    run("report_data_efficiency.py", "--dataset", "digits", "--card_images", "100", *folders)
+    accuracies = {
+        name: [json.loads((results / f"grid/100_{name}_base_{seed}.json").read_text())["metrics"]["accuracy"] for seed in (0, 1)]
+        for name in methods
+    }  # fmt: skip
+    report = (results / "README.md").read_text()
+    ours, alone = accuracies["both_views"], accuracies["undistilled"]
+    assert f"| both, stored views | {50 * sum(ours):.1f} ± {100 * statistics.stdev(ours):.1f} (2 seeds) |" in report
+    difference = 50 * (sum(ours) - sum(alone))
+    assert f"| 100 | no teachers | 2 | {difference:+.2f} |" in report
+    for name in ("accuracy_images", "accuracy_time", "attention", "corrections"):
+        PIL.Image.open(results / f"{name}.png").verify()
+    card = ModelCard.load(tmp_path / "cards" / "fashion_mnist_100_student.md")
+    found = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert found["accuracy"] == pytest.approx(max(ours), abs=1e-6)
+    assert f"{100 * max(accuracies['conv']):.2f} %" in card.text

@@ -47,7 +47,10 @@ def test_defaults_are_one_number_for_all_teachers(tmp_path):
         ({"teacher_weights": -0.5}, r"A weight is at least 0; got teacher_weights=\[-0\.5\], label_weight=1\.0"),
         ({"teacher_weights": [1.0, -2.0]}, r"A weight is at least 0; got teacher_weights=\[1\.0, -2\.0\]"),
         ({"label_weight": -1.0}, r"A weight is at least 0; .*label_weight=-1\.0"),
-        ({"standardize_logits": True, "distillation_mode": "hard"}, 'standardize_logits does nothing in the "hard" mode'),
+        (
+            {"standardize_logits": True, "distillation_mode": "hard"},
+            'standardize_logits does nothing in the "hard" mode',
+        ),
         ({"temperature": []}, "temperature"),
         ({"teacher_weights": []}, "teacher_weights"),
         ({"temperature": float("nan")}, "temperature is above 0; got .*nan"),

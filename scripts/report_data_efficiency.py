@@ -1,0 +1,259 @@
+"""Tables, pictures and model cards from the cells of study_data_efficiency.py.
+
+    python scripts/report_data_efficiency.py
+    python scripts/report_data_efficiency.py --dataset FOLDER --work_dir outputs/data_efficiency
+
+Reads nothing but the cells, and writes REPORT_DIR/README.md with its pictures. With the images and the models at hand
+(`--dataset`), it also draws where the tokens look, and writes the cards of the best models.
+"""
+
+import json
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from arguments import parse_arguments, run
+from study_data_efficiency import CLASSES, METHODS, TEACHERS, Study, StudyArguments, undigits
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+from hf_ibdistill.evaluation import token_attention
+from hf_ibdistill.images import ImageRows
+from hf_ibdistill.model_card import create_model_card
+from hf_ibdistill.report import (
+    markdown_table,
+    mean_and_spread,
+    paired_difference,
+    plot_accuracy,
+    plot_attention,
+    plot_corrections,
+)
+
+
+OURS = "both_views"
+# What ours is compared with, pair by pair.
+RIVALS = ("undistilled", "undistilled_long", "deit", "conv_row", "inv_row", "both_row", "co_advise", "conv", "inv")
+
+
+@dataclass
+class ReportArguments:
+    results_dir: str = field(default="results/data_efficiency", metadata={"help": "Folder of the cells."})
+    dataset: str | None = field(default=None, metadata={"help": "Fashion-MNIST, for attention maps and model cards."})
+    work_dir: str = field(default="outputs/data_efficiency", metadata={"help": "Folder of the models."})
+    cards_dir: str = field(default="model_cards", metadata={"help": "Folder of the cards."})
+    card_images: list[int] = field(
+        default_factory=lambda: [10000, 60000], metadata={"help": "Sizes whose best models get a card."}
+    )
+
+
+def read_cells(folder: Path) -> dict:
+    """Method → images → seed → cell."""
+    cells = defaultdict(lambda: defaultdict(dict))
+    for path in sorted(folder.glob("*.json")):
+        cell = json.loads(path.read_text())
+        recipe = cell["recipe"]
+        cells[recipe["method"]][recipe["images"]][recipe["seed"]] = cell
+    return {method: dict(cells[method]) for method in METHODS if method in cells}
+
+
+def accuracies(cells: dict) -> list[float]:
+    return [cells[seed]["metrics"]["accuracy"] for seed in sorted(cells)]
+
+
+def right(cell: dict, labels: np.ndarray) -> np.ndarray:
+    """Whether each test image is classified rightly."""
+    return predicted(cell) == labels
+
+
+def predicted(cell: dict) -> np.ndarray:
+    return undigits(cell["predictions"])
+
+
+def accuracy_table(cells: dict) -> str:
+    sizes = sorted({images for sizes in cells.values() for images in sizes})
+    rows = [
+        [METHODS[name].title, *(_accuracy(by_size.get(images)) for images in sizes)] for name, by_size in cells.items()
+    ]
+    return markdown_table(["method", *(f"{images:,} images" for images in sizes)], rows)
+
+
+def _accuracy(by_seed):
+    if not by_seed:
+        return "–"
+    return mean_and_spread(accuracies(by_seed)) + (f" ({len(by_seed)} seeds)" if len(by_seed) > 1 else " (1 seed)")
+
+
+def difference_table(cells: dict, labels: np.ndarray) -> str:
+    rows = []
+    for images, ours in sorted(cells[OURS].items()):
+        for name in RIVALS:
+            theirs = cells.get(name, {}).get(images, {})
+            seeds = sorted(set(ours) & set(theirs))
+            if not seeds:
+                continue
+            pairs = [([cells_[seed] for seed in seeds]) for cells_ in (ours, theirs)]
+            over_seeds = paired_difference(*([cell["metrics"]["accuracy"] for cell in side] for side in pairs))
+            over_images = paired_difference(
+                *(np.mean([right(cell, labels) for cell in side], axis=0) for side in pairs)
+            )
+            rows.append([f"{images:,}", METHODS[name].title, len(seeds), _points(over_seeds[:1]), _interval(over_seeds),
+                         _interval(over_images)])  # fmt: skip
+    header = ["images", "against", "seeds", "points", "95 % interval over seeds", "95 % interval over test images"]
+    return markdown_table(header, rows)
+
+
+def _points(values):
+    return " … ".join(f"{100 * value:+.2f}" for value in values)
+
+
+def _interval(difference):
+    return "–" if np.isnan(difference[1]) else _points(difference[1:])
+
+
+def gap_table(cells: dict) -> str:
+    """How much of the distance from the undistilled student to the better teacher each method closes."""
+    students = [name for name in cells if name not in (*TEACHERS, "undistilled")]
+    rows = []
+    for images, by_seed in sorted(cells["undistilled"].items()):
+        bottom = np.mean(accuracies(by_seed))
+        top = max(np.mean(accuracies(cells[name][images])) for name in TEACHERS if images in cells[name])
+        shares = [
+            f"{100 * (np.mean(accuracies(cells[name][images])) - bottom) / (top - bottom):.0f} %"
+            if images in cells[name]
+            else "–"
+            for name in students
+        ]
+        rows.append([f"{images:,}", f"{100 * bottom:.1f} → {100 * top:.1f}", *shares])
+    return markdown_table(["images", "distance", *(METHODS[name].title for name in students)], rows)
+
+
+def seconds(cells: dict, method: str, images: int, seed: int) -> dict[str, float]:
+    """Processor seconds of a cell's parts: its teachers, the recording, its own training."""
+    own = cells[method][images][seed]["seconds"]
+    teachers = sum(cells[name][images][seed]["seconds"]["training"]["cpu"] for name in METHODS[method].teachers)
+    return {
+        "teachers": teachers,
+        "recording": own.get("recording", {}).get("cpu", 0.0),
+        "training": own["training"]["cpu"],
+    }
+
+
+def time_table(cells: dict) -> str:
+    rows = []
+    for name, by_size in cells.items():
+        for images, by_seed in sorted(by_size.items()):
+            parts = [seconds(cells, name, images, seed) for seed in by_seed]
+            means = [np.mean([part[key] for part in parts]) for key in ("teachers", "recording", "training")]
+            rows.append([METHODS[name].title, f"{images:,}", *(f"{value:.0f}" for value in [*means, sum(means)])])
+    return markdown_table(["method", "images", "teachers", "recording", "training", "all"], rows)
+
+
+def trial_table(folder: Path) -> str:
+    """The search's cells: accuracy on held-out images, mean over seeds."""
+    trials = defaultdict(list)
+    for path in sorted(folder.glob("*.json")):
+        cell = json.loads(path.read_text())
+        trials[cell["recipe"]["method"], cell["recipe"]["images"], cell["variation"]].append(cell["metrics"])
+    rows = []
+    for (method, images, variation), metrics in trials.items():
+        log_likelihood = np.mean([values["negative_log_likelihood"] for values in metrics])
+        accuracy = mean_and_spread([values["accuracy"] for values in metrics])
+        rows.append([METHODS[method].title, f"{images:,}", variation, len(metrics), accuracy, f"{log_likelihood:.3f}"])
+    return markdown_table(["method", "images", "trial", "seeds", "held-out accuracy (%)", "−log p"], rows)
+
+
+def draw_lines(cells: dict, folder: Path) -> None:
+    sizes = sorted({images for by_size in cells.values() for images in by_size})
+    by_images = {
+        METHODS[name].title: {images: accuracies(by_seed) for images, by_seed in by_size.items()}
+        for name, by_size in cells.items()
+    }
+    plot_accuracy(folder / "accuracy_images.png", {"Fashion-MNIST": by_images}, "training images")
+    by_time = {}
+    for images in sizes:
+        by_time[f"{images:,} images"] = {
+            METHODS[name].title: {
+                np.mean([sum(seconds(cells, name, images, seed).values()) for seed in by_size[images]]): accuracies(by_size[images])
+            }
+            for name, by_size in cells.items()
+            if images in by_size
+        }  # fmt: skip
+    plot_accuracy(folder / "accuracy_time.png", by_time, "processor seconds: teachers, recording and training")
+
+
+def write_cards(study: Study, cells: dict, args, folder: Path, labels: np.ndarray) -> None:
+    """The cards of the best seed's teachers and student, and where that student's tokens look."""
+    for images in args.card_images:
+        if images not in cells.get(OURS, {}):
+            continue
+        teacher_metrics = {}
+        for name in (*TEACHERS, OURS):
+            by_seed = cells[name][images]
+            seed, cell = max(by_seed.items(), key=lambda item: item[1]["metrics"]["accuracy"])
+            model_folder = Path(args.work_dir) / f"{images}_{seed}" / f"{name}_base"
+            model = AutoModelForImageClassification.from_pretrained(model_folder)
+            is_student = name == OURS
+            if is_student and images == min(args.card_images):
+                draw_attention(study, model, AutoImageProcessor.from_pretrained(model_folder), folder)
+            card = create_model_card(
+                model,
+                title=f"{METHODS[name].title}, {images:,} images of Fashion-MNIST",
+                data_name="zalando-datasets/fashion_mnist",
+                split="test",
+                metrics=cell["metrics"],
+                recipe=cell["recipe"],
+                teacher_metrics=teacher_metrics if is_student else None,
+                notes=f"Test accuracy of the seeds {sorted(by_seed)}: {', '.join(f'{100 * value:.2f}' for value in accuracies(by_seed))} %.",
+            )
+            teacher_metrics[name] = cell["metrics"]
+            path = Path(args.cards_dir) / f"fashion_mnist_{images}_{'student' if is_student else name}.md"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            card.save(path)
+
+
+def draw_attention(study: Study, model, processor, folder: Path) -> None:
+    rows = ImageRows(study.test_rows(), "image", ["label"])
+    chosen, found = [], set()
+    for row in (rows[i] for i in range(len(rows))):
+        if row["label"] not in found:
+            found.add(row["label"])
+            chosen.append(row)
+        if len(found) == len(CLASSES):
+            break
+    chosen.sort(key=lambda row: row["label"])
+    images = [row["image"] for row in chosen]
+    maps = token_attention(model, processor, images)
+    plot_attention(folder / "attention.png", images, [CLASSES[row["label"]] for row in chosen], maps)
+
+
+def main():
+    (args,) = parse_arguments(ReportArguments)
+    folder = Path(args.results_dir)
+    cells = read_cells(folder / "grid")
+    labels = undigits(json.loads((folder / "test_labels.json").read_text()))
+    sections = {
+        "Test accuracy (%)": accuracy_table(cells),
+        f"{METHODS[OURS].title}, against": difference_table(cells, labels),
+        "Share of the distance to the better teacher": gap_table(cells),
+        "Processor seconds, one thread": time_table(cells),
+        "Search on held-out images": trial_table(folder / "search"),
+    }
+    text = "\n\n".join(f"## {title}\n\n{table}" for title, table in sections.items())
+    (folder / "README.md").write_text(f"# How many images does a student need?\n\n{text}\n")
+    print(text)
+    draw_lines(cells, folder)
+    shared = max((images for images in cells[OURS] if images in cells["undistilled"]), key=lambda n: n == 3000)
+    before, after = ([predicted(cell) for cell in cells[name][shared].values()] for name in ("undistilled", OURS))
+    plot_corrections(folder / "corrections.png", labels, before, after, CLASSES)
+    if args.dataset is not None:
+        write_cards(
+            Study(StudyArguments(args.dataset, results_dir=args.results_dir, work_dir=args.work_dir)),
+            cells,
+            args,
+            folder,
+            labels,
+        )
+
+
+if __name__ == "__main__":
+    run(main)
