@@ -113,6 +113,9 @@ class IBViTEmbeddings(nn.Module):
                 "Resize them with the image processor, or pass interpolate_pos_encoding=True."
             )
         pixel_values = pixel_values.to(self.class_token.dtype)
+        if config.patch_embedding == "convolution":
+            # A tenth of the whole step, on a CPU; involution would pay for turning its operands.
+            pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         patches = {name: stem(pixel_values).flatten(2).transpose(1, 2) for name, stem in self.stems.items()}
         class_token = self.class_token.expand(batch_size, -1, -1)
         teacher_tokens = self.teacher_tokens.expand(batch_size, -1, -1)
