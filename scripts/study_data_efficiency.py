@@ -50,8 +50,9 @@ CLASS_CONFIG = {
     "num_labels": len(CLASSES), "id2label": dict(enumerate(CLASSES)), "label2id": {c: i for i, c in enumerate(CLASSES)}
 }  # fmt: skip
 TEACHERS = {"conv": "convolution-small", "inv": "involution-small"}
-STEPS = {1000: 1500, 3000: 2400, 10000: 4000, 60000: 10000}
+STEPS = {1000: 1500, 3000: 2400, 10000: 4000, 60000: 8000}
 TEACHER_STEPS = {1000: 800, 3000: 1200, 10000: 2400, 60000: 6000}
+MAX_STORED_VIEWS = 16
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,8 @@ VARIATIONS = {
     "confidence": {"confidence_weighting": True},
     "views_1": {"num_views": 1},
     "views_4": {"num_views": 4},
-    "views_10": {"num_views": 10},
+    "views_32": {"num_views": 32},
+    "views_64": {"num_views": 64},
     "patience_0.5": {"patience": 0.5},
     "patience_2": {"patience": 2},
     "pad_only": {"horizontal_flip": 0.0},
@@ -167,13 +169,18 @@ VARIATIONS = {
     "mean_logits": {"fusion": "mean_logits"},
     "class_token": {"fusion": "class_token"},
 }
-# Every method has the same number of trials, of the setting that matters most to it.
-_SMOOTHINGS = ("base", "label_smoothing_0.05", "label_smoothing_0.1", "label_smoothing_0.2")
-_TEMPERATURES = ("base", "temperature_1", "temperature_2", "temperature_8")
+# Every student has the same number of trials. The methods of one row share a temperature.
+_LABEL_TRIALS = ("base", "learning_rate_1e-3", "label_smoothing_0.1", "learning_rate_1e-3+label_smoothing_0.1")
+_LOGITS_TRIALS = ("base", "learning_rate_1e-3", "temperature_1", "temperature_8")
 TRIALS = {
-    **dict.fromkeys(TEACHERS, ("base", "learning_rate_4e-3", "label_smoothing_0.1", "learning_rate_4e-3+label_smoothing_0.1")),
-    **dict.fromkeys(("undistilled", "deit", "co_advise"), _SMOOTHINGS),
-    **dict.fromkeys(("conv_row", "inv_row", "both_row", "conv_views", "inv_views", "both_views"), _TEMPERATURES),
+    **dict.fromkeys(TEACHERS, ("base", "learning_rate_4e-3")),
+    **dict.fromkeys(("undistilled", "deit", "co_advise"), _LABEL_TRIALS),
+    **dict.fromkeys(("both_row", "both_views"), _LOGITS_TRIALS),
+}
+# Baselines and parts of a method run by the recipe of the whole.
+SAME_RECIPE = {
+    "undistilled_long": "undistilled",
+    "conv_row": "both_row", "inv_row": "both_row", "conv_views": "both_views", "inv_views": "both_views"
 }  # fmt: skip
 
 
@@ -228,9 +235,11 @@ class Study:
             steps = steps // 2 if is_search else steps * (3 if method == "undistilled_long" else 1)
         values = {**({"learning_rate": 1e-2} if is_teacher else {}), **METHODS[method].recipe, **changes}
         steps = round(steps * values.pop("patience", 1))
-        # A view of each image for every epoch, so that none is seen twice.
-        epochs = math.ceil(steps * Recipe.batch_size / (images * 4 // 5 if is_search else images))
-        return Recipe(method, images, seed, is_search, steps, **{"num_views": epochs, **values})
+        # A view of each image for every epoch; but a view that is stored costs more than the step that it saves.
+        views = math.ceil(steps * Recipe.batch_size / (images * 4 // 5 if is_search else images))
+        if METHODS[method].logits == "views":
+            views = min(views, MAX_STORED_VIEWS)
+        return Recipe(method, images, seed, is_search, steps, **{"num_views": views, **values})
 
     def rows(self, recipe: Recipe) -> tuple[Dataset, Dataset | None]:
         """The rows to train on and, in a search, those held out."""
@@ -327,7 +336,7 @@ class Study:
                 accuracies[variation] = sum(values) / len(values)
             recipes[method] = combine(max(accuracies, key=accuracies.get))
             print(method, {name: round(100 * value, 2) for name, value in accuracies.items()}, recipes[method])
-        recipes["undistilled_long"] = recipes["undistilled"]
+        recipes |= {method: recipes[other] for method, other in SAME_RECIPE.items()}
         write(self.recipes_path, recipes)
 
     def _student_trainer(self, recipe, student, processor, train):
