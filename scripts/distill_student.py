@@ -119,6 +119,8 @@ def main():
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     split = result_split(splits)
     evaluate_and_save(trainer, splits[split], split, title="Distilled student", data_name=data.dataset)
+    if args.push_to_hub:
+        trainer.push_to_hub()
     if trainer.is_world_process_zero():
         print(json.dumps(json.loads((Path(args.output_dir) / RESULTS).read_text())["metrics"], indent=2))
 

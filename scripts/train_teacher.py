@@ -59,6 +59,8 @@ def main():
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     split = result_split(splits)
     evaluate_and_save(trainer, splits[split], split, title=teacher.preset, data_name=data.dataset)
+    if args.push_to_hub:
+        trainer.push_to_hub()
 
 
 if __name__ == "__main__":
