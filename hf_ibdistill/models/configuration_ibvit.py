@@ -4,6 +4,18 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 
+# DeiT's shapes (arXiv 2012.12877, table 1) and its code's epsilon; 224 pixels, patches of 16 and 12 layers are the defaults.
+PRESETS = {
+    f"deit-{name}": {
+        "hidden_size": width,
+        "num_attention_heads": width // 64,
+        "intermediate_size": 4 * width,
+        "layer_norm_eps": 1e-6,
+    }
+    for name, width in {"tiny": 192, "small": 384, "base": 768}.items()
+}
+
+
 @strict
 class IBViTConfig(PreTrainedConfig):
     r"""Configuration of [`IBViTModel`] and [`IBViTForImageClassification`]: a ViT (arXiv 2010.11929) with a class token
@@ -112,6 +124,20 @@ class IBViTConfig(PreTrainedConfig):
             )
         if self.image_size % self.patch_size != 0:
             raise ValueError(f"patch_size ({self.patch_size}) must divide image_size ({self.image_size}).")
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides) -> "IBViTConfig":
+        """The configuration of a named network; `overrides` replace any of its fields.
+
+        `"deit-tiny"`, `"deit-small"`, `"deit-base"`: the sizes of DeiT (arXiv 2012.12877) for 224 pixels (5.7, 22 and 86 M
+        parameters at 1,000 classes without teachers; each teacher adds a token and a head).
+
+        Raises:
+            ValueError: there is no preset of this name.
+        """
+        if name not in PRESETS:
+            raise ValueError(f'There is no preset "{name}"; choose one of {", ".join(PRESETS)}.')
+        return cls(**{**PRESETS[name], **overrides})
 
 
 __all__ = ["IBViTConfig"]

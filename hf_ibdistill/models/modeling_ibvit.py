@@ -1,12 +1,21 @@
 """The student: a vision transformer with a class token and one token, with a head of its own, for each teacher."""
 
+import logging
 import math
+import os
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    DeiTForImageClassification,
+    DeiTForImageClassificationWithTeacher,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ViTForImageClassification,
+)
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -18,6 +27,9 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_ibvit import IBViTConfig
 from .involution import Involution2d
+
+
+logger = logging.getLogger(__name__)
 
 
 def fastest_attention_forward(module, query, key, value, attention_mask, **kwargs):
@@ -74,6 +86,17 @@ class IBViTStem(nn.Sequential):
         super().__init__(*layers)
 
 
+def interpolate_positions(positions: torch.Tensor, side: int, size: tuple[int, int]) -> torch.Tensor:
+    """Position embeddings (1, tokens + side², hidden_size) for another grid of patches: bicubic between the patches, the
+    tokens' own kept."""
+    if size == (side, side):
+        return positions
+    tokens, patches = positions[:, : -(side**2)], positions[:, -(side**2) :]
+    patches = patches.unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    patches = nn.functional.interpolate(patches, size, mode="bicubic", align_corners=False)
+    return torch.cat((tokens, patches.flatten(2).transpose(1, 2)), dim=1)
+
+
 class IBViTEmbeddings(nn.Module):
     """Pixels (N, channels, H, W) → tokens (N, 1 + teachers + patches, hidden_size): class, teachers, patches."""
 
@@ -91,16 +114,10 @@ class IBViTEmbeddings(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def interpolate_pos_encoding(self, height: int, width: int) -> torch.Tensor:
-        """The position embeddings for images of another size: bicubic between the patches, the tokens' own kept."""
-        num_tokens = 1 + self.teacher_tokens.shape[1]
-        side = self.config.image_size // self.config.patch_size
-        size = (height // self.config.patch_size, width // self.config.patch_size)
-        if size == (side, side):
-            return self.position_embeddings
-        tokens, patches = self.position_embeddings[:, :num_tokens], self.position_embeddings[:, num_tokens:]
-        patches = patches.unflatten(1, (side, side)).permute(0, 3, 1, 2)
-        patches = nn.functional.interpolate(patches, size, mode="bicubic", align_corners=False)
-        return torch.cat((tokens, patches.flatten(2).transpose(1, 2)), dim=1)
+        """The position embeddings for images of another size; see [`interpolate_positions`]."""
+        patch_size = self.config.patch_size
+        size = (height // patch_size, width // patch_size)
+        return interpolate_positions(self.position_embeddings, self.config.image_size // patch_size, size)
 
     def forward(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False) -> torch.Tensor:
         batch_size, num_channels, height, width = pixel_values.shape
@@ -197,6 +214,54 @@ class IBViTModel(IBViTPreTrainedModel):
         return BaseModelOutput(last_hidden_state=self.layernorm(hidden_states))
 
 
+def config_from_vit(
+    source: PreTrainedConfig, teacher_names: list[str] | tuple[str, ...], image_size: int | None, **kwargs
+) -> tuple[IBViTConfig, dict]:
+    """What our configuration shares with a `ViTConfig` or `DeiTConfig`, but for the fields given; and the other `kwargs`."""
+    names = IBViTConfig().to_dict().keys() - {"model_type", "architectures", "transformers_version"}
+    fields = {name: value for name, value in source.to_dict().items() if name in names}
+    for name in ("image_size", "patch_size"):
+        sides = fields[name] if isinstance(fields[name], (list, tuple)) else [fields[name]]
+        if len(set(sides)) > 1:
+            raise ValueError(f"Images and patches must be square; the checkpoint has {name}={fields[name]}.")
+        fields[name] = sides[0]
+    shape = ("patch_size", "num_channels", "hidden_size", "num_hidden_layers", "num_attention_heads", "qkv_bias")
+    shape = {"patch_embedding": "linear", **{name: fields[name] for name in (*shape, "intermediate_size")}}
+    fields["teacher_names"] = teacher_names
+    if image_size is not None:
+        fields["image_size"] = image_size
+    config, kwargs = IBViTConfig.from_dict(fields, return_unused_kwargs=True, **kwargs)
+    config.validate()
+    for name, value in shape.items():
+        if getattr(config, name) != value:
+            raise ValueError(f"The checkpoint's weights are for {name}={value!r}; got {getattr(config, name)!r}.")
+    return config, kwargs
+
+
+def weights_from_vit(source: PreTrainedModel, config: IBViTConfig, has_heads: bool) -> dict[str, torch.Tensor]:
+    """The weights of transformers' ViT or DeiT under our names; see [`IBViTForImageClassification.from_vit`]."""
+    weights = source.base_model.state_dict()
+    names = [f"embeddings.{name}_token" for name in ("cls", "distillation")]
+    tokens = torch.cat([weights.pop(name) for name in names if name in weights], dim=1)
+    num_tokens = tokens.shape[1]
+    # Which of the checkpoint's tokens each of ours starts as.
+    starts = [min(i, num_tokens - 1) for i in range(1 + len(config.teacher_names))]
+    weights["embeddings.class_token"], weights["embeddings.teacher_tokens"] = tokens[:, :1], tokens[:, starts[1:]]
+    positions, side = weights["embeddings.position_embeddings"], config.image_size // config.patch_size
+    positions = interpolate_positions(positions, math.isqrt(positions.shape[1] - num_tokens), (side, side))
+    positions = torch.cat((positions[:, starts], positions[:, num_tokens:]), dim=1)
+    weights["embeddings.position_embeddings"] = positions
+    weights = {name.replace("patch_embeddings.projection", "stems.convolution.0"): weights[name] for name in weights}
+    weights = {f"ibvit.{name}": tensor for name, tensor in weights.items()}
+    if has_heads:
+        heads = [module for name, module in source.named_children() if name.endswith("classifier")]
+        names = ["class_head", *(f"teacher_heads.{i}" for i in range(len(config.teacher_names)))]
+        for name, start in zip(names, starts):
+            head = heads[min(start, len(heads) - 1)].state_dict()
+            weights |= {f"{name}.{key}": tensor.clone() for key, tensor in head.items()}
+    return weights
+
+
 class IBViTForImageClassification(IBViTPreTrainedModel):
     """The transformer with a linear head on the class token and one on each teacher token, fused into one prediction.
     See [`IBViTConfig`] for its shape and the kinds of fusion."""
@@ -209,6 +274,102 @@ class IBViTForImageClassification(IBViTPreTrainedModel):
             [nn.Linear(config.hidden_size, config.num_labels) for _ in config.teacher_names]
         )
         self.post_init()
+
+    @classmethod
+    def from_vit(
+        cls,
+        name_or_path: str | os.PathLike,
+        teacher_names: list[str] | tuple[str, ...] = ("conv", "inv"),
+        image_size: int | None = None,
+        **kwargs,
+    ) -> "IBViTForImageClassification":
+        r"""A student that starts as a trained ViT (arXiv 2010.11929) or DeiT (arXiv 2012.12877), in evaluation mode.
+
+        Without teacher names it predicts exactly what transformers' own class predicts from the checkpoint, and with
+        `image_size` what that predicts with `interpolate_pos_encoding=True`. A distilled DeiT attends to its distillation
+        token and so cannot do without: with no teacher names this stays, with a warning, as a teacher token named
+        `"distillation"`, and `fusion` becomes the original's: `"mean_logits"` for `DeiTForImageClassificationWithTeacher`,
+        `"class_token"` for `DeiTForImageClassification`, and for heads that start anew. One teacher name and that fusion
+        predict exactly the same.
+
+        What the student's parts start as:
+        - transformer, patch projection, class token and position embeddings: the checkpoint's, the patches' positions
+            interpolated (bicubic) to `image_size`;
+        - first teacher token, its position and its head: DeiT's distillation token, where there is one;
+        - other teacher tokens, their positions and heads: copies of the last that the checkpoint has (the distillation
+            token's, or else the class token's). So they predict something sensible at once, and part as soon as their
+            teachers differ; but since the others attend to them too, the prediction is near the original's, not equal;
+        - all heads, where the checkpoint has none or `num_labels` is another: new, with transformers' warning.
+
+        A pooler, a mask token and the decoder of masked image modeling are left out, as in transformers' classifiers.
+
+        Args:
+            name_or_path: a folder or a Hub id with a safetensors checkpoint of type `"vit"` or `"deit"` (plain DeiTs are
+                stored as `"vit"`), with or without a classification head.
+            teacher_names: as in [`IBViTConfig`].
+            image_size: height and width of the student's images, in pixels; `None` keeps the checkpoint's.
+            kwargs: as in `from_pretrained`: where to find the checkpoint (`revision`, `token`, `cache_dir`, …), how to
+                load it (`dtype`, `device_map`, `attn_implementation`, …), and fields of [`IBViTConfig`] (`fusion`,
+                `num_labels`, `id2label`, `label2id`, …); the others are the checkpoint's.
+
+        Raises:
+            ValueError: the checkpoint is of another type, has images or patches that are not square, or tensors too many or
+                too few; or a field was given that its weights do not fit, such as `patch_size` or `patch_embedding`.
+            StrictDataclassClassValidationError: as from [`IBViTConfig`].
+            OSError: there is no such checkpoint, or not in safetensors.
+
+        Example:
+
+        ```python
+        >>> from hf_ibdistill import IBViTForImageClassification
+
+        >>> student = IBViTForImageClassification.from_vit(
+        ...     "facebook/deit-tiny-patch16-224", teacher_names=("conv", "inv"), num_labels=10
+        ... )
+        ```
+        """
+        names = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token", "variant")
+        location = {name: kwargs.pop(name) for name in names if name in kwargs}
+        saved_config, _ = PreTrainedConfig.get_config_dict(name_or_path, **location)
+        model_type = saved_config.get("model_type")
+        if model_type not in ("vit", "deit"):
+            raise ValueError(
+                f'from_vit takes checkpoints of type "vit" or "deit"; {name_or_path} is of type "{model_type}".'
+            )
+        source_class = ViTForImageClassification if model_type == "vit" else DeiTForImageClassification
+        if DeiTForImageClassificationWithTeacher.__name__ in (saved_config.get("architectures") or ()):
+            source_class = DeiTForImageClassificationWithTeacher
+        source_config = source_class.config_class.from_dict(saved_config)
+        keeps_distillation_token = model_type == "deit" and not teacher_names
+        if keeps_distillation_token:
+            teacher_names = ("distillation",)
+        has_fusion, dtype = "fusion" in kwargs, kwargs.pop("dtype", "auto")
+        config, kwargs = config_from_vit(source_config, teacher_names, image_size, **kwargs)
+
+        source, loaded = source_class.from_pretrained(
+            name_or_path, config=source_config, use_safetensors=True, output_loading_info=True, **location
+        )
+        left_out = {"pooler", "mask_token", "decoder"}
+        unused = [name for name in sorted(loaded["unexpected_keys"]) if not left_out & {*name.split(".")}]
+        missing = [name for name in sorted(loaded["missing_keys"]) if "classifier" not in name]
+        if unused or missing:
+            raise ValueError(
+                f"{name_or_path} is no {source_class.__name__}: {unused} have no place in it, {missing} are missing."
+            )
+        has_heads = not loaded["missing_keys"] and config.num_labels == source_config.num_labels
+        if keeps_distillation_token:
+            if not has_fusion:
+                is_mean = has_heads and source_class is DeiTForImageClassificationWithTeacher
+                config.fusion = "mean_logits" if is_mean else "class_token"
+            logger.warning(
+                '%s attends to a distillation token, which is kept as the teacher token "distillation"; fusion is "%s".',
+                name_or_path,
+                config.fusion,
+            )
+        weights = weights_from_vit(source, config, has_heads)
+        model = cls.from_pretrained(None, config=config, state_dict=weights, dtype=dtype, **kwargs)
+        model.config.name_or_path = model.name_or_path = str(name_or_path)
+        return model
 
     def fuse(self, class_logits: torch.Tensor, teacher_token_logits: torch.Tensor | None) -> torch.Tensor:
         """Class head (N, classes) and teacher heads (N, teachers, classes) → logits (N, classes), by `config.fusion`."""
