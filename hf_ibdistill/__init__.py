@@ -25,11 +25,12 @@ _PUBLIC_NAMES = {
     "logits.provenance": ["attach_record", "read_records", "stored_views"],
     "logits.attaching": ["attach_teacher_logits"],
     "logits.publishing": ["export_logits_table", "open_logits_table"],
+    "hub": ["push_folder_to_hub", "push_logits_to_hub"],
     "logits.verification": ["verify_teacher_logits"],
     "training.losses": ["ensemble_distillation_loss"],
     "training.arguments": ["DistillationArguments", "ImageTrainingArguments"],
     "training.trainer": ["EnsembleDistillationTrainer", "ImageClassificationTrainer"],
-    "evaluation": ["evaluate_model", "predict"],
+    "evaluation": ["evaluate_model", "predict", "token_attention"],
     "model_card": ["create_model_card"],
 }
 _MODULE_OF = {name: module for module, names in _PUBLIC_NAMES.items() for name in names}

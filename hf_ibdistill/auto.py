@@ -22,6 +22,8 @@ def _register_configuration(module):
 
     config = _config_class(module)
     AutoConfig.register(config.model_type, config, exist_ok=True)
+    # What is saved carries its own code, so that a published model loads where this package is not installed.
+    config.register_for_auto_class()
 
 
 def _register_image_processor(_):
@@ -41,8 +43,10 @@ def _register_model(module):
         model = getattr(module, name)
         if name.endswith("ForImageClassification"):
             AutoModelForImageClassification.register(model.config_class, model, exist_ok=True)
+            model.register_for_auto_class("AutoModelForImageClassification")
         elif name.endswith("Model") and not name.endswith("PreTrainedModel"):
             AutoModel.register(model.config_class, model, exist_ok=True)
+            model.register_for_auto_class("AutoModel")
 
 
 def _config_class(configuration_module):

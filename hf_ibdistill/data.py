@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -331,6 +331,27 @@ def name_difference(expected: Iterable[str], found: Iterable[str]) -> str:
     if not missing and not extra:
         return f"the same names in another order ({expected[:10]} and {found[:10]})"
     return f"{missing[:10]} only in the first, {extra[:10]} only in the second"
+
+
+def has_default_names(label_names: Sequence[str]) -> bool:
+    """Whether the names are the ones that transformers gives classes that nobody named."""
+    return list(label_names) == [f"LABEL_{i}" for i in range(len(label_names))]
+
+
+def check_class_names(label_names: Sequence[str], expected: Sequence[str], whose: str) -> None:
+    """Refuse other classes than the data set's, or the same in another order. Unnamed classes pass by their number.
+
+    Raises:
+        ValueError: what differs.
+    """
+    if len(label_names) != len(expected):
+        raise ValueError(f"{whose} has {len(label_names)} classes; the data set has {len(expected)}.")
+    unnamed = has_default_names(label_names) or has_default_names(expected)
+    if not unnamed and list(label_names) != list(expected):
+        raise ValueError(
+            f"The data set's classes and those of {whose} differ: {name_difference(expected, label_names)}. "
+            "Logits are matched to classes by position, so names and order must be the same."
+        )
 
 
 def _split(dataset, label_column, fraction, seed):

@@ -11,10 +11,9 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 from transformers import BaseImageProcessor, EvalPrediction, PreTrainedModel
 
-from .data import class_names, config_class_names, find_columns
+from .data import check_class_names, class_names, config_class_names, find_columns
 from .images import ImageRows
 from .logits.encoding import column_name, describe_column
-from .logits.provenance import check_class_names
 from .models.modeling_ibvit import IBViTForImageClassification
 from .teachers import without_autocast
 from .training.collator import DistillationCollator

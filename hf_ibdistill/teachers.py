@@ -2,16 +2,19 @@
 
 import copy
 import hashlib
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from accelerate.utils import extract_model_from_parallel
 from transformers import AutoImageProcessor, AutoModelForImageClassification, BaseImageProcessor, PreTrainedModel
 
-from .data import config_class_names
+from .data import check_class_names, config_class_names
 
+
+logger = logging.getLogger(__name__)
 
 TeacherLike = PreTrainedModel | tuple[PreTrainedModel, BaseImageProcessor] | str | os.PathLike
 
@@ -25,18 +28,38 @@ class Teacher:
     model: PreTrainedModel
     image_processor: BaseImageProcessor
     bf16: bool = False
+    _class_order: list[int] | None = None
 
     @property
     def class_names(self) -> list[str]:
-        """The names of the classes, in the order of the logits."""
-        return config_class_names(self.model.config)
+        """The names of the classes, in the order of `logits`."""
+        names = config_class_names(self.model.config)
+        return names if self._class_order is None else [names[i] for i in self._class_order]
+
+    def match_classes(self, expected: Sequence[str]) -> None:
+        """Give `logits` the order of these classes, by their names.
+
+        Raises:
+            ValueError: the teacher has other classes; the message says which differ.
+        """
+        names = config_class_names(self.model.config)
+        if names != list(expected) and sorted(names) == sorted(expected) and len(set(names)) == len(names):
+            self._class_order = [names.index(name) for name in expected]
+            logger.warning(
+                "The teacher \"%s\" has the data set's classes in another order; its logits are put into the data set's by "
+                "the classes' names.",
+                self.name,
+            )
+        check_class_names(self.class_names, expected, f'the teacher "{self.name}"')
 
     def logits(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(N, channels, H, W) of this teacher's own image processor → (N, classes) in float32, without gradients."""
+        """(N, channels, H, W) of this teacher's own image processor → (N, classes) in float32, in the order of `class_names`,
+        without gradients."""
         device = self.model.device.type
         # Said in either case: a caller's own autocast must not decide what is recorded.
         with torch.no_grad(), torch.autocast(device, dtype=torch.bfloat16, enabled=self.bf16):
-            return self.model(pixel_values=pixel_values.to(self.model.dtype)).logits.float()
+            logits = self.model(pixel_values=pixel_values.to(self.model.dtype)).logits.float()
+        return logits if self._class_order is None else logits[:, self._class_order]
 
     def weights_sha256(self) -> str:
         """A hash of every parameter and buffer: name, type, shape and content."""

@@ -3,9 +3,9 @@
 
 python scripts/convert_rednet_checkpoint.py --checkpoint rednet50.pth --output_dir outputs/rednet50
 
-Takes a file of `torch.save` or safetensors, whose tensors tell the depth and the number of classes. Every tensor is used
-once, and none is left over or missing. The image processor does what the authors' evaluation does (short side to 256
-pixels, the middle 224 × 224 of it, ImageNet's mean and deviation), except that it smooths before it makes an image
+Takes a file of `torch.save` or safetensors, whose tensors tell the depth and the number of classes. Every tensor is
+used once, and none is left over or missing. The image processor does what the authors' evaluation does (short side to
+256 pixels, the middle 224 × 224 of it, ImageNet's mean and deviation), except that it smooths before it makes an image
 smaller, which their OpenCV does not.
 """
 
@@ -61,8 +61,8 @@ class ConversionArguments:
     class_names: str | None = field(
         default=None,
         metadata={
-            "help": "Text file with the name of a class on each line. By default the names that the checkpoint brings, "
-            "else ImageNet's where there are 1,000 classes."
+            "help": "Text file with the name of a class on each line. By default the names that the checkpoint "
+            "brings, else ImageNet's where there are 1,000 classes."
         },
     )
 
@@ -83,9 +83,9 @@ def read_checkpoint(path: str) -> tuple[dict[str, torch.Tensor], list[str] | Non
                 f"{path} is damaged, or no file of torch.save or safetensors ({type(error).__name__})."
             ) from error
         raise ValueError(
-            f"{path} holds more than tensors and plain values ({code[1]}), which could run any code on being loaded; if "
-            'you trust its source, save its tensors alone, torch.save(torch.load(path, weights_only=False)["state_dict"], '
-            "new_path), and convert that file."
+            f"{path} holds more than tensors and plain values ({code[1]}), which could run any code on being loaded; "
+            "if you trust its source, save its tensors alone, "
+            'torch.save(torch.load(path, weights_only=False)["state_dict"], new_path), and convert that file.'
         ) from error
     wrapper = content if isinstance(content, dict) else {}
     state_dict, meta = wrapper.get("state_dict", wrapper), wrapper.get("meta")

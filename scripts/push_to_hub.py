@@ -23,9 +23,9 @@ class PushArguments:
     repo_id: str = field(metadata={"help": "user/name; made if it does not exist."})
     with_images: bool = field(default=False, metadata={"help": "Of a recorded table, publish images and labels too."})
     split: str = field(default="train", metadata={"help": "Of a recorded table, the split to publish."})
-    private: bool | None = field(
-        default=None,
-        metadata={"help": "Whether a new repository is private; by default as the account's setting says."},
+    private: bool = field(
+        default=False,
+        metadata={"help": "Make a new repository private; otherwise it is as the account's setting says."},
     )
     revision: str | None = field(default=None, metadata={"help": "Branch to commit to; made if it does not exist."})
     commit_message: str | None = field(default=None, metadata={"help": "Title of the commit or pull request."})
@@ -35,12 +35,18 @@ class PushArguments:
 def main():
     (args,) = parse_arguments(PushArguments)
     folder = Path(args.folder)
-    how = {"private": args.private, "revision": args.revision, "create_pr": args.create_pr}
-    if args.commit_message is not None:
-        how["commit_message"] = args.commit_message
+    how = {
+        "private": args.private or None,
+        "revision": args.revision,
+        "commit_message": args.commit_message,
+        "create_pr": args.create_pr,
+    }
     if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
         table = load_from_disk(str(folder))
-        table = table[args.split] if isinstance(table, DatasetDict) else table
+        if isinstance(table, DatasetDict):
+            if args.split not in table:
+                raise ValueError(f'There is no split "{args.split}"; the splits are {", ".join(table)}.')
+            table = table[args.split]
         print(push_logits_to_hub(table, args.repo_id, with_images=args.with_images, **how))
     else:
         print(push_folder_to_hub(folder, args.repo_id, **how))

@@ -201,11 +201,11 @@ class Hub(ThreadingHTTPServer):
                     with self.lock:
                         found = function(self, request, **parts)
                     return found if isinstance(found, Answer) else Answer(200, json.dumps(found, default=str).encode())
-            raise Refused(501, "This is not in tests/hub.py.")
+            raise Refused(501, "This is not in tests/hub_server.py.")
         except Refused as refused:
             return refused.answer
         except Exception as error:
-            return Refused(500, f"tests/hub.py failed: {error!r}").answer
+            return Refused(500, f"tests/hub_server.py failed: {error!r}").answer
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -13,7 +13,14 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from sklearn.datasets import load_digits
 from torchvision.datasets.mnist import read_image_file
 
-from hf_ibdistill.data import class_config, class_names, find_columns, load_image_dataset, select_per_class
+from hf_ibdistill.data import (
+    check_class_names,
+    class_config,
+    class_names,
+    find_columns,
+    load_image_dataset,
+    select_per_class,
+)
 
 
 ANIMALS = ["cat", "dog", "owl"]
@@ -582,3 +589,14 @@ def test_subsets_that_cannot_be_drawn_are_refused(asked, name, found):
 def test_subsets_need_class_names():
     with pytest.raises(ValueError, match='The label column "label" is .* without class names'):
         select_per_class(table([0, 1], Value("int64")), 1, "label")
+
+
+def test_class_names_are_compared_in_order():
+    check_class_names(["cat", "dog", "eel"], ["cat", "dog", "eel"], "it")
+    check_class_names(["LABEL_0", "LABEL_1", "LABEL_2"], ["cat", "dog", "eel"], "an unnamed model")
+    with pytest.raises(ValueError, match="it has 2 classes; the data set has 3"):
+        check_class_names(["cat", "dog"], ["cat", "dog", "eel"], "it")
+    with pytest.raises(ValueError, match="the same names in another order"):
+        check_class_names(["dog", "cat", "eel"], ["cat", "dog", "eel"], "it")
+    with pytest.raises(ValueError, match=r"\['eel'\] only in the first, \['fox'\] only in the second"):
+        check_class_names(["cat", "dog", "fox"], ["cat", "dog", "eel"], "it")

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hub import OTHER_TOKEN, READ_TOKEN, WRITE_TOKEN, Faults, LargeFile, run_hub  # noqa: F401
+from hub_server import OTHER_TOKEN, READ_TOKEN, WRITE_TOKEN, Faults, LargeFile, run_hub  # noqa: F401
 from huggingface_hub import CommitOperationAdd, HfApi, HfFileSystem, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     BadRequestError,

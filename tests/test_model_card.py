@@ -1,18 +1,23 @@
-"""Model cards: what huggingface_hub reads back from them, and what they say."""
+"""Cards: what huggingface_hub reads back from them, and what they say."""
 
+import ast
 import re
 
 import numpy as np
 import pytest
-from huggingface_hub import ModelCard
+from datasets import ClassLabel, Dataset, Features, Image, List, Value
+from huggingface_hub import DatasetCard, ModelCard
+from transformers import ViTConfig, ViTForImageClassification
 
 from hf_ibdistill import (
     IBResNetConfig,
     IBResNetForImageClassification,
     IBViTConfig,
     IBViTForImageClassification,
+    attach_record,
     create_model_card,
 )
+from hf_ibdistill.model_card import create_logits_card
 
 
 METRICS = {
@@ -26,6 +31,7 @@ TEACHERS = {
     "conv": {"accuracy": 0.8123, "negative_log_likelihood": 0.7},
     "inv": {"accuracy": 0.7045, "negative_log_likelihood": 0.9},
 }
+MACHINE = {"cpu": "A processor", "cores": 64, "versions": {"torch": "2.9.0", "datasets": "5.2.0"}}
 
 
 def student(**overrides):
@@ -33,11 +39,9 @@ def student(**overrides):
     return IBViTForImageClassification(IBViTConfig(num_attention_heads=2, num_labels=7, **sizes, **overrides))
 
 
-def teacher():
-    config = IBResNetConfig(
-        stem="plain", embedding_size=16, hidden_sizes=[16], depths=[1], downsample_strides=[1], num_labels=7
-    )
-    return IBResNetForImageClassification(config)
+def teacher(**overrides):
+    shape = {"stem": "plain", "embedding_size": 16, "hidden_sizes": [16], "depths": [1], "downsample_strides": [1]}
+    return IBResNetForImageClassification(IBResNetConfig(num_labels=7, **shape, **overrides))
 
 
 def card(model=None, **overrides):
@@ -54,6 +58,12 @@ def cells(text):
     """Every table's rows, without the dashes below the header."""
     lines = [line for line in text.splitlines() if line.startswith("|") and "---" not in line]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def example(card):
+    """The statements of the card's one Python example."""
+    (code,) = re.findall(r"```python\n(.*?)```", card.text, flags=re.DOTALL)
+    return ast.parse(code).body
 
 
 def save_and_load(model_card, tmp_path):
@@ -90,7 +100,8 @@ def test_titles_survive(title, tmp_path):
 
 
 def test_the_results_section_shows_the_given_numbers_and_no_others():
-    results = section(card(teacher_metrics=TEACHERS).text, "Results")
+    text = card(teacher_metrics=TEACHERS).text
+    results = section(text, "Results")
     assert "Measured on the test split of `user/birds`" in results
     assert cells(results) == [
         ["metric", "test"],
@@ -99,11 +110,71 @@ def test_the_results_section_shows_the_given_numbers_and_no_others():
         ["negative_log_likelihood", "0.3333"],
         ["expected_calibration_error", "0.0310"],
         ["conv_agreement", "0.8750"],
+    ]
+    assert len(re.findall(r"\d\.\d", results)) == 5
+    assert cells(section(text, "Teachers")) == [
         ["teacher", "accuracy (test)"],
         ["conv", "81.23 %"],
         ["inv", "70.45 %"],
     ]
-    assert len(re.findall(r"\d\.\d", results)) == 7
+
+
+def test_teachers_on_the_hub_are_linked_and_folders_keep_their_path_to_themselves(tmp_path, monkeypatch):
+    (tmp_path / "outputs" / "inv").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+
+    def teachers(*sources, **overrides):
+        made = card(teacher_sources=dict(zip(("conv", "inv"), sources)), **overrides)
+        assert str(tmp_path) not in made.content and "outputs" not in made.content
+        return cells(section(made.text, "Teachers"))
+
+    link = "[user/conv.v2](https://huggingface.co/user/conv.v2)"
+    rows = [["teacher", "from"], ["conv", link], ["inv", "inv"]]
+    assert teachers("user/conv.v2", str(tmp_path / "outputs" / "inv")) == rows
+    assert teachers("user/conv.v2", "outputs/inv") == rows
+    # What is known of one teacher only leaves a gap at the other, and what is known of none is no column.
+    assert teachers("user/conv.v2", teacher_metrics={"inv": TEACHERS["inv"]}) == [
+        ["teacher", "from", "accuracy (test)"],
+        ["conv", link, ""],
+        ["inv", "", "70.45 %"],
+    ]
+    assert teachers() == []
+
+
+def test_what_was_not_measured_is_absent(tmp_path):
+    bare = create_model_card(student(), title="Small student")
+    for word in ("None", "Results", "Recipe", "Hardware", "## Teachers", "trained on `", "model-index"):
+        assert word not in bare.content
+    assert not re.search(
+        r"\d\.\d", bare.text.replace("2310.00369", "").replace("2012.12877", "").replace("2106.12378", "")
+    )
+    assert save_and_load(bare, tmp_path).data.eval_results is None
+    # Without a data set's name there is no metadata that the Hub would take, but there are figures.
+    unnamed = card(data_name=None, split=None)
+    assert "None" not in unnamed.content and save_and_load(unnamed, tmp_path).data.eval_results is None
+    assert cells(section(unnamed.text, "Results"))[:2] == [["metric", "value"], ["accuracy", "0.9123"]]
+
+
+def test_hardware_and_time_are_there_if_they_were_measured():
+    shown = cells(section(card(machine=MACHINE, train_seconds=75.25).text, "Hardware and time"))
+    assert shown[1:] == [
+        ["training", "75.2 s"],
+        ["cpu", "A processor"],
+        ["cores", "64"],
+        ["versions", "torch 2.9.0, datasets 5.2.0"],
+    ]
+    assert cells(section(card(machine=MACHINE).text, "Hardware and time"))[1] == ["cpu", "A processor"]
+    assert "Hardware" not in card().text
+
+
+def test_a_data_set_is_linked_if_it_is_on_the_hub(tmp_path):
+    assert save_and_load(card(data_name="user/birds"), tmp_path).data.datasets == ["user/birds"]
+    assert save_and_load(card(data_name="digits"), tmp_path).data.datasets is None
+    (tmp_path / "my" / "birds").mkdir(parents=True)
+    local = card(data_name=str(tmp_path / "my" / "birds"))
+    assert "trained on `birds`" in local.text and str(tmp_path) not in local.content
+    data = save_and_load(local, tmp_path).data
+    assert data.datasets is None and data.eval_results[0].dataset_name == "birds"
 
 
 @pytest.mark.parametrize("only", METRICS)
@@ -113,7 +184,7 @@ def test_no_metric_appears_that_was_not_given(only, tmp_path):
     rest = loaded.content.replace(only, "").replace(only.replace("_", " "), "")
     for name in METRICS:
         assert name not in rest and name.replace("_", " ") not in rest
-    assert "teachers on the same images" not in loaded.content
+    assert "## Teachers" not in loaded.content
     assert len(re.findall(r"\d\.\d", section(loaded.text, "Results"))) == 1
 
 
@@ -124,6 +195,12 @@ def test_texts_of_a_student_and_of_a_teacher():
         assert "An image classifier trained with" in text and "by cross-entropy on labels" in text
         assert "taught by" not in text and "tokens" not in text
     assert "arxiv.org/abs/2310.00369" in taught and "cross-entropy" not in taught
+    alone_speaks = card(student(fusion="class_token")).text
+    assert "Its prediction is the class token's." in alone_speaks and "fuses" not in alone_speaks
+    involution = card(teacher(spatial_operator="involution", kernel_size=3)).text
+    assert "arxiv.org/abs/2103.06255" in involution and "arxiv.org" not in light
+    for text in (taught, alone, light):
+        assert "**Meant for**" in text and "**Not meant for**" in text
 
 
 @pytest.mark.parametrize("build", [student, teacher])
@@ -135,7 +212,7 @@ def test_sizes_are_the_models(build):
 
 def test_picture_and_notes_appear_when_given():
     text = card(picture="run.png", notes="Seed 3 of 5.").text
-    assert "](run.png)" in section(text, "Results") and "\nSeed 3 of 5.\n" in text
+    assert "](run.png)" in text and "\nSeed 3 of 5.\n" in text
     without = card().text
     assert "![" not in without and "None" not in without
 
@@ -150,9 +227,15 @@ def test_the_recipe_is_shown():
 
 
 def test_the_example_in_the_card_is_python():
-    (code,) = re.findall(r"```python\n(.*?)```", card().text, flags=re.DOTALL)
-    compile(code, "card", "exec")
-    assert "import hf_ibdistill" in code and 'pipeline("image-classification"' in code
+    call = example(card(repo_id="user/student"))[1].value
+    assert [argument.value for argument in call.args] == ["image-classification"]
+    keywords = {keyword.arg: keyword.value.value for keyword in call.keywords}
+    assert keywords == {"model": "user/student", "trust_remote_code": True}
+    assert "installed, `import hf_ibdistill` takes its place" in card().text
+    # transformers' own models need no code of anybody's.
+    shape = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    plain = card(ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, **shape)))
+    assert "trust_remote_code" not in plain.text
 
 
 @pytest.mark.parametrize(("online", "text"), [(False, "logits were stored"), (True, "in every training step")])
@@ -166,3 +249,83 @@ def test_a_students_card_tells_how_its_teachers_taught(online, text):
         recipe={}, online=online,
     )  # fmt: skip
     assert "(oak, elm)" in card.content and text in " ".join(card.content.split())
+
+
+# The cards of recorded logits
+
+
+def logits_table(images=False, top_k=None, views=None, teachers=("conv", "inv"), **overrides):
+    """Three rows and their provenance."""
+    logits = List(Value("float16"), length=7)
+    features = {"row_key": Value("int64"), **{f"{name}_logits": logits for name in teachers}}
+    columns = {"row_key": [1, 2, 3], **{f"{name}_logits": [[0.5] * 7] * 3 for name in teachers}}
+    if images:
+        features |= {"image": Image(), "label": ClassLabel(num_classes=7)}
+        columns |= {"image": [np.zeros((8, 8, 3), np.uint8)] * 3, "label": [0, 1, 2]}
+    table = Dataset.from_dict(columns, features=Features(features))
+    described = [
+        {
+            "name": name,
+            "source": f"user/{name}",
+            "revision": "0123456789abcdef" if name == "conv" else None,
+            "weights_sha256": f"{name}" * 16,
+            "config": {"model_type": "ibresnet"},
+            "label_names": [f"bird {i}" for i in range(25)],
+            "encoding": {"dtype": "float16", "top_k": top_k},
+        }
+        for name in ("conv", "inv")
+    ]
+    record = {"format": "hf_ibdistill/1", "teachers": described, "views": views, "versions": {"torch": "2.9.0"}}
+    record["dataset"] = {"source": None, "split": "None", "num_rows": 3, "sha256": "abc"}
+    attach_record(table, {**record, **overrides})
+    return table
+
+
+def save_and_load_logits(table, tmp_path, **keywords):
+    create_logits_card(table, **keywords).save(tmp_path / "README.md")
+    return DatasetCard.load(tmp_path / "README.md")
+
+
+def test_a_logits_card_tells_size_teachers_encoding_and_views(tmp_path):
+    views = {"num_views": 4, "crop": "pad", "scale": [0.5, 1.0]}
+    loaded = save_and_load_logits(logits_table(top_k=5, views=views), tmp_path)
+    assert loaded.data.pretty_name == "Logits of conv, inv" and loaded.data.task_categories == ["image-classification"]
+    assert {"hf_ibdistill", "knowledge-distillation", "logits"} == set(loaded.data.tags)
+    assert "What conv, inv said about 3 images, 4 augmented views of each" in loaded.text
+    kept = "the 5 largest and the log-sum-exp of the rest, float16"
+    assert cells(section(loaded.text, "Teachers")) == [
+        ["column", "model", "from", "logits", "sha256 of the weights"],
+        ["`conv_logits`", "ibresnet", "[user/conv](https://huggingface.co/user/conv) @ 0123456789ab", kept, "`" + "conv" * 4 + "`"],
+        ["`inv_logits`", "ibresnet", "[user/inv](https://huggingface.co/user/inv)", kept, "`" + ("inv" * 6)[:16] + "`"],
+    ]  # fmt: skip
+    assert ", bird 19 and 5 more." in loaded.text and "bird 20" not in loaded.text
+    shown = [["setting", "value"], *([name, f"`{views[name]}`"] for name in sorted(views))]
+    assert cells(section(loaded.text, "Views")) == shown
+    # What the recording did not know is not there.
+    data = [["num_rows", "3"], ["sha256", "abc"], ["versions", "torch 2.9.0"]]
+    assert cells(section(loaded.text, "Data"))[1:] == data and "None" not in loaded.content
+
+
+def test_a_logits_card_of_some_teachers_and_of_images_as_they_are(tmp_path):
+    loaded = save_and_load_logits(logits_table(teachers=["inv"]), tmp_path)
+    assert loaded.data.pretty_name == "Logits of inv" and "3 images, as they are" in loaded.text
+    assert [row[0] for row in cells(section(loaded.text, "Teachers"))[1:]] == ["`inv_logits`"]
+    assert "| all, float16 |" in loaded.text and "## Views" not in loaded.text
+
+
+@pytest.mark.parametrize("images", [False, True])
+def test_a_logits_card_shows_how_to_use_it_with_and_without_images(images, tmp_path):
+    loaded = save_and_load_logits(logits_table(images), tmp_path, repo_id="user/logits")
+    imported, *steps = example(loaded)
+    opened = ["open_logits_table"] if images else ["attach_teacher_logits", "load_image_dataset", "open_logits_table"]
+    assert [name.name for name in imported.names] == opened
+    assert ast.unparse(steps[0]) == "table = open_logits_table('user/logits')"
+    assert ("attach_teacher_logits(images, table)" in ast.unparse(steps[-1])) == (not images)
+    assert ("The images and their labels are here too." in loaded.text) == images
+    # Other people's images are not ours to license.
+    assert loaded.data.license == (None if images else "apache-2.0")
+
+
+def test_a_table_without_logits_has_no_card():
+    with pytest.raises(ValueError, match="has no logits; its columns are row_key. record_teacher_logits adds them"):
+        create_logits_card(logits_table(teachers=[]))

@@ -131,9 +131,9 @@ def test_quickstart_leaves_table_student_card_and_picture(tmp_path, capsys):
     assert f"| accuracy | {accuracy:.4f} |" in (student / "README.md").read_text()
     with PIL.Image.open(student / "quickstart.png") as picture:
         assert min(picture.size) > 300
-    # Nothing that needs unpickling: only weights in safetensors, JSON, Markdown and the picture.
+    # Nothing that needs unpickling: only weights in safetensors, JSON, Markdown, the picture and the model's code.
     endings = {path.suffix for path in student.iterdir()}
-    assert endings == {".safetensors", ".json", ".md", ".png"}
+    assert endings == {".safetensors", ".json", ".md", ".png", ".py"}
 
 
 @pytest.mark.parametrize("script", NAMES)
@@ -155,6 +155,7 @@ def test_help_explains_every_flag(script, capsys):
         ("distill_student.py", ["--teacher_names", "conv", "--output_dir", "x"], 'no column "conv_logits"'),
         ("distill_student.py", ["--temperature", "0", "--output_dir", "x"], "A temperature is above 0"),
         ("evaluate_model.py", ["--model", "x", "--split", "dev"], 'There is no split "dev"; the splits are'),
+        ("push_to_hub.py", ["--folder", "x", "--repo_id", "user/x"], "Give the folder of a trained model"),
     ],
 )
 def test_mistakes_end_in_one_sentence(script, arguments, message, tmp_path):

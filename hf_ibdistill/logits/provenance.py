@@ -11,7 +11,7 @@ from importlib.metadata import version
 import numpy as np
 from datasets import Dataset, IterableDataset
 
-from ..data import name_difference
+from ..data import check_class_names
 from ..teachers import Teacher
 from .encoding import LogitsEncoding, column_name, decode, describe_column, recorded_teachers
 from .views import ViewRecipe
@@ -120,27 +120,6 @@ def teacher_differences(teacher: dict, other: dict) -> list[str]:
     # Records without "bf16" are of teachers that ran in float32.
     parts = {"weights_sha256": None, "image_processor": None, "label_names": None, "encoding": None, "bf16": False}
     return [key for key, default in parts.items() if teacher.get(key, default) != other.get(key, default)]
-
-
-def has_default_names(label_names: Sequence[str]) -> bool:
-    """Whether the names are the ones that transformers gives classes that nobody named."""
-    return list(label_names) == [f"LABEL_{i}" for i in range(len(label_names))]
-
-
-def check_class_names(label_names: Sequence[str], expected: Sequence[str], whose: str) -> None:
-    """Refuse other classes than the data set's, or the same in another order. Unnamed classes pass by their number.
-
-    Raises:
-        ValueError: what differs.
-    """
-    if len(label_names) != len(expected):
-        raise ValueError(f"{whose} has {len(label_names)} classes; the data set has {len(expected)}.")
-    unnamed = has_default_names(label_names) or has_default_names(expected)
-    if not unnamed and list(label_names) != list(expected):
-        raise ValueError(
-            f"The data set's classes and those of {whose} differ: {name_difference(expected, label_names)}. "
-            "Logits are matched to classes by position, so names and order must be the same."
-        )
 
 
 def check_columns(dataset: Dataset, teacher_names: Sequence[str], label_names: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""Recorded tables as Parquet files with their provenance beside them, for sharing and for streaming."""
+"""Recorded tables as Parquet files with their provenance and a card beside them, for sharing and for streaming."""
 
 import json
 import os
@@ -9,6 +9,7 @@ from datasets import Dataset, IterableDataset, load_dataset
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
+from ..model_card import create_logits_card
 from .provenance import attach_record, read_records
 
 
@@ -16,9 +17,14 @@ PROVENANCE = "provenance.json"
 
 
 def export_logits_table(
-    dataset: Dataset, output_dir: str | os.PathLike, *, split: str = "train", rows_per_file: int = 10_000
+    dataset: Dataset,
+    output_dir: str | os.PathLike,
+    *,
+    split: str = "train",
+    rows_per_file: int = 10_000,
+    repo_id: str | None = None,
 ) -> Path:
-    """Write a recorded table as Parquet files and its provenance as JSON.
+    """Write a recorded table as Parquet files, with its provenance as JSON and a card.
 
     To publish logits without the images, leave their column out: `dataset.remove_columns("image")`; whoever has them
     joins the two with [`attach_teacher_logits`].
@@ -28,6 +34,7 @@ def export_logits_table(
         output_dir: a folder that does not exist yet, or an empty one.
         split: the split that the files' names tell.
         rows_per_file: rows in a file.
+        repo_id: where it will be published, for the card's example.
 
     Raises:
         ValueError: the table has no provenance, or several, or the folder is not empty.
@@ -45,6 +52,7 @@ def export_logits_table(
         rows = range(i * rows_per_file, min((i + 1) * rows_per_file, len(dataset)))
         dataset.select(rows).to_parquet(beside / "data" / f"{split}-{i:05d}-of-{num_files:05d}.parquet")
     (beside / PROVENANCE).write_text(json.dumps(records[0], indent=2))
+    create_logits_card(dataset, repo_id=repo_id).save(beside / "README.md")
     if output_dir.exists():
         output_dir.rmdir()
     os.replace(beside, output_dir)

@@ -39,7 +39,6 @@ from .encoding import (
 from .provenance import (
     attach_record,
     build_record,
-    check_class_names,
     describe_teacher,
     read_records,
     record_differences,
@@ -86,7 +85,8 @@ def record_teacher_logits(
         dataset: rows with an image and a `ClassLabel` column; or several splits of them, all of which are recorded. Views
             are for training: of several splits, only "train" gets them, the others are recorded as they are, so that
             agreement with the teachers can be measured.
-        teachers: name → Hub id, folder, model loaded by `from_pretrained`, or (model, image processor).
+        teachers: name → Hub id, folder, model loaded by `from_pretrained`, or (model, image processor). The logits of one
+            that has the data set's classes in another order are put into the data set's, by the classes' names.
         output_dir: folder of the finished table, readable by `datasets.load_from_disk`.
         views: which views to record, and how many.
         top_k: store the k largest logits and the log-sum-exp of the rest; `None` stores all.
@@ -172,7 +172,7 @@ def _check_before_recording(dataset, split, teachers, label_column) -> None:
         what = f'split "{split}"' if split else "data set"
         raise ValueError(f"The {what} is empty; there is nothing to record.")
     for teacher in teachers:
-        check_class_names(teacher.class_names, class_names(dataset, label_column), f'the teacher "{teacher.name}"')
+        teacher.match_classes(class_names(dataset, label_column))
 
 
 def _plan(dataset, teachers, views, encoding, layout, columns) -> _Plan:

@@ -66,6 +66,9 @@ def verify_teacher_logits(
             )
         encoding = LogitsEncoding(**described[teacher.name]["encoding"])
         teacher.bf16 = described[teacher.name].get("bf16", False)
+        label_names = described[teacher.name]["label_names"]
+        if sorted(teacher.class_names) == sorted(label_names):
+            teacher.match_classes(label_names)
         differing = teacher_differences(described[teacher.name], describe_teacher(teacher, encoding))
         if differing:
             problems.append(f'The teacher "{teacher.name}" is not the one that was recorded: {", ".join(differing)}.')

@@ -8,7 +8,9 @@ from datasets import Dataset
 from transformers import Trainer
 
 from ..evaluation import evaluate_model
+from ..logits.provenance import read_records
 from ..model_card import create_model_card
+from ..report import describe_machine
 
 
 RESULTS = "results.json"
@@ -80,6 +82,10 @@ def evaluate_and_save(
             "metrics": metrics,
             "recipe": recipe,
             "log_history": trainer.state.log_history,
+            "train_seconds": next(
+                (e["train_runtime"] for e in trainer.state.log_history if "train_runtime" in e), None
+            ),
+            "machine": describe_machine(),
         }
         folder = Path(args.output_dir)
         (folder / RESULTS).write_text(json.dumps(results, indent=2))
@@ -91,10 +97,22 @@ def evaluate_and_save(
             metrics=metrics,
             recipe=recipe,
             teacher_metrics=teacher_metrics,
+            teacher_sources=_teacher_sources(trainer),
             online=bool(getattr(trainer, "teachers", [])),
             picture=picture,
+            machine=results["machine"],
+            train_seconds=results["train_seconds"],
+            repo_id=args.hub_model_id,
             notes=notes,
         )
         card.save(folder / "README.md")
     trainer.accelerator.wait_for_everyone()
     return metrics
+
+
+def _teacher_sources(trainer) -> dict[str, str]:
+    """Teacher → where it came from, of the recorded or the online ones, where that is known."""
+    sources = {teacher.name: teacher.model.config.name_or_path for teacher in getattr(trainer, "teachers", [])}
+    for record in read_records(trainer.train_dataset):
+        sources |= {teacher["name"]: teacher["source"] for teacher in record["teachers"]}
+    return {name: source for name, source in sources.items() if source}

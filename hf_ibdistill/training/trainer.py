@@ -5,18 +5,19 @@ from functools import partial
 
 import torch
 from datasets import Dataset, IterableDataset
-from transformers import BaseImageProcessor, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import BaseImageProcessor, PreTrainedModel, TrainerCallback, TrainingArguments
 
-from ..data import class_names, config_class_names, find_columns
+from ..data import check_class_names, class_names, config_class_names, find_columns
 from ..evaluation import compute_metrics
 from ..images import ImageRows, StreamedImageRows
 from ..logits.encoding import ROW_KEY, column_name, describe_column
-from ..logits.provenance import check_class_names, check_columns, stored_views
+from ..logits.provenance import check_columns, stored_views
 from ..logits.views import ViewRecipe
 from ..teachers import TeacherLike, load_teachers
 from .arguments import DistillationArguments, ImageTrainingArguments
 from .collator import DistillationCollator
 from .losses import ensemble_distillation_loss
+from .publishing import PublishingTrainer
 
 
 class _StartEpoch(TrainerCallback):
@@ -37,7 +38,7 @@ class _StartEpoch(TrainerCallback):
         self.passes += 1
 
 
-class ImageClassificationTrainer(Trainer):
+class ImageClassificationTrainer(PublishingTrainer):
     """transformers' `Trainer` on tables of images: decodes, preprocesses and batches rows, and measures accuracy.
 
     Trains teachers, and students without teachers, by plain cross-entropy.
@@ -239,7 +240,7 @@ class EnsembleDistillationTrainer(ImageClassificationTrainer):
             named = {name: teachers[name] for name in self.teacher_names}
             self.teachers = load_teachers(named, bf16=self.args.bf16)
         for teacher in self.teachers:
-            check_class_names(teacher.class_names, self._label_names, f'the teacher "{teacher.name}"')
+            teacher.match_classes(self._label_names)
             teacher.model.to(self.args.device)
         self._loss_terms = torch.zeros(2 + len(self.teacher_names))
 

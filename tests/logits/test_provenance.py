@@ -12,7 +12,6 @@ from hf_ibdistill.logits.encoding import LogitsEncoding
 from hf_ibdistill.logits.provenance import (
     attach_record,
     build_record,
-    check_class_names,
     check_columns,
     describe_teacher,
     read_records,
@@ -97,17 +96,6 @@ def test_equal_teachers_do_not_differ_and_library_versions_may():
 def test_what_differs_is_named(change, message):
     differences = record_differences(record(), change())
     assert any(message in line for line in differences), differences
-
-
-def test_class_names_are_compared_in_order():
-    check_class_names(NAMES, NAMES, "it")
-    check_class_names(["LABEL_0", "LABEL_1", "LABEL_2"], NAMES, "an unnamed model")
-    with pytest.raises(ValueError, match="it has 2 classes; the data set has 3"):
-        check_class_names(["cat", "dog"], NAMES, "it")
-    with pytest.raises(ValueError, match="the same names in another order"):
-        check_class_names(["dog", "cat", "eel"], NAMES, "it")
-    with pytest.raises(ValueError, match=r"\['eel'\] only in the first, \['fox'\] only in the second"):
-        check_class_names(["cat", "dog", "fox"], NAMES, "it")
 
 
 def test_check_columns_passes_what_fits():

@@ -1,6 +1,8 @@
 import json
 
 import pytest
+from datasets import load_dataset
+from huggingface_hub import DatasetCard
 
 from hf_ibdistill import (
     ViewRecipe,
@@ -27,6 +29,27 @@ def test_rows_types_and_provenance_come_back(table, streaming, tmp_path):
     assert read_records(opened) == read_records(table)
     assert [row["conv_logits"] for row in opened] == table["conv_logits"][:]
     assert len(list((tmp_path / "p" / "data").iterdir())) == 3
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_datasets_alone_opens_the_rows(table, split, tmp_path):
+    folder = export_logits_table(table, tmp_path / "p", rows_per_file=12, split=split)
+    assert {path.name for path in folder.iterdir()} == {"data", "provenance.json", "README.md"}
+    opened = load_dataset(str(folder), cache_dir=str(tmp_path / "cache"))
+    assert list(opened) == [split] and opened[split].features == table.features
+    assert opened[split]["conv_logits"][:] == table["conv_logits"][:]
+    assert len(open_logits_table(folder, split=split, cache_dir=str(tmp_path / "cache"))) == 30
+
+
+def test_a_card_is_written_beside(table, tmp_path):
+    card = DatasetCard.load(export_logits_table(table, tmp_path / "p", repo_id="user/logits") / "README.md")
+    assert card.data.pretty_name == "Logits of conv, inv" and 'open_logits_table("user/logits")' in card.text
+    assert "about 30 images, 2 augmented views of each" in card.text
+    assert "attach_teacher_logits" not in card.text
+    alone = export_logits_table(table.select_columns(["row_key", "conv_logits"]), tmp_path / "q")
+    text = DatasetCard.load(alone / "README.md").text
+    assert "attach_teacher_logits(images, table)" in text and "inv" not in text.partition("## Teachers")[2]
+    assert 'open_logits_table("path/to/this/folder")' in text
 
 
 def test_logits_without_images_find_their_images(table, images, tmp_path):

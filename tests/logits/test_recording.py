@@ -14,7 +14,13 @@ import tqdm.std
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from datasets import DatasetDict, Image, List, Value, load_dataset, load_from_disk
-from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTImageProcessor,
+)
 
 from hf_ibdistill import (
     IBResNetForImageClassification,
@@ -35,8 +41,6 @@ NAMES = ["cat", "dog", "eel"]
 
 def logits_by_hand(folder, dataset):
     """One image at a time, through the folder's own image processor."""
-    from transformers import AutoImageProcessor, AutoModelForImageClassification
-
     model = AutoModelForImageClassification.from_pretrained(folder).eval()
     processor = AutoImageProcessor.from_pretrained(folder)
     rows = []
@@ -259,13 +263,33 @@ def test_wrong_input_is_refused_before_anything_is_written(teachers, tmp_path, i
         record_teacher_logits(images(5).remove_columns("label"), teachers, output_dir=target)
     with pytest.raises(ValueError, match="float16 or float32"):
         record_teacher_logits(images(5), teachers, output_dir=target, dtype="int8")
-    other = save_teacher(tmp_path / "other", names=["dog", "cat", "eel"])
-    with pytest.raises(ValueError, match='the teacher "other" differ: the same names in another order'):
+    other = save_teacher(tmp_path / "other", names=["dog", "cat", "fox"])
+    with pytest.raises(
+        ValueError, match=r'the teacher "other" differ: \[\'eel\'\] only in the first, \[\'fox\'\] only'
+    ):
         record_teacher_logits(images(5), {"other": other}, output_dir=target)
     two = save_teacher(tmp_path / "two", names=["dog", "cat"])
     with pytest.raises(ValueError, match='the teacher "two" has 2 classes; the data set has 3'):
         record_teacher_logits(images(5), {"two": two}, output_dir=target)
     assert not target.exists()
+
+
+def test_a_teacher_with_the_classes_in_another_order_is_put_right_and_said_so(tmp_path, images, save_teacher, caplog):
+    order, names = [2, 0, 1], ["eel", "cat", "dog"]
+    straight = save_teacher(tmp_path / "straight")
+    model = AutoModelForImageClassification.from_pretrained(straight)
+    model.config.id2label = dict(enumerate(names))
+    model.config.label2id = {name: i for i, name in enumerate(names)}
+    for parameter in model.classifier.parameters():
+        parameter.data = parameter.data[order]
+    turned = (model, AutoImageProcessor.from_pretrained(straight))
+    table = record_teacher_logits(images(20), {"straight": straight, "turned": turned}, output_dir=tmp_path / "t")
+    assert 'The teacher "turned" has the data set\'s classes in another order' in caplog.text
+    assert '"straight"' not in caplog.text
+    assert table["turned_logits"][:] == table["straight_logits"][:]
+    recorded = {teacher["name"]: teacher["label_names"] for teacher in read_records(table)[0]["teachers"]}
+    assert recorded["turned"] == recorded["straight"] == table.features["label"].names
+    assert verify_teacher_logits(table, {"turned": turned}).problems == []
 
 
 def test_an_unreadable_image_names_its_row_and_keeps_what_is_recorded(teachers, tmp_path, images):
@@ -474,8 +498,6 @@ def test_a_killed_process_of_two_leaves_its_shards_to_the_next_start(script, tmp
 
 def views_by_hand(folder, dataset, recipe):
     """(rows, views, classes), one view at a time."""
-    from transformers import AutoImageProcessor, AutoModelForImageClassification
-
     model = AutoModelForImageClassification.from_pretrained(folder).eval()
     processor = AutoImageProcessor.from_pretrained(folder)
     rows = []

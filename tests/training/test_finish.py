@@ -6,6 +6,7 @@ Run as a script, this file is one process of a distributed run; see the last tes
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -28,9 +29,11 @@ from hf_ibdistill import (
     IBViTForImageClassification,
     ImageClassificationTrainer,
     ImageTrainingArguments,
+    attach_record,
     evaluate_model,
     predict,
 )
+from hf_ibdistill.report import describe_machine
 from hf_ibdistill.training.finish import evaluate_and_save
 
 
@@ -109,9 +112,18 @@ def rows_of_table(text, header):
 
 
 def test_the_folder_holds_what_from_pretrained_needs_and_no_pickle(finished):
-    _, folder, _, _ = finished
+    kind, folder, _, _ = finished
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    assert {"config.json", "model.safetensors", "preprocessor_config.json", "results.json", "README.md"} == files
+    # Its code too, for those who have transformers alone.
+    family = "ibvit" if kind == "student" else "ibresnet"
+    code = {f"configuration_{family}.py", f"modeling_{family}.py", "involution.py"}
+    expected = {"config.json", "model.safetensors", "preprocessor_config.json", "results.json", "README.md"} | code
+    assert expected == files
+    name = "IBViT" if kind == "student" else "IBResNet"
+    assert json.loads((folder / "config.json").read_text())["auto_map"] == {
+        "AutoConfig": f"configuration_{family}.{name}Config",
+        "AutoModelForImageClassification": f"modeling_{family}.{name}ForImageClassification",
+    }
 
 
 def run_in_new_process(*command, timeout=300):
@@ -240,11 +252,38 @@ def test_the_cards_other_parts(finished):
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     assert f"{parameters:,} parameters, 6 classes" in card.text
     if kind == "student":
+        # These tables were not recorded, so where the teachers came from is not known.
         shown = rows_of_table(card.text, "teacher | accuracy (test)")
         assert shown == {"conv": "81.25 %", "inv": "68.75 %"}
         assert "A note on this run." in card.text and "](curves.png)" in card.text
     else:
         assert "teacher |" not in card.text and "![" not in card.text
+
+
+def test_hardware_and_time_are_the_measured_ones(finished):
+    _, folder, trainer, _ = finished
+    results = results_in(folder)
+    (seconds,) = (entry["train_runtime"] for entry in trainer.state.log_history if "train_runtime" in entry)
+    assert results["train_seconds"] == seconds
+    assert results["machine"] == describe_machine()
+    shown = rows_of_table(ModelCard.load(folder / "README.md").text.partition("## Hardware and time")[2], " | ")
+    assert shown.pop("training") == f"{seconds:.1f} s"
+    assert shown.pop("versions").startswith(f"torch {torch.__version__.partition('+')[0]}")
+    assert shown == {name: str(value) for name, value in results["machine"].items() if name != "versions"}
+
+
+def test_a_card_links_the_teachers_that_recorded_its_table(tables, tmp_path):
+    folder = tmp_path / "inv"
+    recorded = load_from_disk(tables / "train")
+    sources = {"conv": "user/conv", "inv": str(folder)}
+    teachers = [{"name": name, "source": source, "label_names": CLASSES} for name, source in sources.items()]
+    attach_record(recorded, {"format": "hf_ibdistill/1", "teachers": teachers, "views": None})
+    shutil.copytree(tables / "test", tmp_path / "test")
+    recorded.save_to_disk(tmp_path / "train")
+    finish("student", tmp_path, tmp_path / "student")
+    card = ModelCard.load(tmp_path / "student" / "README.md")
+    assert "| conv | [user/conv](https://huggingface.co/user/conv) | 81.25 % |\n| inv | inv | 68.75 % |" in card.text
+    assert str(tmp_path) not in card.content
 
 
 def test_two_processes_leave_the_metrics_of_one(tables, tmp_path):

@@ -279,6 +279,18 @@ def test_stored_logits_and_online_teachers_take_the_same_steps(plain_table, tabl
             assert torch.equal(tensor, weights_before[name][key]), f"training changed the teacher {name}: {key}"
 
 
+def test_an_online_teacher_with_the_classes_in_another_order_is_put_right(plain_table, teachers, tmp_path, caplog):
+    order = [1, 3, 0, 2]
+    turned = copy.deepcopy(teachers["inv"][0])
+    turned.config.id2label = {i: CLASSES[j] for i, j in enumerate(order)}
+    for parameter in turned.classifier.parameters():
+        parameter.data = parameter.data[order]
+    expected = distil(tmp_path, plain_table, teachers=teachers, max_steps=3)
+    found = distil(tmp_path, plain_table, teachers={**teachers, "inv": (turned, PROCESSOR)}, max_steps=3)
+    assert_same_weights(found.model, expected.model, rtol=1e-4, atol=1e-6)
+    assert 'The teacher "inv" has the data set\'s classes in another order' in caplog.text
+
+
 def test_online_teachers_see_the_images_through_their_own_processors(plain_table, teachers, tmp_path):
     other = ViTImageProcessor(size={"height": 12, "width": 12}, image_mean=[0.2] * 3)
     seen = []
