@@ -338,6 +338,13 @@ def has_default_names(label_names: Sequence[str]) -> bool:
     return list(label_names) == [f"LABEL_{i}" for i in range(len(label_names))]
 
 
+def public_name(source: str | os.PathLike) -> str:
+    """What a card may tell of a data set's or a teacher's source: a name or Hub id as it is, of a folder or file its own name,
+    since the path to it tells about a machine."""
+    path = Path(source)
+    return path.resolve().name if path.is_absolute() or path.exists() else str(source)
+
+
 def check_class_names(label_names: Sequence[str], expected: Sequence[str], whose: str) -> None:
     """Refuse other classes than the data set's, or the same in another order. Unnamed classes pass by their number.
 

@@ -207,7 +207,8 @@ def build_image_processor(
     if image_size is None:
         largest = max(ImageRows(dataset, image_column)[0][image_column].size)
         image_size = largest if largest <= 64 else 224
-    return ViTImageProcessor(size={"height": image_size, "width": image_size})
+    # Published, it will be given other people's greyscale and transparent images too.
+    return ViTImageProcessor(size={"height": image_size, "width": image_size}, do_convert_rgb=True)
 
 
 def pixel_values(

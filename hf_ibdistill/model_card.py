@@ -8,6 +8,7 @@ from datasets import Dataset, Image
 from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
+from .data import public_name
 from .logits.encoding import column_name, recorded_teachers
 from .logits.provenance import read_records
 from .report import markdown_table
@@ -53,8 +54,7 @@ def create_model_card(
         repo_id: where it will be published, for the example.
         notes: a paragraph on this run.
     """
-    if data_name is not None and Path(data_name).exists():
-        data_name = Path(data_name).resolve().name
+    data_name = data_name and public_name(data_name)
     has_results = bool(metrics and data_name)
     data = ModelCardData(
         license="apache-2.0",
@@ -132,7 +132,7 @@ def _link(source):
     and nothing about the model."""
     if not source:
         return ""
-    return f"[{source}](https://huggingface.co/{source})" if _is_hub_id(source) else Path(source).name
+    return f"[{source}](https://huggingface.co/{source})" if _is_hub_id(source) else public_name(source)
 
 
 def _is_hub_id(name):

@@ -6,9 +6,11 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from accelerate.utils import extract_model_from_parallel
+from huggingface_hub import HfApi
 from transformers import AutoImageProcessor, AutoModelForImageClassification, BaseImageProcessor, PreTrainedModel
 
 from .data import check_class_names, config_class_names
@@ -22,12 +24,13 @@ TeacherLike = PreTrainedModel | tuple[PreTrainedModel, BaseImageProcessor] | str
 @dataclass
 class Teacher:
     """An image classifier with the name that its logits go by and the image processor that prepares its images. With
-    `bf16` it runs under bf16 autocast."""
+    `bf16` it runs under bf16 autocast. `revision` is its commit on the Hub."""
 
     name: str
     model: PreTrainedModel
     image_processor: BaseImageProcessor
     bf16: bool = False
+    revision: str | None = None
     _class_order: list[int] | None = None
 
     @property
@@ -98,11 +101,15 @@ def load_teachers(
 def _load_teacher(name, teacher, bf16, trust_remote_code):
     if not isinstance(name, str) or not name.isidentifier():
         raise ValueError(f'A teacher\'s name becomes a column name: letters, digits and "_" only; got "{name}".')
+    revision = None
     if isinstance(teacher, tuple):
         model, processor = teacher
     elif isinstance(teacher, (str, os.PathLike)):
-        model = AutoModelForImageClassification.from_pretrained(teacher, trust_remote_code=trust_remote_code)
-        processor = _load_processor(name, str(teacher), trust_remote_code)
+        revision = _resolve_revision(teacher)
+        model = AutoModelForImageClassification.from_pretrained(
+            teacher, revision=revision or "main", trust_remote_code=trust_remote_code
+        )
+        processor = _load_processor(name, str(teacher), trust_remote_code, revision or "main")
     elif not isinstance(teacher, PreTrainedModel):
         raise ValueError(
             f'The teacher "{name}" is a Hub id, a folder, a model or (model, image processor); got {teacher!r}.'
@@ -110,10 +117,20 @@ def _load_teacher(name, teacher, bf16, trust_remote_code):
     else:
         model = teacher
         processor = _load_processor(name, model.name_or_path, trust_remote_code)
-    return Teacher(name, without_autocast(model).eval(), processor, bf16)
+    return Teacher(name, without_autocast(model).eval(), processor, bf16, revision)
 
 
-def _load_processor(name, source, trust_remote_code):
+def _resolve_revision(source):
+    """The commit that a Hub id stands for now; `None` of a folder."""
+    if Path(source).exists():
+        return None
+    try:
+        return HfApi().resolve_revision(str(source)).resolved
+    except (OSError, ValueError):  # `from_pretrained` says better what is wrong with it
+        return None
+
+
+def _load_processor(name, source, trust_remote_code, revision="main"):
     missing = (
         f'The teacher "{name}" has no image processor{f" in {source}" if source else ""}. Save one beside the model '
         "(image_processor.save_pretrained(folder)), or give the teacher as (model, image_processor)."
@@ -121,6 +138,6 @@ def _load_processor(name, source, trust_remote_code):
     if not source:
         raise ValueError(missing)
     try:
-        return AutoImageProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
+        return AutoImageProcessor.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
     except OSError as error:
         raise ValueError(missing) from error

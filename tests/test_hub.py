@@ -127,6 +127,7 @@ result = {
     "remote": [name for name in sys.modules if name.startswith("transformers_modules")],
 }
 
+result["revision"] = ib.load_teachers({"inv": "alice/inv"})[0].revision
 recorded = load_from_disk(f"{author}/table")["train"]
 images = ib.select_per_class(ib.load_image_dataset("digits")["train"], 3, "label")
 opened = ib.open_logits_table("alice/logits", revision="v1")
@@ -285,6 +286,10 @@ def test_the_package_reads_back_what_it_published_and_runs_no_remote_code(publis
     assert [len(entry["pipeline"]) for entry in before] == [10, 10]
     assert result["used"] == [before, before]
     assert result["remote"] == []
+
+
+def test_a_teacher_on_the_hub_is_recorded_with_its_commit(shared_hub, user):
+    assert user[1]["revision"] == shared_hub.repos["model", "alice/inv"].refs["main"].oid
 
 
 def test_transformers_alone_predicts_the_same(published, stranger):

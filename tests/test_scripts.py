@@ -56,7 +56,13 @@ def test_teachers_record_and_student_fit_together(outputs):
     results = json.loads((outputs / "student" / "results.json").read_text())
     assert results["split"] == "test"
     assert {"accuracy", "conv_token_accuracy", "inv_agreement"} <= results["metrics"].keys()
-    assert f"| accuracy | {results['metrics']['accuracy']:.4f} |" in (outputs / "student" / "README.md").read_text()
+    card = (outputs / "student" / "README.md").read_text()
+    assert f"| accuracy | {results['metrics']['accuracy']:.4f} |" in card
+    # Recorded on the test images too, so the card tells how good the teachers were, and nothing of where they lay.
+    for name in ("conv", "inv"):
+        measured = json.loads((outputs / name / "results.json").read_text())["metrics"]["accuracy"]
+        assert f"| {name} | {name} | {100 * measured:.2f} % |" in card
+    assert results["recipe"]["model"]["patch_embedding"] == "convolution" and str(outputs) not in card
 
 
 def test_evaluate_model_repeats_the_measured_figures(outputs, capsys):

@@ -31,7 +31,7 @@ def describe_teacher(teacher: Teacher, encoding: LogitsEncoding) -> dict:
     return {
         "name": teacher.name,
         "source": config.name_or_path or None,
-        "revision": getattr(config, "_commit_hash", None),
+        "revision": teacher.revision,
         "weights_sha256": teacher.weights_sha256(),
         "config": settings,
         "image_processor": json.loads(teacher.image_processor.to_json_string()),

@@ -9,6 +9,7 @@ from datasets import Dataset, IterableDataset, load_dataset
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
+from ..data import public_name
 from ..model_card import create_logits_card
 from .provenance import attach_record, read_records
 
@@ -51,7 +52,11 @@ def export_logits_table(
     for i in range(num_files):
         rows = range(i * rows_per_file, min((i + 1) * rows_per_file, len(dataset)))
         dataset.select(rows).to_parquet(beside / "data" / f"{split}-{i:05d}-of-{num_files:05d}.parquet")
-    (beside / PROVENANCE).write_text(json.dumps(records[0], indent=2))
+    teachers = [
+        {**teacher, "source": teacher["source"] and public_name(teacher["source"])}
+        for teacher in records[0]["teachers"]
+    ]
+    (beside / PROVENANCE).write_text(json.dumps({**records[0], "teachers": teachers}, indent=2))
     create_logits_card(dataset, repo_id=repo_id).save(beside / "README.md")
     if output_dir.exists():
         output_dir.rmdir()

@@ -7,7 +7,8 @@ from pathlib import Path
 from datasets import Dataset
 from transformers import Trainer
 
-from ..evaluation import evaluate_model
+from ..data import public_name
+from ..evaluation import classification_metrics, predict
 from ..logits.provenance import read_records
 from ..model_card import create_model_card
 from ..report import describe_machine
@@ -16,10 +17,13 @@ from ..report import describe_machine
 RESULTS = "results.json"
 _RECIPE = (
     "learning_rate", "weight_decay", "lr_scheduler_type", "warmup_steps", "per_device_train_batch_size",
-    "gradient_accumulation_steps", "label_smoothing_factor", "max_grad_norm", "optim", "bf16", "fp16", "seed",
+    "gradient_accumulation_steps", "label_smoothing_factor", "max_grad_norm", "optim", "adam_beta1", "adam_beta2",
+    "adam_epsilon", "bf16", "fp16", "seed",
     "distillation_mode", "temperature", "teacher_weights", "label_weight", "standardize_logits",
     "confidence_weighting",
 )  # fmt: skip
+# What a configuration tells beside the model's shape.
+_NO_SHAPE = {"id2label", "label2id", "auto_map", "architectures", "transformers_version", "dtype", "problem_type"}
 
 
 def evaluate_and_save(
@@ -45,7 +49,8 @@ def evaluate_and_save(
         split: their split's name, for the card.
         title: name of the model.
         data_name: name of the data set.
-        teacher_metrics: for a student, teacher → its metrics on the same split.
+        teacher_metrics: for a student, teacher → its metrics on the same split; by default of the logits that `dataset`
+            has of the images as they are.
         picture: file name, in the same folder, of a picture for the card.
         notes: a paragraph for the card.
 
@@ -55,7 +60,7 @@ def evaluate_and_save(
     args = trainer.args
     # As `from_pretrained` will give it back.
     model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-    metrics = evaluate_model(
+    outputs = predict(
         model,
         trainer.processing_class,
         dataset,
@@ -63,6 +68,14 @@ def evaluate_and_save(
         image_column=trainer.image_column,
         label_column=trainer.label_column,
     )
+    teacher_names = getattr(model.config, "teacher_names", None)
+    metrics = classification_metrics(**outputs, teacher_names=teacher_names)
+    if teacher_metrics is None and "teacher_logits" in outputs:
+        # Recorded of these rows, so the teachers are measured too.
+        recorded = dict(zip(teacher_names, outputs["teacher_logits"].swapaxes(0, 1)))
+        teacher_metrics = {
+            name: classification_metrics(logits, outputs["labels"]) for name, logits in recorded.items()
+        }
     if trainer.is_world_process_zero():
         # Not `trainer.save_model`, which adds the arguments as a pickle.
         model.save_pretrained(args.output_dir)
@@ -74,10 +87,12 @@ def evaluate_and_save(
             "epochs": round(trainer.state.epoch, 2),
             "processes": args.world_size,
             **values,
+            "views": None if trainer.views is None else trainer.views.to_dict(),
+            "model": {name: value for name, value in model.config.to_diff_dict().items() if name not in _NO_SHAPE},
         }
         results = {
             "title": title,
-            "data": data_name,
+            "data": public_name(data_name),
             "split": split,
             "metrics": metrics,
             "recipe": recipe,
