@@ -1,6 +1,8 @@
 """How many images does a student need, taught by nobody, by one teacher or by both? Fashion-MNIST, nested subsets.
 
-    python scripts/study_data_efficiency.py --dataset FOLDER --stage search --images 3000 --methods both_views
+    python scripts/study_data_efficiency.py --dataset FOLDER --stage search --methods both_views --variations trials
+    python scripts/study_data_efficiency.py --dataset FOLDER --stage search --methods both_views --variations finalists
+    python scripts/study_data_efficiency.py --dataset FOLDER --stage choose
     python scripts/study_data_efficiency.py --dataset FOLDER --stage grid --images 3000 --methods both_views --seeds 0
 
 A cell is one model: a subset, a method, a seed and a recipe. Its JSON file in RESULTS_DIR holds the recipe, versions,
@@ -170,11 +172,11 @@ VARIATIONS = {
     "mean_logits": {"fusion": "mean_logits"},
     "class_token": {"fusion": "class_token"},
 }
-# Every student has the same number of trials. The teachers run by the package's defaults.
+# Every student has the same number of trials. The best two run again with twice the steps, and the better of them is chosen.
+# The teachers run by the package's defaults.
 _LABEL_TRIALS = ("base", "learning_rate_1e-3", "label_smoothing_0.1")
 _LOGITS_TRIALS = ("base", "learning_rate_1e-3", "temperature_1")
 TRIALS = {
-    **dict.fromkeys(TEACHERS, ("base",)),
     **dict.fromkeys(("undistilled", "deit", "co_advise"), _LABEL_TRIALS),
     **dict.fromkeys(("both_row", "both_views"), _LOGITS_TRIALS),
 }
@@ -195,7 +197,11 @@ class StudyArguments:
     images: list[int] = field(default_factory=lambda: [3000], metadata={"help": "Sizes of the training subset."})
     methods: list[str] = field(default_factory=lambda: list(METHODS), metadata={"help": "Any of the methods."})
     variations: list[str] = field(
-        default_factory=lambda: ["base"], metadata={"help": 'Changes of the recipe; join several by "+".'}
+        default_factory=lambda: ["base"],
+        metadata={
+            "help": 'Changes of the recipe; join several by "+". In the search also "trials", the first round, and "finalists", '
+            "the second."
+        },
     )
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "One cell each."})
     teacher_steps: int | None = field(default=None, metadata={"help": "Other steps than the study's, to try it out."})
@@ -324,18 +330,26 @@ class Study:
             raise ValueError(f"There is no {self.recipes_path}; search and choose first.")
         return json.loads(self.recipes_path.read_text())[method]
 
+    def search_accuracy(self, method: str, variation: str) -> float:
+        """Accuracy on held-out images, mean over the seeds."""
+        paths = (self.results_dir / "search").glob(f"*_{method}_{variation}_[0-9].json")
+        values = [json.loads(path.read_text())["metrics"]["accuracy"] for path in paths]
+        if not values:
+            raise ValueError(f'{method} has no cell of the trial "{variation}"; run the search first.')
+        return sum(values) / len(values)
+
+    def finalists(self, method: str) -> list[str]:
+        """The second round's trials: the best two of the first, with twice the steps."""
+        ranking = sorted(TRIALS[method], key=lambda variation: self.search_accuracy(method, variation), reverse=True)
+        return [f"{variation}+patience_2" for variation in ranking[:2]]
+
     def choose(self) -> None:
-        """Fix each method's recipe: the trial of the highest accuracy on held-out images, mean over its seeds."""
-        recipes = {}
-        for method, trials in TRIALS.items():
-            accuracies = {}
-            for variation in trials:
-                paths = sorted((self.results_dir / "search").glob(f"*_{method}_{variation}_[0-9].json"))
-                values = [json.loads(path.read_text())["metrics"]["accuracy"] for path in paths]
-                if not values:
-                    raise ValueError(f"{method} has no cell of the trial {variation}; run the search first.")
-                accuracies[variation] = sum(values) / len(values)
-            recipes[method] = combine(max(accuracies, key=accuracies.get))
+        """Fix each method's recipe: the better of its finalists."""
+        recipes = dict.fromkeys(TEACHERS, {})
+        for method in TRIALS:
+            accuracies = {name: self.search_accuracy(method, name) for name in self.finalists(method)}
+            best = max(accuracies, key=accuracies.get)
+            recipes[method] = combine(best.removesuffix("+patience_2"))
             print(method, {name: round(100 * value, 2) for name, value in accuracies.items()}, recipes[method])
         recipes |= {method: recipes[other] for method, other in SAME_RECIPE.items()}
         write(self.recipes_path, recipes)
@@ -449,9 +463,15 @@ def main():
     study = Study(args)
     if args.stage == "choose":
         return study.choose()
-    for images, seed, variation, method in product(args.images, args.seeds, args.variations, args.methods):
-        changes = {**study.chosen(method), **combine(variation)}
-        study.run_cell(study.recipe(method, images, seed, changes), variation)
+    for images, seed, method in product(args.images, args.seeds, args.methods):
+        variations = args.variations
+        if variations == ["trials"]:
+            variations = TRIALS[method]
+        elif variations == ["finalists"]:
+            variations = study.finalists(method)
+        for variation in variations:
+            changes = {**study.chosen(method), **combine(variation)}
+            study.run_cell(study.recipe(method, images, seed, changes), variation)
 
 
 if __name__ == "__main__":
