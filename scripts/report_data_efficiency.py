@@ -3,7 +3,7 @@
     python scripts/report_data_efficiency.py
     python scripts/report_data_efficiency.py --dataset FOLDER --work_dir outputs/data_efficiency
 
-Reads nothing but the cells, and writes REPORT_DIR/README.md with its pictures. With the images and the models at hand
+Reads nothing but the cells, and writes RESULTS_DIR/README.md with its pictures. With the images and the models at hand
 (`--dataset`), it also draws where the tokens look, and writes the cards of the best models.
 """
 
