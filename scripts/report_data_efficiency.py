@@ -17,6 +17,7 @@ from arguments import parse_arguments, run
 from study_data_efficiency import CLASSES, METHODS, TEACHERS, Study, StudyArguments, undigits
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
+from hf_ibdistill.data import select_per_class
 from hf_ibdistill.evaluation import token_attention
 from hf_ibdistill.images import ImageRows
 from hf_ibdistill.model_card import create_model_card
@@ -47,11 +48,13 @@ class ReportArguments:
 
 
 def read_cells(folder: Path) -> dict:
-    """Method → images → seed → cell."""
+    """Method → images → seed → cell, of the chosen recipes."""
     cells = defaultdict(lambda: defaultdict(dict))
     for path in sorted(folder.glob("*.json")):
         cell = json.loads(path.read_text())
         recipe = cell["recipe"]
+        if cell["variation"] != "base":
+            continue
         cells[recipe["method"]][recipe["images"]][recipe["seed"]] = cell
     return {method: dict(cells[method]) for method in METHODS if method in cells}
 
@@ -181,12 +184,11 @@ def draw_lines(cells: dict, folder: Path) -> None:
     plot_accuracy(folder / "accuracy_time.png", by_time, "processor seconds: teachers, recording and training")
 
 
-def write_cards(study: Study, cells: dict, args, folder: Path, labels: np.ndarray) -> None:
+def write_cards(study: Study, cells: dict, args: ReportArguments, folder: Path) -> None:
     """The cards of the best seed's teachers and student, and where that student's tokens look."""
     for images in args.card_images:
         if images not in cells.get(OURS, {}):
             continue
-        teacher_metrics = {}
         for name in (*TEACHERS, OURS):
             by_seed = cells[name][images]
             seed, cell = max(by_seed.items(), key=lambda item: item[1]["metrics"]["accuracy"])
@@ -202,25 +204,18 @@ def write_cards(study: Study, cells: dict, args, folder: Path, labels: np.ndarra
                 split="test",
                 metrics=cell["metrics"],
                 recipe=cell["recipe"],
-                teacher_metrics=teacher_metrics if is_student else None,
+                # Those that taught it, of its own seed.
+                teacher_metrics={t: cells[t][images][seed]["metrics"] for t in TEACHERS} if is_student else None,
                 notes=f"Test accuracy of the seeds {sorted(by_seed)}: {', '.join(f'{100 * value:.2f}' for value in accuracies(by_seed))} %.",
             )
-            teacher_metrics[name] = cell["metrics"]
             path = Path(args.cards_dir) / f"fashion_mnist_{images}_{'student' if is_student else name}.md"
             path.parent.mkdir(parents=True, exist_ok=True)
             card.save(path)
 
 
 def draw_attention(study: Study, model, processor, folder: Path) -> None:
-    rows = ImageRows(study.test_rows(), "image", ["label"])
-    chosen, found = [], set()
-    for row in (rows[i] for i in range(len(rows))):
-        if row["label"] not in found:
-            found.add(row["label"])
-            chosen.append(row)
-        if len(found) == len(CLASSES):
-            break
-    chosen.sort(key=lambda row: row["label"])
+    rows = select_per_class(study.test_rows(), 1, "label").sort("label")
+    chosen = ImageRows(rows, "image", ["label"]).__getitems__(range(len(rows)))
     images = [row["image"] for row in chosen]
     maps = token_attention(model, processor, images)
     plot_attention(folder / "attention.png", images, [CLASSES[row["label"]] for row in chosen], maps)
@@ -230,6 +225,11 @@ def main():
     (args,) = parse_arguments(ReportArguments)
     folder = Path(args.results_dir)
     cells = read_cells(folder / "grid")
+    missing = [name for name in (*TEACHERS, "undistilled", OURS) if name not in cells]
+    if missing:
+        raise ValueError(
+            f"{folder / 'grid'} has no cells of {', '.join(missing)}; run study_data_efficiency.py --stage grid first."
+        )
     labels = undigits(json.loads((folder / "test_labels.json").read_text()))
     sections = {
         "Test accuracy (%)": accuracy_table(cells),
@@ -242,17 +242,13 @@ def main():
     (folder / "README.md").write_text(f"# How many images does a student need?\n\n{text}\n")
     print(text)
     draw_lines(cells, folder)
-    shared = max((images for images in cells[OURS] if images in cells["undistilled"]), key=lambda n: n == 3000)
-    before, after = ([predicted(cell) for cell in cells[name][shared].values()] for name in ("undistilled", OURS))
+    # Of the few images that the method is for.
+    smallest = min(cells[OURS].keys() & cells["undistilled"].keys())
+    before, after = ([predicted(cell) for cell in cells[name][smallest].values()] for name in ("undistilled", OURS))
     plot_corrections(folder / "corrections.png", labels, before, after, CLASSES)
     if args.dataset is not None:
-        write_cards(
-            Study(StudyArguments(args.dataset, results_dir=args.results_dir, work_dir=args.work_dir)),
-            cells,
-            args,
-            folder,
-            labels,
-        )
+        study = Study(StudyArguments(args.dataset, results_dir=args.results_dir, work_dir=args.work_dir))
+        write_cards(study, cells, args, folder)
 
 
 if __name__ == "__main__":

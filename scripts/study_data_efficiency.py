@@ -19,6 +19,7 @@ import json
 import math
 import time
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from itertools import product
 from pathlib import Path
 
@@ -38,19 +39,18 @@ from hf_ibdistill import (
     ImageTrainingArguments,
     ViewRecipe,
     build_image_processor,
+    class_config,
     load_image_dataset,
     predict,
     record_teacher_logits,
 )
 from hf_ibdistill.data import select_per_class
 from hf_ibdistill.evaluation import classification_metrics
+from hf_ibdistill.logits.recording import write_beside
 from hf_ibdistill.report import describe_machine
 
 
 CLASSES = ["T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
-CLASS_CONFIG = {
-    "num_labels": len(CLASSES), "id2label": dict(enumerate(CLASSES)), "label2id": {c: i for i, c in enumerate(CLASSES)}
-}  # fmt: skip
 TEACHERS = {"conv": "convolution-small", "inv": "involution-small"}
 STEPS = {1000: 2000, 3000: 3000, 10000: 5000, 60000: 9000}
 SEARCH_STEPS = 1200
@@ -215,14 +215,18 @@ class Study:
 
     def __init__(self, args: StudyArguments):
         self.args, self.results_dir, self.work_dir = args, Path(args.results_dir), Path(args.work_dir)
-        splits = self._load()
-        # Our own splits are taken out of all training images.
-        self.train = concatenate_datasets([splits["train"], splits["validation"]])
 
-    def _load(self):
+    @cached_property
+    def _splits(self) -> dict[str, Dataset]:
+        # Opened when the first cell needs images: most of a study's starts only look at what is there.
         splits = load_image_dataset(self.args.dataset)
         classes = ClassLabel(names=CLASSES)
         return {name: rows.cast_column("label", classes) for name, rows in splits.items()}
+
+    @cached_property
+    def train(self) -> Dataset:
+        """All training images; our own splits are taken out of them."""
+        return concatenate_datasets([self._splits["train"], self._splits["validation"]])
 
     @property
     def recipes_path(self) -> Path:
@@ -259,7 +263,7 @@ class Study:
     def test_rows(self) -> Dataset:
         if not self.recipes_path.exists():
             raise ValueError(f"The test images stay closed until the recipes are fixed in {self.recipes_path}.")
-        return self._load()["test"]
+        return self._splits["test"]
 
     def folder(self, recipe: Recipe) -> Path:
         """Where the teachers and the tables of this subset are."""
@@ -281,12 +285,12 @@ class Study:
             if recipe.method not in TEACHERS or model_folder.exists():
                 return cell
         train, held_out = self.rows(recipe)
-        processor = build_image_processor(train)
+        processor, classes = build_image_processor(train), class_config(train)
         recording = {}
         if recipe.method in TEACHERS:
-            trainer = self._trainer(recipe, build_teacher(recipe), processor, train)
+            trainer = self._trainer(recipe, build_teacher(recipe, classes), processor, train)
         else:
-            student = build_student(recipe, processor.size["height"])
+            student = build_student(recipe, classes, processor.size["height"])
             trainer, recording = self._student_trainer(recipe, student, processor, train)
         seconds = stopwatch()
         trainer.train()
@@ -399,12 +403,12 @@ class Study:
         )
 
 
-def build_teacher(recipe: Recipe) -> IBResNetForImageClassification:
+def build_teacher(recipe: Recipe, classes: dict) -> IBResNetForImageClassification:
     set_seed(recipe.seed)
-    return IBResNetForImageClassification(IBResNetConfig.from_preset(TEACHERS[recipe.method], **CLASS_CONFIG))
+    return IBResNetForImageClassification(IBResNetConfig.from_preset(TEACHERS[recipe.method], **classes))
 
 
-def build_student(recipe: Recipe, image_size: int) -> IBViTForImageClassification:
+def build_student(recipe: Recipe, classes: dict, image_size: int) -> IBViTForImageClassification:
     set_seed(recipe.seed)
     config = IBViTConfig(
         teacher_names=METHODS[recipe.method].teachers,
@@ -416,7 +420,7 @@ def build_student(recipe: Recipe, image_size: int) -> IBViTForImageClassificatio
         num_hidden_layers=recipe.num_hidden_layers,
         num_attention_heads=recipe.num_attention_heads,
         intermediate_size=2 * recipe.hidden_size,
-        **CLASS_CONFIG,
+        **classes,
     )
     return IBViTForImageClassification(config)
 
@@ -443,11 +447,7 @@ def fingerprint(text: str) -> str:
 
 
 def write(path: Path, content) -> None:
-    """Beside, then renamed: a file that is there is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".partial")
-    beside.write_text(json.dumps(content, indent=1))
-    beside.replace(path)
+    write_beside(path, lambda beside: beside.write_text(json.dumps(content, indent=1)))
 
 
 def combine(variation: str) -> dict:
@@ -458,8 +458,25 @@ def combine(variation: str) -> dict:
     return changes
 
 
+def check(args: StudyArguments) -> None:
+    """Refuse names that the study does not know, before a cell is trained."""
+    is_round = args.stage == "search" and args.variations in (["trials"], ["finalists"])
+    names = [] if is_round else [name for variation in args.variations for name in variation.split("+")]
+    sizes = [] if args.student_steps and args.teacher_steps else args.images
+    for what, given, known in (
+        ("stage", [args.stage], ["search", "choose", "grid"]),
+        ("method", args.methods, METHODS),
+        ("variation", names, VARIATIONS),
+        ("number of images", sizes, STEPS),
+    ):
+        unknown = [name for name in given if name not in known]
+        if unknown:
+            raise ValueError(f"There is no {what} {unknown[0]}; choose from {', '.join(map(str, known))}.")
+
+
 def main():
     (args,) = parse_arguments(StudyArguments)
+    check(args)
     study = Study(args)
     if args.stage == "choose":
         return study.choose()

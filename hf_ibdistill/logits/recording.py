@@ -135,7 +135,7 @@ def record_teacher_logits(
         return recorded[None]
     if accelerator.is_main_process:
         # What makes `datasets.load_from_disk` see the folders as the splits of one data set.
-        _write_beside(
+        write_beside(
             output_dir / "dataset_dict.json", lambda beside: beside.write_text(json.dumps({"splits": list(splits)}))
         )
     accelerator.wait_for_everyone()
@@ -305,7 +305,7 @@ def _open_folder(folder, plan) -> bool:
     if folder.exists() and any(not entry.name.endswith(".partial") for entry in folder.iterdir()):
         raise ValueError(f"{folder} holds something else than a recording; choose an empty folder.")
     manifest = {"record": plan.record, "layout": plan.layout}
-    _write_beside(path, lambda beside: beside.write_text(json.dumps(manifest, indent=2)))
+    write_beside(path, lambda beside: beside.write_text(json.dumps(manifest, indent=2)))
     return False
 
 
@@ -335,7 +335,7 @@ def read_checksums(folder: Path) -> dict[str, str]:
     return json.loads((folder / CHECKSUMS).read_text())
 
 
-def _write_beside(path: Path, write: Callable[[Path], None], before_rename: Callable[[Path], None] = lambda _: None):
+def write_beside(path: Path, write: Callable[[Path], None], before_rename: Callable[[Path], None] = lambda _: None):
     """Write a file under another name, make sure that it is on the disk, and rename it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f"{path.name}.{os.getpid()}.partial")
@@ -389,11 +389,9 @@ def _record_shards(accelerator, dataset, plan, shards, folder, num_workers) -> N
 
             def write_checksum(beside, path=path):
                 checksum = sha256(beside)
-                _write_beside(_checksum_path(path), lambda file: file.write_text(checksum))
+                write_beside(_checksum_path(path), lambda file: file.write_text(checksum))
 
-            _say_if_disk_is_full(
-                folder, lambda p=path, w=write, c=write_checksum: _write_beside(p, w, before_rename=c)
-            )
+            _say_if_disk_is_full(folder, lambda p=path, w=write, c=write_checksum: write_beside(p, w, before_rename=c))
 
 
 def _feature(plan, teacher):
