@@ -39,7 +39,8 @@ setup(
     ],
     extras_require={
         "plots": ["matplotlib>=3.8,<4"],
-        "dev": ["matplotlib>=3.8,<4", "hypothesis>=6,<7", "pytest>=8,<10", "ruff>=0.12,<1"],
+        "timm": ["timm>=1.0,<2"],
+        "dev": ["matplotlib>=3.8,<4", "timm>=1.0,<2", "hypothesis>=6,<7", "pytest>=8,<10", "ruff>=0.12,<1"],
     },
     classifiers=[
         "Development Status :: 4 - Beta",

@@ -30,6 +30,7 @@ _PUBLIC_NAMES = {
     "training.losses": ["ensemble_distillation_loss"],
     "training.arguments": ["DistillationArguments", "ImageTrainingArguments"],
     "training.trainer": ["EnsembleDistillationTrainer", "ImageClassificationTrainer"],
+    "training.finetuning": ["all_heads_loss", "freeze_layers", "layer_decay_groups", "load_for_finetuning"],
     "evaluation": ["evaluate_model", "predict", "token_attention"],
     "model_card": ["create_model_card"],
 }

@@ -214,11 +214,12 @@ def build_image_processor(
 def pixel_values(
     images: Sequence[PIL.Image.Image | torch.Tensor], processors: Mapping[str, BaseImageProcessor]
 ) -> dict[str, torch.Tensor]:
-    """The batch (N, channels, H, W) that each image processor makes of the images. Processors with the same settings
-    share one tensor."""
+    """The batch (N, channels, H, W) that each image processor makes of the images. Processors of the same class with the
+    same settings share one tensor."""
     batches, results = {}, {}
     for name, processor in processors.items():
-        settings = processor.to_json_string() if len(processors) > 1 else name
+        # Settings name the class, but two repositories' own code may give it the same name.
+        settings = (type(processor), processor.to_json_string()) if len(processors) > 1 else name
         if settings not in batches:
             batches[settings] = _preprocess(processor, images)
         results[name] = batches[settings]

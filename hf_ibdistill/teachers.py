@@ -11,7 +11,13 @@ from pathlib import Path
 import torch
 from accelerate.utils import extract_model_from_parallel
 from huggingface_hub import HfApi
-from transformers import AutoImageProcessor, AutoModelForImageClassification, BaseImageProcessor, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    BaseImageProcessor,
+    PreTrainedModel,
+)
 
 from .data import check_class_names, config_class_names
 
@@ -61,7 +67,9 @@ class Teacher:
         device = self.model.device.type
         # Said in either case: a caller's own autocast must not decide what is recorded.
         with torch.no_grad(), torch.autocast(device, dtype=torch.bfloat16, enabled=self.bf16):
-            logits = self.model(pixel_values=pixel_values.to(self.model.dtype)).logits.float()
+            outputs = self.model(pixel_values=pixel_values.to(self.model.dtype))
+        # Tuples come from models with code of their own; as in transformers, logits are first where no loss is.
+        logits = (outputs[0] if isinstance(outputs, tuple) else outputs.logits).float()
         return logits if self._class_order is None else logits[:, self._class_order]
 
     def weights_sha256(self) -> str:
@@ -87,11 +95,13 @@ def load_teachers(
     Args:
         teachers: name → Hub id, folder, model loaded by `from_pretrained`, or (model, image processor).
         bf16: run them under bf16 autocast.
-        trust_remote_code: run the code of a Hub repository that brings its own.
+        trust_remote_code: run the code of a Hub repository, or folder, that brings its own.
 
     Raises:
-        ValueError: no teacher, a name that cannot name a column, or a model without an image processor.
+        ValueError: no teacher, a name that cannot name a column, a model without an image processor, or one with code of
+            its own without `trust_remote_code`.
         OSError: an id or folder that cannot be loaded.
+        ImportError: a library that the model is built on, such as timm, is not installed.
     """
     if not teachers:
         raise ValueError("There is no teacher; give at least one as name → model, Hub id or folder.")
@@ -106,9 +116,7 @@ def _load_teacher(name, teacher, bf16, trust_remote_code):
         model, processor = teacher
     elif isinstance(teacher, (str, os.PathLike)):
         revision = _resolve_revision(teacher)
-        model = AutoModelForImageClassification.from_pretrained(
-            teacher, revision=revision or "main", trust_remote_code=trust_remote_code
-        )
+        model = _load_model(teacher, revision=revision or "main", trust_remote_code=trust_remote_code)
         processor = _load_processor(name, str(teacher), trust_remote_code, revision or "main")
     elif not isinstance(teacher, PreTrainedModel):
         raise ValueError(
@@ -118,6 +126,19 @@ def _load_teacher(name, teacher, bf16, trust_remote_code):
         model = teacher
         processor = _load_processor(name, model.name_or_path, trust_remote_code)
     return Teacher(name, without_autocast(model).eval(), processor, bf16, revision)
+
+
+def _load_model(source, **options):
+    try:
+        return AutoModelForImageClassification.from_pretrained(source, **options)
+    except TypeError:
+        # timm since 1.0.31 saves the number of classes among the model's arguments too; transformers' wrapper then gives
+        # it twice.
+        config = AutoConfig.from_pretrained(source, **options)
+        if "num_classes" not in (getattr(config, "model_args", None) or {}):
+            raise
+        del config.model_args["num_classes"]
+        return AutoModelForImageClassification.from_pretrained(source, config=config, **options)
 
 
 def _resolve_revision(source):

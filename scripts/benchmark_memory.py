@@ -11,24 +11,14 @@ memory is measured. Two peaks are reported:
 """
 
 import json
-import os
-import resource
-import subprocess
-import sys
 import tempfile
-import threading
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from arguments import parse_arguments, run
-from timing import write_results
+from timing import measure_in_process, peak_memory, write_results
 
 from hf_ibdistill.report import markdown_table
-
-
-STATUS = Path("/proc/self/status")
-KINDS = {"RssAnon": "anonymous", "RssFile": "mapped_files"}
 
 
 @dataclass
@@ -85,30 +75,6 @@ def measured_step(arguments: MemoryArguments) -> None:
     EnsembleDistillationTrainer(student, settings, train_dataset=table, processing_class=processor).train()
 
 
-def peak_memory(function: Callable[[], None]) -> dict[str, int]:
-    """The peaks in bytes while the function runs; of the resident memory since the process began."""
-    peaks, is_done = {}, threading.Event()
-
-    def watch():
-        while STATUS.exists() and not is_done.is_set():
-            for line in STATUS.read_text().splitlines():
-                name, _, value = line.partition(":")
-                if name in KINDS:
-                    peaks[KINDS[name]] = max(peaks.get(KINDS[name], 0), int(value.split()[0]) * 1024)
-            is_done.wait(0.02)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        function()
-    finally:
-        is_done.set()
-        watcher.join()
-    # Bytes on macOS, kilobytes elsewhere.
-    unit = 1 if sys.platform == "darwin" else 1024
-    return {**peaks, "resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
-
-
 def main():
     (arguments,) = parse_arguments(MemoryArguments)
     if arguments.step is not None:
@@ -119,15 +85,8 @@ def main():
         with tempfile.TemporaryDirectory() as folder:
             peaks = {}
             for step in ("prepare", "record", "train"):
-                command = [sys.executable, __file__, "--step", step, "--folder", folder, "--num_rows", str(num_rows)]
-                command += ["--num_classes", str(arguments.num_classes)]
-                command += [] if arguments.top_k is None else ["--top_k", str(arguments.top_k)]
-                # Nothing may be kept in memory because it was small enough to.
-                environment = {**os.environ, "HF_DATASETS_IN_MEMORY_MAX_SIZE": "0"}
-                done = subprocess.run(command, env=environment, capture_output=True, text=True)
-                if done.returncode != 0:
-                    raise RuntimeError(done.stderr[-2000:])
-                peaks[step] = json.loads(done.stdout.splitlines()[-1])
+                given = {**asdict(arguments), "step": step, "folder": folder, "num_rows": [num_rows]}
+                peaks[step] = measure_in_process(__file__, given)
             size = sum(path.stat().st_size for path in (Path(folder) / "table").glob("*.arrow"))
         rows.append({"num_rows": num_rows, "table_bytes": size, "peak_bytes": peaks})
     columns = [(kind, step) for kind in ("anonymous", "resident") for step in ("record", "train")]

@@ -92,13 +92,13 @@ class RecordingArguments:
             raise ValueError("There are at least two batches of images: what those after the first take is measured.")
 
 
-def make_photographs(bench: RecordingArguments) -> Dataset:
+def make_photographs(count: int, num_classes: int, seed: int = 0) -> Dataset:
     """Random crops, as JPEG files; the class is the number of the photograph."""
     from sklearn.datasets import load_sample_images
 
-    rng = np.random.default_rng(bench.seed)
+    rng = np.random.default_rng(seed)
     photographs = [fromarray(pixels) for pixels in load_sample_images().images]
-    labels = rng.integers(len(photographs), size=max(bench.images, bench.light_images))
+    labels = rng.integers(len(photographs), size=count)
     files = []
     for label in labels:
         photograph = photographs[label]
@@ -108,7 +108,7 @@ def make_photographs(bench: RecordingArguments) -> Dataset:
         file = io.BytesIO()
         crop.save(file, "JPEG", quality=90)
         files.append({"bytes": file.getvalue(), "path": None})
-    names = [str(i) for i in range(bench.num_classes)]
+    names = [str(i) for i in range(num_classes)]
     return Dataset.from_dict(
         {"image": files, "label": labels}, features=Features({"image": Image(), "label": ClassLabel(names=names)})
     )
@@ -174,7 +174,8 @@ def make_cases(
 
 def make_parts(bench: RecordingArguments, work: Path) -> dict[str, dict[tuple[str, int], Case]]:
     """The cases of each part."""
-    make_photographs(bench).save_to_disk(work / "photographs")
+    count = max(bench.images, bench.light_images)
+    make_photographs(count, bench.num_classes, bench.seed).save_to_disk(work / "photographs")
     load_image_dataset("digits", seed=bench.seed)["train"].save_to_disk(work / "digits")
     photographs, digits = load_from_disk(work / "photographs"), load_from_disk(work / "digits")
     whole, copied = photographs.select(range(bench.images)), photographs.select(range(bench.light_images))

@@ -1,16 +1,25 @@
-"""How the benchmarks time things: all cases in turn, in another order each repetition, so that a machine whose speed drifts
-is as fast for one as for another; ratios are taken within a repetition."""
+"""How the benchmarks measure. Time: all cases in turn, in another order each repetition, so that a machine whose speed drifts
+is as fast for one as for another; ratios are taken within a repetition. Peak memory: of a process of its own."""
 
 import json
+import os
 import resource
+import subprocess
+import sys
+import tempfile
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from hf_ibdistill.report import describe_machine
+
+
+STATUS = Path("/proc/self/status")
+KINDS = {"RssAnon": "anonymous", "RssFile": "mapped_files", "VmHWM": "resident"}
 
 
 @dataclass
@@ -51,6 +60,48 @@ def _processor_seconds() -> float:
     """Of this process and of its data loader workers that have ended."""
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
     return time.process_time() + children.ru_utime + children.ru_stime
+
+
+def peak_memory(function: Callable[[], object]) -> dict[str, int]:
+    """The peaks in bytes while the function runs; of the resident memory since the process began."""
+    peaks, is_done = {}, threading.Event()
+
+    def look():
+        for line in STATUS.read_text().splitlines() if STATUS.exists() else ():
+            name, _, value = line.partition(":")
+            if name in KINDS:
+                peaks[KINDS[name]] = max(peaks.get(KINDS[name], 0), int(value.split()[0]) * 1024)
+
+    def watch():
+        while not is_done.wait(0.02):
+            look()
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        function()
+    finally:
+        is_done.set()
+        watcher.join()
+    look()
+    if "resident" not in peaks:  # On Linux this one would be at least that of the process that started this one.
+        # Bytes on macOS, kilobytes elsewhere.
+        unit = 1 if sys.platform == "darwin" else 1024
+        peaks["resident"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return peaks
+
+
+def measure_in_process(script: str, arguments: Mapping) -> dict:
+    """What a script prints last, as JSON, when it is run with these arguments."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "arguments.json"
+        path.write_text(json.dumps(dict(arguments)))
+        # Nothing may be kept in memory because it was small enough to.
+        environment = {**os.environ, "HF_DATASETS_IN_MEMORY_MAX_SIZE": "0"}
+        done = subprocess.run([sys.executable, script, str(path)], env=environment, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(done.stderr[-2000:])
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def quartiles(values) -> dict[str, float]:

@@ -1,0 +1,302 @@
+"""Loading a student for other images and labels, freezing, layer-wise learning rates, and the loss of all heads."""
+
+import re
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from transformers import (
+    DeiTConfig,
+    DeiTForImageClassification,
+    DeiTForImageClassificationWithTeacher,
+    SwinConfig,
+    SwinForImageClassification,
+    Trainer,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from hf_ibdistill import (
+    IBResNetConfig,
+    IBResNetForImageClassification,
+    IBViTConfig,
+    IBViTForImageClassification,
+    all_heads_loss,
+    freeze_layers,
+    layer_decay_groups,
+    load_for_finetuning,
+)
+
+
+NUM_LAYERS = 3
+SHAPE = {"image_size": 8, "patch_size": 2, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
+SHAPE["num_hidden_layers"] = NUM_LAYERS
+ANIMALS = {"id2label": {0: "cat", 1: "dog", 2: "owl"}, "label2id": {"cat": 0, "dog": 1, "owl": 2}}
+PLANTS = {"id2label": {0: "oak", 1: "elm", 2: "fir"}, "label2id": {"oak": 0, "elm": 1, "fir": 2}}
+
+
+def build(kind):
+    if kind == "vit":
+        return ViTForImageClassification(ViTConfig(**SHAPE, **ANIMALS))
+    if kind.startswith("deit"):
+        model = DeiTForImageClassification if kind == "deit" else DeiTForImageClassificationWithTeacher
+        return model(DeiTConfig(**SHAPE, **ANIMALS))
+    names = () if kind == "no teachers" else ("conv", "inv")
+    stem = "convolution" if kind == "no teachers" else kind
+    config = IBViTConfig(teacher_names=names, patch_embedding=stem, stem_channels=16, **SHAPE, **ANIMALS)
+    return IBViTForImageClassification(config)
+
+
+KINDS = ["linear", "convolution", "bias_stems", "no teachers", "vit", "deit"]
+STUDENTS = KINDS[:4]
+
+
+def depth_by_name(name):
+    """As a reader of the parameters' names would tell it."""
+    if ".embeddings." in name:
+        return 0
+    layer = re.search(r"\.layers\.(\d+)\.", name)
+    return NUM_LAYERS + 1 if layer is None else int(layer[1]) + 1
+
+
+def settings_of(groups):
+    """Parameter → (learning rate, weight decay); fails where a parameter has two."""
+    settings = {}
+    for group in groups:
+        for parameter in group["params"]:
+            assert parameter not in settings
+            settings[parameter] = group["lr"], group["weight_decay"]
+    return settings
+
+
+def examples(num_rows=8, size=8):
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(num_rows, 3, size, size, generator=generator)
+    return [{"pixel_values": image, "labels": i % 3} for i, image in enumerate(images)]
+
+
+def train(model, folder, **settings):
+    trainer_settings = {name: settings.pop(name) for name in ("optimizers", "compute_loss_func") if name in settings}
+    defaults = {"max_steps": 1, "learning_rate": 1e-3, "lr_scheduler_type": "constant", "weight_decay": 0.1}
+    defaults |= {"per_device_train_batch_size": 8, "save_strategy": "no", "report_to": "none", "disable_tqdm": True}
+    args = TrainingArguments(str(folder), use_cpu=True, **{**defaults, **settings})
+    trainer = Trainer(model, args, train_dataset=examples(), **trainer_settings)
+    trainer.train()
+    return trainer
+
+
+def copy_of(model):
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+# Layer-wise learning rates
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_learning_rates_fall_from_the_heads_to_the_embeddings(kind):
+    model = build(kind)
+    settings = settings_of(layer_decay_groups(model, 0.8, 0.5, weight_decay=0.1))
+    assert settings.keys() == set(model.parameters())
+    expected = [0.05, 0.1, 0.2, 0.4, 0.8]
+    for name, parameter in model.named_parameters():
+        rate, decay = settings[parameter]
+        assert rate == pytest.approx(expected[depth_by_name(name)]), name
+        if name.endswith("bias") or "layernorm" in name:
+            assert decay == 0, name
+        elif parameter.dim() > 1:
+            assert decay == 0.1, name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_decay_they_are_the_trainers_own(kind, tmp_path):
+    model = build(kind)
+    args = TrainingArguments(str(tmp_path), learning_rate=3e-4, weight_decay=0.1, use_cpu=True, report_to="none")
+    expected = settings_of(Trainer(model, args).create_optimizer().param_groups)
+    assert settings_of(layer_decay_groups(model, 3e-4, 1.0, weight_decay=0.1)) == expected
+
+
+def test_the_model_without_heads_has_them_too():
+    model = build("bias_stems").ibvit
+    settings = settings_of(layer_decay_groups(model, 1.0, 0.5))
+    assert settings[model.embeddings.class_token] == (0.0625, 0.0)
+    assert settings[model.layernorm.weight] == (1.0, 0.0)
+
+
+def test_frozen_parameters_are_in_no_group():
+    model = build("bias_stems")
+    freeze_layers(model, 2)
+    model.class_head.bias.requires_grad_(False)
+    groups = layer_decay_groups(model, 1.0, 0.5)
+    assert settings_of(groups).keys() == {p for p in model.parameters() if p.requires_grad}
+    assert all(group["params"] for group in groups)
+
+
+def test_the_trainer_takes_steps_of_these_sizes_and_logs_the_heads_rate(tmp_path):
+    model = build("bias_stems")
+    before = copy_of(model)
+    optimizer = torch.optim.AdamW(layer_decay_groups(model, 1e-2, 0.5), eps=1e-12)
+    options = {"optimizers": (optimizer, None), "compute_loss_func": all_heads_loss, "logging_steps": 1}
+    trainer = train(model, tmp_path, **options)
+    assert trainer.state.log_history[0]["learning_rate"] == 1e-2
+    for name, parameter in model.named_parameters():
+        if "k_proj.bias" in name:
+            continue  # It shifts every score alike, so its gradient is rounding error.
+        # Adam's first step is the learning rate, whatever the gradient.
+        step = (parameter - before[name]).abs().max().item()
+        assert step == pytest.approx(1e-2 * 0.5 ** (NUM_LAYERS + 1 - depth_by_name(name)), rel=0.02), name
+
+
+@pytest.mark.parametrize("layer_decay", [0.0, -0.5, 1.5, float("nan")])
+def test_a_decay_out_of_range(layer_decay):
+    with pytest.raises(ValueError, match=f"layer_decay is above 0 and at most 1; got {layer_decay}"):
+        layer_decay_groups(build("linear"), 1e-3, layer_decay)
+
+
+def test_models_of_another_kind():
+    teacher = IBResNetForImageClassification(IBResNetConfig.from_preset("convolution-small"))
+    swin = SwinForImageClassification(SwinConfig(image_size=8, patch_size=2, embed_dim=4, depths=[1], num_heads=[1]))
+    for model, name in ((teacher, "IBResNet"), (swin, "SwinModel")):
+        message = f"{name}.* has no `embeddings` and `layers`"
+        with pytest.raises(ValueError, match=message):
+            layer_decay_groups(model, 1e-3, 0.5)
+        with pytest.raises(ValueError, match=message):
+            freeze_layers(model, 1)
+
+
+# Freezing
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("num_layers", range(NUM_LAYERS + 1))
+def test_which_parameters_are_frozen(num_layers, kind):
+    model = build(kind)
+    freeze_layers(model, num_layers)
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    names = [name for name, _ in model.named_parameters()]
+    assert frozen == {name for name in names if num_layers and depth_by_name(name) <= num_layers}
+
+
+@pytest.mark.parametrize("num_layers", [-1, NUM_LAYERS + 1])
+def test_more_layers_than_there_are(num_layers):
+    with pytest.raises(ValueError, match=f"has 3 layers; freeze 0 to 3 of them, not {num_layers}"):
+        freeze_layers(build("linear"), num_layers)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("layer_decay", [None, 0.5])
+def test_what_is_frozen_stays_and_all_else_moves(layer_decay, checkpointing, tmp_path):
+    model = build("bias_stems")
+    freeze_layers(model, 2)
+    before, options = copy_of(model), {}
+    if layer_decay is not None:
+        groups = layer_decay_groups(model, 1e-3, layer_decay, weight_decay=0.1)
+        options["optimizers"] = (torch.optim.AdamW(groups), None)
+    train(
+        model,
+        tmp_path,
+        max_steps=3,
+        compute_loss_func=all_heads_loss,
+        activation_checkpointing=checkpointing,
+        **options,
+    )
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) == (depth_by_name(name) <= 2), name
+
+
+# The loss
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_loss_is_the_mean_over_the_heads(smoothing):
+    model = build("linear")
+    images, labels = torch.randn(5, 3, 8, 8), torch.tensor([0, 1, 2, 1, 0])
+    outputs = model(images)
+    entropy = nn.CrossEntropyLoss(label_smoothing=smoothing)
+    heads = [outputs.class_logits, outputs.teacher_token_logits[:, 0], outputs.teacher_token_logits[:, 1]]
+    expected = sum(entropy(logits, labels) for logits in heads) / 3
+    loss = all_heads_loss(outputs, labels, label_smoothing=smoothing)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(all_heads_loss(outputs, labels, 20, smoothing), expected / 4)
+    loss.backward()
+    assert all(head.weight.grad.abs().min() > 0 for head in (model.class_head, *model.teacher_heads))
+
+
+def test_without_teachers_it_is_the_students_own():
+    model = build("no teachers")
+    labels = torch.tensor([0, 1, 2])
+    outputs = model(torch.randn(3, 3, 8, 8), labels=labels)
+    torch.testing.assert_close(all_heads_loss(outputs, labels), outputs.loss)
+
+
+def test_accumulated_batches_take_the_steps_of_whole_ones(tmp_path):
+    weights = []
+    for batch_size in (8, 2):
+        torch.manual_seed(0)
+        model = build("linear")
+        settings = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": 8 // batch_size}
+        options = {"compute_loss_func": all_heads_loss, "optim": "sgd", "learning_rate": 0.5, "max_grad_norm": 0}
+        train(model, tmp_path, max_steps=2, **settings, **options)
+        weights.append(copy_of(model))
+    for name, parameter in weights[0].items():
+        torch.testing.assert_close(weights[1][name], parameter, msg=name)
+
+
+# Loading
+
+
+@pytest.mark.parametrize("size", [8, 12, 4])
+@pytest.mark.parametrize("kind", STUDENTS)
+@torch.no_grad()
+def test_another_image_size_predicts_what_interpolation_predicts(kind, size, tmp_path):
+    original, images = build(kind).eval(), torch.randn(2, 3, size, size)
+    original.save_pretrained(tmp_path / "original")
+    model = load_for_finetuning(tmp_path / "original", image_size=size)
+    assert not model.training and model.config.image_size == size
+    assert model.config.teacher_names == original.config.teacher_names
+    model.save_pretrained(tmp_path / "resized")
+    for student in (model, IBViTForImageClassification.from_pretrained(tmp_path / "resized")):
+        torch.testing.assert_close(student(images).logits, original(images, interpolate_pos_encoding=True).logits)
+
+
+@pytest.mark.parametrize("classes", [PLANTS, {"num_labels": 5}])
+def test_other_classes_get_new_heads_and_the_same_classes_the_old_ones(classes, tmp_path):
+    original = build("convolution")
+    original.save_pretrained(tmp_path)
+    weights = original.state_dict()
+    for fields, is_new in ((classes, True), (ANIMALS, False)):
+        model = load_for_finetuning(tmp_path, fusion="class_token", **fields)
+        assert model.config.fusion == "class_token" and model.config.num_labels == len(model.config.id2label)
+        for name, tensor in model.state_dict().items():
+            is_kept = tensor.shape == weights[name].shape and torch.equal(tensor, weights[name])
+            # New biases are zero, as the old ones are.
+            assert is_kept != (is_new and "head" in name) or (tensor == 0).all(), name
+    assert load_for_finetuning(tmp_path, **PLANTS).config.id2label == PLANTS["id2label"]
+
+
+@pytest.mark.parametrize("kind", ["vit", "deit", "deit with teacher"])
+@torch.no_grad()
+def test_it_may_start_as_a_vit_or_deit(kind, tmp_path):
+    original, images = build(kind).eval(), torch.randn(2, 3, 12, 12)
+    original.save_pretrained(tmp_path)
+    model = load_for_finetuning(tmp_path, image_size=12)
+    assert model.config.teacher_names == ([] if kind == "vit" else ["distillation"])
+    torch.testing.assert_close(model(images).logits, original(images, interpolate_pos_encoding=True).logits)
+    assert load_for_finetuning(tmp_path, **PLANTS).config.id2label == PLANTS["id2label"]
+
+
+def test_a_model_saved_in_half_precision_is_trained_in_float32(tmp_path):
+    build("linear").to(torch.bfloat16).save_pretrained(tmp_path)
+    model = load_for_finetuning(tmp_path, image_size=12)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_checkpoints_and_sizes_that_do_not_fit(tmp_path):
+    build("linear").save_pretrained(tmp_path / "student")
+    with pytest.raises(StrictDataclassError, match=r"patch_size \(2\) must divide image_size \(9\)"):
+        load_for_finetuning(tmp_path / "student", image_size=9)
+    teacher = IBResNetForImageClassification(IBResNetConfig.from_preset("convolution-small"))
+    teacher.save_pretrained(tmp_path / "teacher")
+    with pytest.raises(ValueError, match='is of type "ibresnet"'):
+        load_for_finetuning(tmp_path / "teacher")
