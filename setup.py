@@ -5,6 +5,11 @@ from setuptools import find_packages, setup
 
 
 root = Path(__file__).parent
+extras = {
+    "plots": ["matplotlib>=3.8,<4"],
+    "timm": ["timm>=1.0,<2"],
+    "onnx": ["onnx>=1.18,<2", "onnxscript>=0.5,<1", "onnxruntime>=1.22,<2"],
+}
 version = re.search(r'^__version__ = "(.+)"$', (root / "hf_ibdistill" / "__init__.py").read_text(), re.MULTILINE)[1]
 
 setup(
@@ -38,9 +43,8 @@ setup(
         "tqdm>=4.66,<5",
     ],
     extras_require={
-        "plots": ["matplotlib>=3.8,<4"],
-        "timm": ["timm>=1.0,<2"],
-        "dev": ["matplotlib>=3.8,<4", "timm>=1.0,<2", "hypothesis>=6,<7", "pytest>=8,<10", "ruff>=0.12,<1"],
+        **extras,
+        "dev": [*sum(extras.values(), []), "hypothesis>=6,<7", "pytest>=8,<10", "ruff>=0.12,<1"],
     },
     classifiers=[
         "Development Status :: 4 - Beta",

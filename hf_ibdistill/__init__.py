@@ -30,8 +30,9 @@ _PUBLIC_NAMES = {
     "training.losses": ["ensemble_distillation_loss"],
     "training.arguments": ["DistillationArguments", "ImageTrainingArguments"],
     "training.trainer": ["EnsembleDistillationTrainer", "ImageClassificationTrainer"],
-    "training.finetuning": ["all_heads_loss", "freeze_layers", "layer_decay_groups", "load_for_finetuning"],
+    "training.finetuning": ["all_heads_loss", "freeze_layers", "layer_decay_groups", "load_student"],
     "evaluation": ["evaluate_model", "predict", "token_attention"],
+    "export": ["export_onnx", "export_program", "quantize_onnx"],
     "model_card": ["create_model_card"],
 }
 _MODULE_OF = {name: module for module, names in _PUBLIC_NAMES.items() for name in names}

@@ -21,6 +21,7 @@ from functools import cached_property, lru_cache
 
 import torch
 from torch import nn
+from torch.compiler import is_exporting
 
 
 # Floats of scratch memory in a chunk. On a CPU: many enough that the cost of starting an operation does not count, few
@@ -36,7 +37,8 @@ def involution2d(input: torch.Tensor, kernel: torch.Tensor, stride: int = 1) -> 
 
     with zeros outside the input. The sum runs in float32 whatever the inputs are, so the result under bf16 or fp16
     autocast differs from the float32 one by the rounding of inputs and output only. First derivatives only. To
-    `torch.compile` it is one opaque operator, which breaks no graph and costs no compilation of its own.
+    `torch.compile` it is one opaque operator, which breaks no graph and costs no compilation of its own; to `torch.export`,
+    and so to ONNX, PyTorch's own operators, so that what is exported runs without this package.
 
     Args:
         input: (N, C, H, W).
@@ -49,7 +51,7 @@ def involution2d(input: torch.Tensor, kernel: torch.Tensor, stride: int = 1) -> 
     Raises:
         ValueError: the shapes do not fit together.
     """
-    return _involution(input, kernel, stride)
+    return _exported_involution(input, kernel, stride) if is_exporting() else _involution(input, kernel, stride)
 
 
 def _check_shapes(input, kernel, stride):
@@ -290,6 +292,22 @@ class _Taps(_Geometry):
                 shifted = layout[:, channel, phase].as_strided(of_phase.shape, (layout.stride(0), self.row, 1, 1))
                 of_phase.addcmul_(shifted, grad_output[:, channel, None, None])
         return grad_input, self._gather(grad_kernel)
+
+
+def _exported_involution(input, kernel, stride):
+    _check_shapes(input, kernel, stride)
+    groups, taps, out_height, out_width = kernel.shape[1:]
+    size = math.isqrt(taps)
+    padded = nn.functional.pad(input.float(), [size // 2] * 4)
+    # All vertical shifts at once, the horizontal ones in turn: every shift in turn makes a graph that takes minutes to
+    # export, all at once unfolds the input.
+    tap, position = (torch.arange(n, device=input.device) for n in (size, out_height))
+    rows = (tap[:, None] + stride * position).flatten()
+    shifted = padded.index_select(2, rows).unflatten(2, (size, out_height))
+    shifted, kernels = shifted.unflatten(1, (groups, -1)), kernel.float().unflatten(2, (size, size)).unsqueeze(2)
+    columns = [shifted[..., v : v + (out_width - 1) * stride + 1 : stride] for v in range(size)]
+    output = sum((column * kernels[..., v, :, :]).sum(3) for v, column in enumerate(columns))
+    return output.flatten(1, 2).to(torch.promote_types(input.dtype, kernel.dtype))
 
 
 class Involution2d(nn.Module):
