@@ -7,6 +7,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
 
 from hf_ibdistill import IBViTConfig, IBViTForImageClassification, IBViTModel
+from hf_ibdistill.models.modeling_ibvit import fastest_attention_forward
 
 
 PATCH_EMBEDDINGS = ["linear", "convolution", "bias_stems"]
@@ -255,6 +256,32 @@ def test_the_default_attention_is_one_of_the_two(dtype):
             results[implementation] = model(pixel_values).logits
     expected = results["sdpa" if dtype == torch.float32 else "eager"]
     assert torch.equal(results[None], expected)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_default_attention_of_many_tokens_is_exact_to_its_rounding(masked):
+    # 67 tokens: in bf16 on a CPU, the attention that keeps no float32 copy.
+    module, shape = nn.Module().train(), (2, 3, 67, 8)
+    mask = torch.zeros(1, 1, 67, 67).masked_fill(torch.rand(67) < 0.3, float("-inf")) if masked else None
+    exact = [torch.randn(shape, requires_grad=True) for _ in range(3)]
+    expected = nn.functional.scaled_dot_product_attention(*exact, attn_mask=mask, scale=0.3).transpose(1, 2)
+    rounded = [tensor.detach().bfloat16().requires_grad_() for tensor in exact]
+    output, _ = fastest_attention_forward(module, *rounded, mask if mask is None else mask.bfloat16(), scaling=0.3)
+    assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(output.float(), expected, atol=0.02, rtol=0.02)
+    direction = torch.randn(expected.shape)
+    gradients = torch.autograd.grad(output, rounded, direction.bfloat16())
+    for gradient, correct in zip(gradients, torch.autograd.grad(expected, exact, direction)):
+        assert (gradient.float() - correct).norm() < 0.02 * correct.norm()
+
+
+def test_attention_of_many_tokens_is_dropped_out_in_training_alone():
+    query, module = torch.randn(2, 3, 67, 8, dtype=torch.bfloat16), nn.Module()
+    outputs = [
+        fastest_attention_forward(module.train(is_training), query, query, query, None, scaling=0.3, dropout=rate)[0]
+        for is_training, rate in ((True, 0.5), (False, 0.5), (True, 0.0))
+    ]
+    assert not torch.allclose(outputs[0], outputs[1], atol=0.1) and torch.equal(outputs[1], outputs[2])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
