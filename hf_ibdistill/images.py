@@ -232,4 +232,14 @@ def _preprocess(processor, images):
         # On a CPU it takes images one by one by default, which is twice as slow for small ones, twice as fast for large.
         largest = max(max(im.size if isinstance(im, PIL.Image.Image) else im.shape[-2:]) for im in images)
         options["disable_grouping"] = None if largest > _GROUPED_SIDE else False
-    return processor(images, return_tensors="pt", **options)["pixel_values"]
+    try:
+        return processor(images, return_tensors="pt", **options)["pixel_values"]
+    except ValueError as error:
+        sizes = {np.shape(image)[-2:] for image in processor(images, **options)["pixel_values"]}
+        if len(sizes) < 2:
+            raise
+        settings = {name: value for name, value in processor.to_dict().items() if "crop" in name or "size" in name}
+        raise ValueError(
+            f"{type(processor).__name__} makes images of several sizes, which no batch can hold, with {settings}: give it "
+            'a fixed size, for example size={"height": 224, "width": 224}, or a crop, do_center_crop=True and crop_size.'
+        ) from error

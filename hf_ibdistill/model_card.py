@@ -29,8 +29,9 @@ def create_model_card(
     recipe: Mapping[str, object] | None = None,
     teacher_metrics: Mapping[str, Mapping[str, float]] | None = None,
     teacher_sources: Mapping[str, str] | None = None,
-    online: bool = False,
+    online: bool | None = None,
     picture: str | None = None,
+    base_model: str | None = None,
     machine: Mapping[str, object] | None = None,
     train_seconds: float | None = None,
     repo_id: str | None = None,
@@ -47,8 +48,10 @@ def create_model_card(
         recipe: hyperparameters, name → value.
         teacher_metrics: for a student, teacher → its own metrics on the same split.
         teacher_sources: for a student, teacher → its Hub id or folder.
-        online: the teachers ran in every step; otherwise their logits were stored.
+        online: the student's teachers ran in every step; otherwise their logits were stored or, where it is not given and
+            `base_model` is, there were none.
         picture: file name of a picture beside the card.
+        base_model: Hub id or folder of the model that this one started as.
         machine: what it was trained on, as `describe_machine` tells.
         train_seconds: how long training took.
         repo_id: where it will be published, for the example.
@@ -62,6 +65,7 @@ def create_model_card(
         pipeline_tag="image-classification",
         tags=["hf_ibdistill", "knowledge-distillation", model.config.model_type],
         datasets=[data_name] if _is_hub_id(data_name) else None,
+        base_model=base_model if _is_hub_id(base_model) else None,
         model_name=title if has_results else None,
         eval_results=[
             EvalResult(
@@ -87,7 +91,8 @@ def create_model_card(
         data,
         template_path=str(_TEMPLATES / "model_card.md"),
         title=title,
-        is_student=bool(names),
+        is_taught=bool(names) and (base_model is None or online is not None),
+        base_model=_link(base_model),
         teacher_names=", ".join(names),
         online=online,
         fuses=getattr(model.config, "fusion", None) != "class_token",
@@ -128,7 +133,7 @@ def _teachers_table(names, metrics, sources, split):
 
 
 def _link(source):
-    """A teacher's origin: a link for what is on the Hub, else the folder's own name, since its path tells about a machine
+    """A model's origin: a link for what is on the Hub, else the folder's own name, since its path tells about a machine
     and nothing about the model."""
     if not source:
         return ""

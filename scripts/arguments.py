@@ -8,9 +8,9 @@ from pathlib import Path
 
 from datasets import DatasetDict
 from huggingface_hub.errors import StrictDataclassError
-from transformers import HfArgumentParser
+from transformers import AutoImageProcessor, HfArgumentParser
 
-from hf_ibdistill import ViewRecipe
+from hf_ibdistill import ViewRecipe, load_student
 from hf_ibdistill.data import find_columns, load_image_dataset, select_per_class
 
 
@@ -111,6 +111,18 @@ def default_patch_size(image_size: int) -> int:
     return 2 if image_size < 16 else 4 if image_size <= 64 else 16
 
 
+def load_start(model: str, image_size: int | None = None, fusion: str | None = None, **fields) -> tuple:
+    """A student to start from, by [`load_student`], and its own image processor; what is `None` is the model's own."""
+    sizes = {}
+    if image_size is not None:
+        # A DeiT's processor cuts the middle out of a larger image.
+        side = {"height": image_size, "width": image_size}
+        fields, sizes = {**fields, "image_size": image_size}, {"size": side, "crop_size": side}
+    if fusion is not None:
+        fields["fusion"] = fusion
+    return load_student(model, **fields), AutoImageProcessor.from_pretrained(model, **sizes)
+
+
 def result_split(splits: DatasetDict) -> str:
     """The split that final results are measured on."""
     return "test" if "test" in splits else "validation"
@@ -121,5 +133,5 @@ def run(main: Callable[[], None]) -> None:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
         main()
-    except (ValueError, OSError, StrictDataclassError) as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+    except (ValueError, OSError, ImportError, StrictDataclassError) as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}")

@@ -3,8 +3,9 @@
     python scripts/distill_student.py --dataset outputs/table --output_dir outputs/student
     python scripts/distill_student.py --teachers conv=outputs/conv inv=outputs/inv --output_dir outputs/student
     python scripts/distill_student.py --without_teachers --output_dir outputs/plain_vit
+    python scripts/distill_student.py --model user/student --dataset outputs/table --output_dir outputs/student
 
-The last trains the same student on labels alone.
+The third trains the same student on labels alone; the last starts from a saved student, or a trained ViT or DeiT.
 """
 
 import json
@@ -15,6 +16,7 @@ from arguments import (
     DataArguments,
     ViewArguments,
     default_patch_size,
+    load_start,
     name_folders,
     parse_arguments,
     result_split,
@@ -50,10 +52,17 @@ class StudentArguments:
         metadata={"help": "NAME=FOLDER or NAME=HUB_ID for each teacher: run them while training, read no columns."},
     )
     model: str | None = field(
-        default=None, metadata={"help": "Start from this student (folder or Hub id) instead of from nothing."}
+        default=None,
+        metadata={
+            "help": "Start from this student, ViT or DeiT (folder or Hub id) instead of from nothing. Its shape is its own, "
+            "but for image_size; tokens and heads stay with their teachers' names."
+        },
     )
     image_size: int | None = field(
-        default=None, metadata={"help": "Side of the images in pixels; by default their own up to 64, else 224."}
+        default=None,
+        metadata={
+            "help": "Side of the images in pixels; by default their own up to 64, else 224, or as in the model to start from."
+        },
     )
     patch_size: int | None = field(
         default=None, metadata={"help": "Side of a patch; by default 2 below 16 pixels, 4 up to 64, 16 above."}
@@ -65,26 +74,26 @@ class StudentArguments:
     num_hidden_layers: int = field(default=4, metadata={"help": "Depth."})
     num_attention_heads: int = field(default=4, metadata={"help": "Attention heads; they divide the width."})
     mlp_ratio: float = field(default=2.0, metadata={"help": "Width of the feed-forward layers over the width."})
-    fusion: str = field(
-        default="mean_probabilities",
-        metadata={"help": "How the tokens' predictions are fused: mean_probabilities, mean_logits or class_token."},
+    fusion: str | None = field(
+        default=None,
+        metadata={
+            "help": "How the tokens' predictions are fused: mean_probabilities, mean_logits or class_token; by default the "
+            "first, or as in the model to start from."
+        },
     )
 
     def build(self, splits, data) -> tuple[IBViTForImageClassification, object]:
-        processor = build_image_processor(splits["train"], data.image_column, self.image_size)
         names = [] if self.without_teachers else self.teacher_names
         if names is None:
             names = list(name_folders(self.teachers)) or recorded_teachers(splits["train"])
         classes = class_config(splits["train"], data.label_column)
         if self.model is not None:
-            model = IBViTForImageClassification.from_pretrained(
-                self.model, teacher_names=names, fusion=self.fusion, ignore_mismatched_sizes=True, **classes
-            )
-            return model, processor
+            return load_start(self.model, self.image_size, self.fusion, teacher_names=names, **classes)
+        processor = build_image_processor(splits["train"], data.image_column, self.image_size)
         image_size = processor.size["height"]
         config = IBViTConfig(
             teacher_names=names,
-            fusion=self.fusion,
+            fusion=self.fusion or "mean_probabilities",
             patch_embedding=self.patch_embedding,
             image_size=image_size,
             patch_size=self.patch_size or default_patch_size(image_size),
@@ -118,7 +127,9 @@ def main():
         trainer = ImageClassificationTrainer(model, args, **shared)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     split = result_split(splits)
-    evaluate_and_save(trainer, splits[split], split, title="Distilled student", data_name=data.dataset)
+    evaluate_and_save(
+        trainer, splits[split], split, title="Distilled student", data_name=data.dataset, base_model=student.model
+    )
     if args.push_to_hub:
         trainer.push_to_hub()
     if trainer.is_world_process_zero():

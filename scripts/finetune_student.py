@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from arguments import DataArguments, ViewArguments, parse_arguments, result_split, run
-from transformers import AutoImageProcessor, Trainer, set_seed
+from arguments import DataArguments, ViewArguments, load_start, parse_arguments, result_split, run
+from transformers import Trainer, set_seed
 
 from hf_ibdistill import (
     ImageClassificationTrainer,
@@ -22,9 +22,7 @@ from hf_ibdistill import (
     class_config,
     freeze_layers,
     layer_decay_groups,
-    load_for_finetuning,
 )
-from hf_ibdistill.data import public_name
 from hf_ibdistill.training.finish import RESULTS, evaluate_and_save
 
 
@@ -42,14 +40,6 @@ class StartArguments:
             "as in the model. Every token's head learns the labels."
         },
     )
-
-    def load(self, classes: dict) -> tuple:
-        fields = {"image_size": self.image_size, "fusion": self.fusion}
-        model = load_for_finetuning(self.model, **{k: v for k, v in fields.items() if v is not None}, **classes)
-        # A DeiT's processor cuts the middle out of a larger image.
-        side = {"height": self.image_size, "width": self.image_size}
-        size = {} if self.image_size is None else {"size": side, "crop_size": side}
-        return model, AutoImageProcessor.from_pretrained(self.model, **size)
 
 
 @dataclass(repr=False)
@@ -92,7 +82,8 @@ def main():
     data, views, start, args = parse_arguments(DataArguments, ViewArguments, StartArguments, FineTuningArguments)
     splits = data.load()
     set_seed(args.seed)
-    model, processor = start.load(class_config(splits["train"], data.label_column))
+    classes = class_config(splits["train"], data.label_column)
+    model, processor = load_start(start.model, start.image_size, start.fusion, **classes)
     args.freeze(model)
     trainer = ImageClassificationTrainer(
         model,
@@ -108,13 +99,15 @@ def main():
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     split = result_split(splits)
-    layers = f"{args.freeze_layers} of {model.config.num_hidden_layers} layers and the embeddings"
-    frozen = "all but the heads" if args.linear_probe else layers if args.freeze_layers else "nothing"
-    notes = (
-        f"Fine-tuned from `{public_name(start.model)}` on labels alone, which every head learned; teachers had part in that "
-        f"model only. Layer-wise learning-rate decay: {args.layer_decay}. Frozen: {frozen}."
+    evaluate_and_save(
+        trainer,
+        splits[split],
+        split,
+        title="Fine-tuned student",
+        data_name=data.dataset,
+        base_model=start.model,
+        notes="Every head learned the labels.",
     )
-    evaluate_and_save(trainer, splits[split], split, title="Fine-tuned student", data_name=data.dataset, notes=notes)
     if args.push_to_hub:
         trainer.push_to_hub()
     if trainer.is_world_process_zero():

@@ -10,7 +10,7 @@ import PIL.Image
 import pytest
 import torch
 from datasets import Dataset, Features, Image, List, Value, load_from_disk
-from transformers import ConvNextImageProcessor, ViTImageProcessor
+from transformers import ConvNextImageProcessor, ViTImageProcessor, ViTImageProcessorPil
 
 from hf_ibdistill.images import (
     ImageRows,
@@ -347,6 +347,28 @@ def test_equal_image_processors_share_a_batch_and_others_do_not():
     assert len({id(batch) for batch in distinct}) == len(distinct)
     for name, processor in processors.items():
         assert torch.equal(batches[name], processor(images, return_tensors="pt")["pixel_values"])
+
+
+def test_a_processor_that_keeps_the_aspect_ratio_is_named_with_its_settings():
+    images = [PIL.Image.fromarray(random_pixels(*shape, 3)) for shape in ((20, 30), (20, 20))]
+    for kind in (ViTImageProcessor, ViTImageProcessorPil):
+        processor = kind(size={"shortest_edge": 16})
+        message = (
+            rf"{kind.__name__} makes images of several sizes, .*'size': {{'shortest_edge': 16}}.*: give it a fixed"
+        )
+        with pytest.raises(ValueError, match=message) as error:
+            pixel_values(images, {"a": processor})
+        assert "\n" not in str(error.value)
+        # Images of one shape are a batch.
+        assert pixel_values(images[:1] * 2, {"a": processor})["a"].shape == (2, 3, 16, 24)
+        cropped = kind(size={"shortest_edge": 16}, do_center_crop=True, crop_size={"height": 12, "width": 12})
+        assert pixel_values(images, {"a": cropped})["a"].shape == (2, 3, 12, 12)
+
+
+def test_other_mistakes_of_a_processor_are_its_own_to_tell():
+    images = [PIL.Image.fromarray(random_pixels(20, 30, 3))] * 2
+    with pytest.raises(ValueError, match="`crop_size` must be specified"):
+        pixel_values(images, {"a": ViTImageProcessor(do_center_crop=True)})
 
 
 def test_workers_are_none_beside_a_model_on_the_cpu(monkeypatch):

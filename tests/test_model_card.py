@@ -251,6 +251,37 @@ def test_a_students_card_tells_how_its_teachers_taught(online, text):
     assert "(oak, elm)" in card.content and text in " ".join(card.content.split())
 
 
+@pytest.mark.parametrize("build", [student, teacher])
+def test_the_model_that_it_started_as_is_linked_if_it_is_on_the_hub(build, tmp_path):
+    loaded = save_and_load(card(build(), base_model="user/start"), tmp_path)
+    assert loaded.data.base_model == "user/start"
+    assert "fine-tuned from the model [user/start](https://huggingface.co/user/start) on labels alone" in loaded.text
+    (tmp_path / "outputs" / "start").mkdir(parents=True)
+    local = card(build(), base_model=str(tmp_path / "outputs" / "start"))
+    assert "from the model start on labels" in local.text and str(tmp_path) not in local.content
+    assert save_and_load(local, tmp_path).data.base_model is None
+    assert "base_model" not in card(build()).content and "started as" not in card(build()).content
+
+
+def test_a_fine_tuned_student_tells_nothing_of_stored_logits():
+    def told(*args, **kwargs):
+        return " ".join(card(*args, base_model="user/start", **kwargs).text.split())
+
+    tuned, alone = told(), told(student(teacher_names=()))
+    for text in (tuned, alone):
+        assert "taught by" not in text and "logits" not in text and "matches them" not in text
+        assert "biases of its data and of the model it started as. Measure" in text
+    end = "(conv, inv), who had no part in this; its prediction fuses all tokens' heads. "
+    assert "on labels alone. It keeps the tokens of that model's teachers " + end in tuned
+    assert "on labels alone. " in alone and "tokens" not in alone
+    assert "its prediction is the class token's." in told(student(fusion="class_token"))
+    # One that teachers taught tells both.
+    for online, how in ((False, "logits were stored"), (True, "in every training step")):
+        taught = told(online=online)
+        assert how in taught and "started as the model [user/start]" in taught and "fine-tuned from" not in taught
+        assert "of its data and of its teachers and of the model it started as. Measure" in taught
+
+
 # The cards of recorded logits
 
 

@@ -13,6 +13,10 @@ import PIL.Image
 import pytest
 from datasets import load_from_disk
 from huggingface_hub import ModelCard
+from transformers import DeiTConfig, DeiTForImageClassification, ViTImageProcessor
+from transformers.utils.import_utils import BACKENDS_MAPPING
+
+from hf_ibdistill import IBViTForImageClassification, load_student
 
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
@@ -94,6 +98,43 @@ def test_online_teachers_and_a_student_without_teachers(outputs, tmp_path):
     assert json.loads((tmp_path / "alone" / "config.json").read_text())["teacher_names"] == []
 
 
+def test_a_saved_student_learns_from_other_teachers(outputs, tmp_path):
+    start = IBViTForImageClassification.from_pretrained(outputs / "student")
+    start.config.fusion = "class_token"
+    start.save_pretrained(tmp_path / "start")
+    ViTImageProcessor(size={"height": 8, "width": 8}, image_mean=[0.4, 0.5, 0.6]).save_pretrained(tmp_path / "start")
+    names = ["--teacher_names", "inv", "--learning_rate", "1e-9", "--max_steps", "1", "--image_size", "12"]
+    arguments = ["--dataset", outputs / "table", "--model", tmp_path / "start", *names]
+    run("distill_student.py", *arguments, "--output_dir", tmp_path / "student")
+    config = json.loads((tmp_path / "student" / "config.json").read_text())
+    assert (config["teacher_names"], config["image_size"], config["fusion"]) == (["inv"], 12, "class_token")
+    # Its own preprocessing and, after a step that is next to none, weights.
+    processor = json.loads((tmp_path / "student" / "preprocessor_config.json").read_text())
+    assert processor["image_mean"] == [0.4, 0.5, 0.6] and processor["size"] == {"height": 12, "width": 12}
+    expected = load_student(tmp_path / "start", ["inv"], image_size=12).state_dict()
+    found = IBViTForImageClassification.from_pretrained(tmp_path / "student").state_dict()
+    for name, tensor in expected.items():
+        np.testing.assert_allclose(found[name], tensor, atol=1e-6, err_msg=name)
+    card = " ".join((tmp_path / "student" / "README.md").read_text().split())
+    assert "taught by other image classifiers (inv)" in card and "It started as the model start." in card
+    run("distill_student.py", *arguments, "--fusion", "mean_logits", "--output_dir", tmp_path / "fused")
+    assert json.loads((tmp_path / "fused" / "config.json").read_text())["fusion"] == "mean_logits"
+
+
+@pytest.mark.parametrize("flags", [[], ["--without_teachers"]])
+def test_a_deit_to_start_from(flags, outputs, tmp_path):
+    shape = {"image_size": 8, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 16}
+    DeiTForImageClassification(DeiTConfig(num_attention_heads=2, **shape)).save_pretrained(tmp_path / "deit")
+    ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "deit")
+    arguments = ["--dataset", outputs / "table", "--model", tmp_path / "deit", "--max_steps", "1", *flags]
+    run("distill_student.py", *arguments, "--output_dir", tmp_path / "student")
+    config = json.loads((tmp_path / "student" / "config.json").read_text())
+    assert config["teacher_names"] == ([] if flags else ["conv", "inv"]) and config["model_type"] == "ibvit"
+    assert config["fusion"] == "mean_probabilities" and len(config["id2label"]) == 10
+    text = "fine-tuned from the model deit on labels alone." if flags else "It started as the model deit."
+    assert text in " ".join((tmp_path / "student" / "README.md").read_text().split())
+
+
 @pytest.mark.parametrize("kind", ["yaml", "json"])
 def test_a_file_in_place_of_flags(kind, outputs, tmp_path):
     settings = {"dataset": str(outputs / "table"), "output_dir": str(tmp_path / "s"), "max_steps": 1, "temperature": 2}
@@ -169,6 +210,15 @@ def test_mistakes_end_in_one_sentence(script, arguments, message, tmp_path):
     with pytest.raises(SystemExit) as exit:
         run(script, *arguments)
     assert message in exit.value.code
+    assert "\n" not in exit.value.code
+
+
+def test_a_library_that_is_not_installed_ends_in_one_sentence(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "timm_wrapper", "architecture": "resnet18"}))
+    monkeypatch.setitem(BACKENDS_MAPPING, "timm", (lambda: False, BACKENDS_MAPPING["timm"][1]))
+    with pytest.raises(SystemExit) as exit:
+        run("record_logits.py", "--teachers", f"conv={tmp_path}", "--output_dir", tmp_path / "table")
+    assert exit.value.code.startswith("record_logits.py: Timm") and "`pip install timm`" in exit.value.code
     assert "\n" not in exit.value.code
 
 

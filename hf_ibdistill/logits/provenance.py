@@ -26,8 +26,9 @@ def describe_teacher(teacher: Teacher, encoding: LogitsEncoding) -> dict:
     preprocessing and classes, how it ran and how its logits are stored."""
     config = teacher.model.config
     settings = json.loads(config.to_json_string(use_diff=True))
-    # With many classes these are most of the record, and `label_names` says the same.
-    settings = {key: value for key, value in settings.items() if key not in ("id2label", "label2id")}
+    # With many classes these are most of the record, which has the names already; timm's have the last.
+    names = ("id2label", "label2id", "label_names")
+    settings = {key: value for key, value in settings.items() if key not in names}
     return {
         "name": teacher.name,
         "source": config.name_or_path or None,

@@ -31,9 +31,9 @@ class ImageTrainingArguments(TrainingArguments):
     transformers' own suit the fine-tuning of a language model."""
 
     learning_rate: float = _default(
-        2e-3, "Peak learning rate. Fine-tuning a trained model wants a tenth of it or less."
+        2e-3, "Peak learning rate. Fine-tuning a whole trained model wants half of it or less."
     )
-    weight_decay: float = _default(0.05, "AdamW's weight decay, on weight matrices only.")
+    weight_decay: float = _default(0.05, "AdamW's weight decay; biases and layer norms have none.")
     lr_scheduler_type: str = _default("cosine", "Shape of the learning rate after the warm-up.")
     warmup_steps: float = _default(0.1, "Steps of linear warm-up; below 1, their share of all steps.")
     num_train_epochs: float = _default(30.0, "Passes over the training images.")

@@ -1,6 +1,7 @@
-"""Fine-tune a saved student on other images and labels, without teachers: load it, freeze layers, choose each layer's
-learning rate, and let every head learn the labels. All for any `Trainer`."""
+"""Start from a saved student: load it for other teachers, images and labels. Fine-tune it without teachers: freeze layers,
+choose each layer's learning rate, and let every head learn the labels. All for any `Trainer`."""
 
+import itertools
 import os
 
 import torch
@@ -12,15 +13,21 @@ from ..models.configuration_ibvit import IBViTConfig
 from ..models.modeling_ibvit import IBViTForImageClassification, IBViTImageClassifierOutput, interpolate_positions
 
 
-def load_for_finetuning(name_or_path: str | os.PathLike, **kwargs) -> IBViTForImageClassification:
-    """A student for other classes or another image size, in evaluation mode and float32.
+def load_student(
+    name_or_path: str | os.PathLike, teacher_names: list[str] | tuple[str, ...] | None = None, **kwargs
+) -> IBViTForImageClassification:
+    """A student for other teachers, classes or another image size, in evaluation mode and float32.
 
-    Its teacher tokens stay, since the others attend to them. Heads start anew, with transformers' warning, where the
-    classes' names are others, also as many; position embeddings of the patches are interpolated (bicubic).
+    A teacher's token, position, head and, in `"bias_stems"`, stem go with its name: they stay where the name does; a new
+    name's start as copies of the class token's, its stem as by default; others are left out. Heads start anew, with
+    transformers' warning, where the classes' names are others, also as many; position embeddings of the patches are
+    interpolated (bicubic).
 
     Args:
         name_or_path: folder or Hub id of a saved student, or of a ViT or DeiT checkpoint (see
-            [`IBViTForImageClassification.from_vit`]).
+            [`IBViTForImageClassification.from_vit`], by which a DeiT's distillation token becomes the first teacher's).
+        teacher_names: as in [`IBViTConfig`]. `None` keeps the model's own, as fine-tuning without teachers wants it, since
+            the other tokens attend to them.
         kwargs: fields of [`IBViTConfig`] to change: `image_size`, `fusion`, those of [`class_config`], dropout, ….
 
     Raises:
@@ -32,17 +39,29 @@ def load_for_finetuning(name_or_path: str | os.PathLike, **kwargs) -> IBViTForIm
     Example:
 
     ```python
-    >>> model = load_for_finetuning("user/student", image_size=32, **class_config(images))
+    >>> model = load_student("user/student", image_size=32, **class_config(images))
+    >>> model = load_student("facebook/deit-tiny-patch16-224", teacher_names=("conv", "inv"), **class_config(images))
     ```
     """
     model_type = PreTrainedConfig.get_config_dict(name_or_path)[0].get("model_type")
     if model_type == IBViTConfig.model_type:
         model = IBViTForImageClassification.from_pretrained(name_or_path, dtype=torch.float32)
     else:
-        model = IBViTForImageClassification.from_vit(name_or_path, teacher_names=(), dtype=torch.float32)
+        # Unless it has another name, `from_vit` would keep a distillation token that is not wanted.
+        names = () if teacher_names is None else teacher_names or ("left_out",)
+        model = IBViTForImageClassification.from_vit(name_or_path, teacher_names=names, dtype=torch.float32)
     old, weights = model.config, model.state_dict()
-    config, kwargs = IBViTConfig.from_dict(old.to_dict(), return_unused_kwargs=True, **kwargs)
+    fields = old.to_dict()
+    if teacher_names is not None:
+        fields["teacher_names"] = teacher_names
+        fields["teacher_spatial_operators"] = None
+        if old.patch_embedding == "bias_stems":
+            stems = dict(zip(old.teacher_names, old.teacher_token_stems))
+            alternating = itertools.cycle(("convolution", "involution"))
+            fields["teacher_spatial_operators"] = [stems.get(n, stem) for n, stem in zip(teacher_names, alternating)]
+    config, kwargs = IBViTConfig.from_dict(fields, return_unused_kwargs=True, **kwargs)
     config.validate()
+    weights = _match_teachers(weights, old.teacher_names, config.teacher_names)
     if config_class_names(config) != config_class_names(old):
         heads = ("class_head.", "teacher_heads.")
         weights = {name: tensor for name, tensor in weights.items() if not name.startswith(heads)}
@@ -54,6 +73,25 @@ def load_for_finetuning(name_or_path: str | os.PathLike, **kwargs) -> IBViTForIm
     )
     model.config.name_or_path = model.name_or_path = str(name_or_path)
     return model
+
+
+def _match_teachers(weights: dict[str, torch.Tensor], old: list[str], new: list[str]) -> dict[str, torch.Tensor]:
+    """A student's weights for other teachers, by their names; see [`load_student`]."""
+    # Which of the old tokens, the class token first, each of the new starts as.
+    starts = [0, *(1 + old.index(name) if name in old else 0 for name in new)]
+    embeddings = "ibvit.embeddings"
+    tokens = torch.cat([weights[f"{embeddings}.{kind}"] for kind in ("class_token", "teacher_tokens")], dim=1)
+    positions = weights[f"{embeddings}.position_embeddings"]
+    matched = {name: tensor for name, tensor in weights.items() if not name.startswith("teacher_heads.")}
+    matched[f"{embeddings}.teacher_tokens"] = tokens[:, starts[1:]]
+    matched[f"{embeddings}.position_embeddings"] = torch.cat(
+        (positions[:, starts], positions[:, 1 + len(old) :]), dim=1
+    )
+    heads = ["class_head", *(f"teacher_heads.{i}" for i in range(len(old)))]
+    for i, start in enumerate(starts[1:]):
+        for part in ("weight", "bias"):
+            matched[f"teacher_heads.{i}.{part}"] = weights[f"{heads[start]}.{part}"].clone()
+    return matched
 
 
 def _parts(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:

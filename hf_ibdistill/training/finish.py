@@ -18,7 +18,7 @@ RESULTS = "results.json"
 _RECIPE = (
     "learning_rate", "weight_decay", "lr_scheduler_type", "warmup_steps", "per_device_train_batch_size",
     "gradient_accumulation_steps", "label_smoothing_factor", "max_grad_norm", "optim", "adam_beta1", "adam_beta2",
-    "adam_epsilon", "bf16", "fp16", "seed",
+    "adam_epsilon", "bf16", "fp16", "seed", "layer_decay", "freeze_layers", "linear_probe",
     "distillation_mode", "temperature", "teacher_weights", "label_weight", "standardize_logits",
     "confidence_weighting",
 )  # fmt: skip
@@ -35,6 +35,7 @@ def evaluate_and_save(
     data_name: str,
     teacher_metrics: Mapping[str, Mapping[str, float]] | None = None,
     picture: str | None = None,
+    base_model: str | None = None,
     notes: str = "",
 ) -> dict[str, float]:
     """Measure the trained model on a split and save it with a card to `trainer.args.output_dir`.
@@ -52,6 +53,7 @@ def evaluate_and_save(
         teacher_metrics: for a student, teacher → its metrics on the same split; by default of the logits that `dataset`
             has of the images as they are.
         picture: file name, in the same folder, of a picture for the card.
+        base_model: Hub id or folder of the model that this one started as, for the card.
         notes: a paragraph for the card.
 
     Returns:
@@ -113,8 +115,9 @@ def evaluate_and_save(
             recipe=recipe,
             teacher_metrics=teacher_metrics,
             teacher_sources=_teacher_sources(trainer),
-            online=bool(getattr(trainer, "teachers", [])),
+            online=bool(trainer.teachers) if hasattr(trainer, "teachers") else None,
             picture=picture,
+            base_model=base_model,
             machine=results["machine"],
             train_seconds=results["train_seconds"],
             repo_id=args.hub_model_id,

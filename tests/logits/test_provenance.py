@@ -133,6 +133,14 @@ def test_describing_does_not_change_the_teacher():
     assert all(torch.equal(before[name], value) for name, value in one.model.state_dict().items())
 
 
+def test_class_names_are_told_once():
+    one = teacher()
+    one.model.config.label_names = NAMES  # as in timm's configurations
+    described = describe_teacher(one, LogitsEncoding())
+    assert described["label_names"] == NAMES and json.dumps(described).count("eel") == 1
+    assert described["config"]["model_type"] == "ibresnet"
+
+
 def test_views_are_read_from_the_record_and_checked_against_the_columns():
     recipe, dataset = ViewRecipe(num_views=2, seed=3), table(num_views=2)
     with pytest.raises(ValueError, match="holds 2 views a row; the table's provenance says none"):

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import HfArgumentParser, TrainingArguments
+from torch import nn
+from transformers import HfArgumentParser, Trainer, TrainingArguments
 
-from hf_ibdistill import DistillationArguments, ImageTrainingArguments
+from hf_ibdistill import DistillationArguments, IBViTConfig, IBViTForImageClassification, ImageTrainingArguments
 
 
 ARGUMENTS = [ImageTrainingArguments, DistillationArguments]
@@ -135,6 +136,18 @@ def test_every_own_field_says_what_it_does_and_its_default(arguments):
         else:
             (default,) = (f"{number:g}" for number in field.default_factory())
         assert len(help) > 30 and f"(default: {default})" in help, field.name
+
+
+def test_biases_and_layer_norms_have_no_weight_decay(tmp_path):
+    # As its help says; and not weight matrices alone have it.
+    shape = {"image_size": 8, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16}
+    model = IBViTForImageClassification(IBViTConfig(patch_size=4, num_hidden_layers=1, **shape))
+    optimizer = Trainer(model, ImageTrainingArguments(str(tmp_path), eval_strategy="no")).create_optimizer()
+    groups = {group["weight_decay"]: set(group["params"]) for group in optimizer.param_groups}
+    assert groups.keys() == {0.05, 0.0}
+    norms = {p for module in model.modules() if isinstance(module, nn.LayerNorm) for p in module.parameters()}
+    for name, parameter in model.named_parameters():
+        assert parameter in groups[0.0 if parameter in norms or name.endswith("bias") else 0.05], name
 
 
 @pytest.mark.parametrize("arguments", ARGUMENTS)
