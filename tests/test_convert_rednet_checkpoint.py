@@ -2,8 +2,6 @@
 the package."""
 
 import datetime
-import runpy
-import sys
 import tempfile
 from collections import OrderedDict
 from pathlib import Path
@@ -12,6 +10,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from running import run
 from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForImageClassification
@@ -19,7 +18,6 @@ from transformers import AutoModelForImageClassification
 from hf_ibdistill import IBResNetForImageClassification, load_teachers
 
 
-SCRIPT = Path(__file__).parent.parent / "scripts" / "convert_rednet_checkpoint.py"
 DEPTHS = {26: (1, 2, 4, 1), 38: (2, 3, 5, 2), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 
 
@@ -125,13 +123,7 @@ def convert(folder, checkpoint, *flags, **save_options):
     if not isinstance(checkpoint, Path):
         torch.save(checkpoint, folder / "rednet.pth", **save_options)
         checkpoint = folder / "rednet.pth"
-    before = sys.argv, sys.path[:]
-    sys.argv = [SCRIPT.name, "--checkpoint", str(checkpoint), "--output_dir", str(folder / "converted"), *flags]
-    sys.path.insert(0, str(SCRIPT.parent))
-    try:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-    finally:
-        sys.argv, sys.path[:] = before
+    run("convert_rednet_checkpoint.py", "--checkpoint", checkpoint, "--output_dir", folder / "converted", *flags)
     return folder / "converted"
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from test_scripts import run
+from running import run
 from transformers import AutoImageProcessor, ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
 from hf_ibdistill import (

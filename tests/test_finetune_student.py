@@ -6,8 +6,8 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from running import ENVIRONMENT, run, run_process
 from safetensors.torch import load_file
-from test_scripts import ENVIRONMENT, run, run_process
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor, pipeline
 
 from hf_ibdistill import IBViTConfig, IBViTForImageClassification

@@ -1,43 +1,22 @@
 """The scripts, as a user runs them."""
 
 import json
-import os
 import runpy
 import statistics
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
 from datasets import load_from_disk
 from huggingface_hub import ModelCard
+from running import SCRIPTS, run, run_process
 from transformers import DeiTConfig, DeiTForImageClassification, ViTImageProcessor
 from transformers.utils.import_utils import BACKENDS_MAPPING
 
 from hf_ibdistill import IBViTForImageClassification, load_student
 
 
-SCRIPTS = Path(__file__).parent.parent / "scripts"
 NAMES = sorted(path.name for path in SCRIPTS.glob("*.py") if path.name not in ("arguments.py", "timing.py"))
-ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-
-
-def run(script, *arguments):
-    """In this process, since starting one and importing everything takes longer than most scripts here."""
-    before = sys.argv, sys.path[:]
-    sys.argv, sys.path[:0] = [str(SCRIPTS / script), *map(str, arguments)], [str(SCRIPTS)]
-    try:
-        runpy.run_path(sys.argv[0], run_name="__main__")
-    finally:
-        sys.argv, sys.path[:] = before
-
-
-def run_process(*command):
-    done = subprocess.run([sys.executable, *map(str, command)], env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
 
 
 @pytest.fixture(scope="module")

@@ -3,10 +3,8 @@ processor, and gives the logits that the model gives by hand."""
 
 import copy
 import json
-import runpy
 import shutil
 import sys
-from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -14,6 +12,7 @@ import pytest
 import timm
 import torch
 from datasets import Image, load_from_disk
+from running import run
 from safetensors.torch import save_file
 from timm.models._hub import save_for_hf
 from transformers import (
@@ -50,7 +49,6 @@ from hf_ibdistill.logits.provenance import read_records
 from hf_ibdistill.logits.views import make_view, row_key
 
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 NAMES = ["cat", "dog", "eel"]
 OTHER_ORDER = ["eel", "cat", "dog"]
 PIXELS = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.3, 0.25, 0.2]}
@@ -432,18 +430,12 @@ def test_equal_settings_of_image_processors_with_different_code(remote, splits, 
     assert_same(column(table, "b"), remote_logits_by_hand(mirrored, open_images(rows), left_right))
 
 
-def test_record_logits_runs_a_repositorys_code_by_a_flag(remote, splits, tmp_path, monkeypatch):
+def test_record_logits_runs_a_repositorys_code_by_a_flag(remote, splits, tmp_path):
     splits.save_to_disk(tmp_path / "images")
     flags = ["--teachers", f"a={remote}", "--dataset", tmp_path / "images", "--output_dir", tmp_path / "t"]
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-
-    def record(*more):
-        monkeypatch.setattr(sys, "argv", [str(SCRIPTS / "record_logits.py"), *map(str, flags), *more])
-        runpy.run_path(sys.argv[0], run_name="__main__")
-
     with pytest.raises(SystemExit, match="(?s)remote_teacher contains custom code .*`trust_remote_code=True`"):
-        record()
+        run("record_logits.py", *flags)
     assert not somebodys_code_was_run() and not (tmp_path / "t").exists()
-    record("--trust_remote_code", "--dtype", "float32")
+    run("record_logits.py", *flags, "--trust_remote_code", "--dtype", "float32")
     found = column(load_from_disk(tmp_path / "t")["validation"], "a")
     assert_same(found, remote_logits_by_hand(remote, open_images(splits["validation"])))
