@@ -106,6 +106,8 @@ def plot_accuracy(
         panels: title → method → quantity → accuracies (0 … 1), one a seed.
         xlabel: the quantity and its unit.
     """
+    from matplotlib.ticker import LogLocator
+
     figure = _figure(6.5 * len(panels), 4.8)
     methods = list(dict.fromkeys(name for lines in panels.values() for name in lines))
     for axes, (title, lines) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels.items()):
@@ -116,6 +118,9 @@ def plot_accuracy(
             style = {"color": f"C{methods.index(name)}", "marker": "o", "markersize": 4, "capsize": 3, "label": name}
             axes.errorbar(places, [value.mean() for value in values], spreads, **style)
         axes.set(xscale="log", xlabel=xlabel, ylabel="test accuracy (%)", title=title)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.xaxis.set_minor_formatter("")
         axes.grid(alpha=0.3, which="both")
         axes.legend(fontsize=8)
     figure.savefig(path, dpi=110)
