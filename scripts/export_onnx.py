@@ -36,16 +36,18 @@ class ExportArguments:
         return Path(self.output_dir or Path(self.model) / "onnx")
 
 
-def onnx_logits(path: Path, images: ImageRows, processor, batch_size: int) -> np.ndarray:
+def onnx_logits(paths: list[Path], images: ImageRows, processor, batch_size: int) -> dict[str, np.ndarray]:
+    """File's name → logits of all images, which are decoded once."""
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    logits = []
+    sessions = {path.name: onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]) for path in paths}
+    logits = {name: [] for name in sessions}
     for start in range(0, len(images), batch_size):
         rows = images.__getitems__(range(start, min(start + batch_size, len(images))))
-        pixels = pixel_values([row[images.image_column] for row in rows], {"model": processor})["model"]
-        logits += session.run(["logits"], {"pixel_values": pixels.numpy()})
-    return np.concatenate(logits)
+        pixels = pixel_values([row[images.image_column] for row in rows], {"model": processor})["model"].numpy()
+        for name, session in sessions.items():
+            logits[name] += session.run(["logits"], {"pixel_values": pixels})
+    return {name: np.concatenate(batches) for name, batches in logits.items()}
 
 
 def main():
@@ -64,8 +66,9 @@ def main():
     outputs = predict(model, processor, split, batch_size=export.batch_size, **columns)
     accuracy = float((outputs["logits"].argmax(-1) == outputs["labels"]).mean())
     report = {"images": len(split), "accuracy": accuracy}
+    found = onnx_logits(paths, ImageRows(split, data.image_column), processor, export.batch_size)
     for path in paths:
-        logits = onnx_logits(path, ImageRows(split, data.image_column), processor, export.batch_size)
+        logits = found[path.name]
         report[path.name] = {
             "bytes": path.stat().st_size,
             "accuracy": float((logits.argmax(-1) == outputs["labels"]).mean()),

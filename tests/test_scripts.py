@@ -261,6 +261,19 @@ def test_the_search_decides_and_the_test_images_stay_closed_before(tmp_path):
     assert chosen["conv_row"] == chosen["both_row"] and chosen["conv"] == {}
 
 
+def test_a_share_of_the_distance_is_of_the_seeds_that_all_have(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    table = runpy.run_path(str(SCRIPTS / "report_data_efficiency.py"))["gap_table"]
+
+    def cells(*accuracies):
+        return {1000: {seed: {"metrics": {"accuracy": accuracy}} for seed, accuracy in enumerate(accuracies)}}
+
+    found = {"conv": cells(0.8, 0.9), "inv": cells(0.7, 0.7), "undistilled": cells(0.4, 0.8)}
+    # (0.85 − 0.6) / (0.85 − 0.6), of the first seed (0.6 − 0.4) / (0.8 − 0.4), and of no seed.
+    found |= {"both_views": cells(0.8, 0.9), "deit": cells(0.6), "co_advise": {3000: {}}}
+    assert "| 1,000 | 60.0 → 85.0 | 100 % | 50 % | – |" in table(found)
+
+
 def test_the_study_ends_in_tables_pictures_and_cards(tmp_path):
     results = tmp_path / "results"
     results.mkdir()

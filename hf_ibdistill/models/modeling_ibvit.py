@@ -44,8 +44,8 @@ def fastest_attention_forward(module, query, key, value, attention_mask, **kwarg
 
 
 def lean_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """`eager_attention_forward` without its float32 copy of the attention, which at 200 tokens is a fifth of a student's memory
-    and a tenth of its time. The softmax computes in float32 all the same and rounds once."""
+    """`eager_attention_forward` without its float32 copy of the attention, which at 200 tokens is a ninth of a step's memory and
+    a tenth of its time or more. The softmax computes in float32 all the same and rounds once."""
     scores = torch.matmul(query, key.transpose(2, 3)).mul_(scaling)
     if attention_mask is not None:
         scores = scores + attention_mask
