@@ -8,7 +8,7 @@ Reads nothing but the cells, and writes RESULTS_DIR/README.md with its pictures.
 """
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -48,15 +48,16 @@ class ReportArguments:
 
 
 def read_cells(folder: Path) -> dict:
-    """Method → images → seed → cell, of the chosen recipes."""
-    cells = defaultdict(lambda: defaultdict(dict))
+    """Variation → method → images → seed → cell; the chosen recipes are the variation "base"."""
+    cells = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
     for path in sorted(folder.glob("*.json")):
         cell = json.loads(path.read_text())
         recipe = cell["recipe"]
-        if cell["variation"] != "base":
-            continue
-        cells[recipe["method"]][recipe["images"]][recipe["seed"]] = cell
-    return {method: dict(cells[method]) for method in METHODS if method in cells}
+        cells[cell["variation"]][recipe["method"]][recipe["images"]][recipe["seed"]] = cell
+    return {
+        variation: {method: dict(by_method[method]) for method in METHODS if method in by_method}
+        for variation, by_method in cells.items()
+    }
 
 
 def accuracies(cells: dict) -> list[float]:
@@ -91,18 +92,33 @@ def difference_table(cells: dict, labels: np.ndarray) -> str:
     for images, ours in sorted(cells[OURS].items()):
         for name in RIVALS:
             theirs = cells.get(name, {}).get(images, {})
-            seeds = sorted(set(ours) & set(theirs))
-            if not seeds:
-                continue
-            pairs = [([cells_[seed] for seed in seeds]) for cells_ in (ours, theirs)]
-            over_seeds = paired_difference(*([cell["metrics"]["accuracy"] for cell in side] for side in pairs))
-            over_images = paired_difference(
-                *(np.mean([right(cell, labels) for cell in side], axis=0) for side in pairs)
-            )
-            rows.append([f"{images:,}", METHODS[name].title, len(seeds), _points(over_seeds[:1]), _interval(over_seeds),
-                         _interval(over_images)])  # fmt: skip
-    header = ["images", "against", "seeds", "points", "95 % interval over seeds", "95 % interval over test images"]
-    return markdown_table(header, rows)
+            if set(ours) & set(theirs):
+                rows.append([f"{images:,}", METHODS[name].title, *_difference(ours, theirs, labels)])
+    return markdown_table(["images", "against", *_DIFFERENCE], rows)
+
+
+def ablation_table(cells: dict, labels: np.ndarray) -> str:
+    """What one change of a method's recipe does to its test accuracy."""
+    rows = [
+        [f"{images:,}", METHODS[name].title, variation, *_difference(by_seed, cells["base"][name][images], labels)]
+        for variation, by_method in sorted(cells.items())
+        for name, by_size in by_method.items()
+        for images, by_seed in sorted(by_size.items())
+        if variation != "base"
+    ]
+    return markdown_table(["images", "method", "change", *_DIFFERENCE], rows)
+
+
+_DIFFERENCE = ["seeds", "points", "95 % interval over seeds", "95 % interval over test images"]
+
+
+def _difference(first: dict, second: dict, labels: np.ndarray) -> list:
+    """Of two methods' cells by seed, over the seeds that both have."""
+    seeds = sorted(set(first) & set(second))
+    pairs = [[cells[seed] for seed in seeds] for cells in (first, second)]
+    over_seeds = paired_difference(*([cell["metrics"]["accuracy"] for cell in side] for side in pairs))
+    over_images = paired_difference(*(np.mean([right(cell, labels) for cell in side], axis=0) for side in pairs))
+    return [len(seeds), _points(over_seeds[:1]), _interval(over_seeds), _interval(over_images)]
 
 
 def _points(values):
@@ -118,8 +134,10 @@ def gap_table(cells: dict) -> str:
     students = [name for name in cells if name not in (*TEACHERS, "undistilled")]
     rows = []
     for images, by_seed in sorted(cells["undistilled"].items()):
-        bottom = np.mean(accuracies(by_seed))
-        top = max(np.mean(accuracies(cells[name][images])) for name in TEACHERS if images in cells[name])
+        teachers = [np.mean(accuracies(cells[name][images])) for name in TEACHERS if images in cells[name]]
+        if not teachers:
+            continue
+        bottom, top = np.mean(accuracies(by_seed)), max(teachers)
         shares = [_share(cells, name, images) for name in students]
         rows.append([f"{images:,}", f"{100 * bottom:.1f} → {100 * top:.1f}", *shares])
     return markdown_table(["images", "distance", *(METHODS[name].title for name in students)], rows)
@@ -135,6 +153,45 @@ def _share(cells, method, images):
     means = {name: np.mean(accuracies({s: cells_[s] for s in seeds})) for name, cells_ in by_method.items()}
     bottom, top = means["undistilled"], max(means[name] for name in teachers)
     return f"{100 * (means[method] - bottom) / (top - bottom):.0f} %"
+
+
+def teacher_table(cells: dict, labels: np.ndarray) -> str:
+    """Whether two teachers can teach more than one: how often they agree, and how often either of them is right."""
+    rows = []
+    for images, ours in sorted(cells[OURS].items()):
+        seeds = set(ours).intersection(*(cells[name][images] for name in TEACHERS))
+        pairs = [[cells[name][images][seed] for name in TEACHERS] for seed in sorted(seeds)]
+        agree = np.mean([predicted(first) == predicted(second) for first, second in pairs])
+        either = np.mean([right(first, labels) | right(second, labels) for first, second in pairs])
+        errors = [np.mean([pair[i]["metrics"]["expected_calibration_error"] for pair in pairs]) for i in (0, 1)]
+        tokens = [f"{token}_token_accuracy" for token in ("class", *TEACHERS)]
+        alone = [np.mean([ours[seed]["metrics"][token] for seed in seeds]) for token in tokens]
+        fused = np.mean([ours[seed]["metrics"]["accuracy"] for seed in seeds])
+        rows.append([f"{images:,}", *(f"{100 * value:.1f}" for value in (*errors, agree, either, *alone, fused))])
+    header = ["images", "calibration error: convolution", "involution", "teachers agree", "either is right",
+              "class token", "convolution token", "involution token", "fused"]  # fmt: skip
+    return markdown_table(header, rows)
+
+
+def on_one_machine(cells: dict) -> dict:
+    """The cells whose seconds compare: those made, with their teachers, on the kind of machine that made most of their size."""
+    kinds = defaultdict(Counter)
+    for by_size in cells.values():
+        for images, by_seed in by_size.items():
+            kinds[images].update(map(_machine, by_seed.values()))
+    kept = defaultdict(dict)
+    for name, by_size in cells.items():
+        for images, by_seed in by_size.items():
+            usual = kinds[images].most_common(1)[0][0]
+            sources = [by_seed, *(cells[teacher][images] for teacher in METHODS[name].teachers)]
+            seeds = [seed for seed in by_seed if all(_machine(source[seed]) == usual for source in sources)]
+            if seeds:
+                kept[name][images] = {seed: by_seed[seed] for seed in seeds}
+    return kept
+
+
+def _machine(cell: dict) -> tuple:
+    return tuple(cell["machine"].get(key) for key in ("cpu", "vectors", "cores", "threads"))
 
 
 def seconds(cells: dict, method: str, images: int, seed: int) -> dict[str, float]:
@@ -179,7 +236,7 @@ def draw_lines(cells: dict, folder: Path) -> None:
         for name, by_size in cells.items()
     }
     plot_accuracy(folder / "accuracy_images.png", {"Fashion-MNIST": by_images}, "training images")
-    by_time = {}
+    by_time, cells = {}, on_one_machine(cells)
     for images in sizes:
         by_time[f"{images:,} images"] = {
             METHODS[name].title: {
@@ -231,7 +288,8 @@ def draw_attention(study: Study, model, processor, folder: Path) -> None:
 def main():
     (args,) = parse_arguments(ReportArguments)
     folder = Path(args.results_dir)
-    cells = read_cells(folder / "grid")
+    variations = read_cells(folder / "grid")
+    cells = variations.get("base", {})
     missing = [name for name in (*TEACHERS, "undistilled", OURS) if name not in cells]
     if missing:
         raise ValueError(
@@ -242,7 +300,9 @@ def main():
         "Test accuracy (%)": accuracy_table(cells),
         f"{METHODS[OURS].title}, against": difference_table(cells, labels),
         "Share of the distance to the better teacher": gap_table(cells),
-        "Processor seconds, one thread": time_table(cells),
+        "What the teachers and the student's tokens know (%)": teacher_table(cells, labels),
+        "Changes of the recipe, against it": ablation_table(variations, labels),
+        "Processor seconds, one thread": time_table(on_one_machine(cells)),
         "Search on held-out images": trial_table(folder / "search"),
     }
     text = "\n\n".join(f"## {title}\n\n{table}" for title, table in sections.items())

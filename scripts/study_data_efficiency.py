@@ -24,6 +24,7 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
+import torch
 from arguments import parse_arguments, run
 from datasets import ClassLabel, Dataset, concatenate_datasets
 from transformers import set_seed
@@ -48,6 +49,7 @@ from hf_ibdistill.data import select_per_class
 from hf_ibdistill.evaluation import classification_metrics
 from hf_ibdistill.logits.recording import write_beside
 from hf_ibdistill.report import describe_machine
+from hf_ibdistill.training.arguments import has_bf16_units
 
 
 CLASSES = ["T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
@@ -308,6 +310,7 @@ class Study:
             "losses": [entry for entry in trainer.state.log_history if "loss" in entry],
             # One digit an image, in the order of the split.
             "predictions": digits(outputs["logits"].argmax(-1)),
+            "bf16": trainer.args.bf16,
             "machine": describe_machine(),
         }
         if held_out is None and not self.labels_path.exists():
@@ -375,7 +378,8 @@ class Study:
         folder = self.folder(recipe) / "tables" / name
         path = folder.with_suffix(".json")
         seconds = stopwatch()
-        table = record_teacher_logits(train, teachers, output_dir=folder, views=views, bf16=True)
+        bf16 = has_bf16_units(use_cpu=not torch.accelerator.is_available())
+        table = record_teacher_logits(train, teachers, output_dir=folder, views=views, bf16=bf16)
         if not path.exists():
             write(path, seconds())
         return table, json.loads(path.read_text())
