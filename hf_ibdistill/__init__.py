@@ -31,7 +31,7 @@ _PUBLIC_NAMES = {
     "training.arguments": ["DistillationArguments", "ImageTrainingArguments"],
     "training.trainer": ["EnsembleDistillationTrainer", "ImageClassificationTrainer"],
     "training.finetuning": ["all_heads_loss", "freeze_layers", "layer_decay_groups", "load_student"],
-    "evaluation": ["evaluate_model", "predict", "token_attention"],
+    "evaluation": ["evaluate_model", "logits_metrics", "predict", "token_attention"],
     "export": ["export_onnx", "export_program", "quantize_onnx"],
     "model_card": ["create_model_card"],
 }

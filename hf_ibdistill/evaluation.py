@@ -1,11 +1,13 @@
 """Metrics of image classifiers, through `evaluate`, from modules that the package carries."""
 
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 
 import datasets
 import evaluate
 import numpy as np
 import PIL.Image
+import scipy.special
 import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
@@ -13,7 +15,7 @@ from transformers import BaseImageProcessor, EvalPrediction, PreTrainedModel
 
 from .data import check_class_names, class_names, config_class_names, find_columns
 from .images import ImageRows
-from .logits.encoding import column_name, describe_column
+from .logits.encoding import StoredLogits, column_name, describe_column, recorded_teachers
 from .models.modeling_ibvit import IBViTForImageClassification
 from .teachers import without_autocast
 from .training.collator import DistillationCollator
@@ -167,6 +169,71 @@ def evaluate_model(
     """[`predict`], then [`classification_metrics`]; arguments and errors are `predict`'s."""
     outputs = predict(model, image_processor, dataset, **kwargs)
     return classification_metrics(**outputs, teacher_names=getattr(model.config, "teacher_names", None))
+
+
+def logits_metrics(
+    dataset: datasets.Dataset,
+    *,
+    temperature: float = 4.0,
+    num_rows: int = 1000,
+    seed: int = 0,
+    label_column: str | None = None,
+) -> dict[str, float]:
+    """What a table's recorded logits can teach at a distillation temperature, and whether views and further teachers add
+    to it.
+
+    Args:
+        dataset: a recorded table.
+        temperature: its softmax is what the student is taught.
+        num_rows: rows in the random sample that is looked at, with all their views.
+        seed: seed of the sample.
+        label_column: the label column; found when not given.
+
+    Returns:
+        For each teacher `<teacher>_accuracy`; `<teacher>_entropy`, at most log(C), where even the smallest difference between
+        classes is lost; with views `<teacher>_view_divergence`, how much its word depends on the view: near 0, one view of each
+        image would teach as much. For each two teachers `<one>_<other>_agreement`, the share of views to which they give the
+        same class, and `<one>_<other>_divergence`: near 0, one of them would teach as much. Means over rows and views; entropies
+        and Jensen–Shannon divergences (Lin 1991, equation 5.1) in nats.
+
+    Raises:
+        ValueError: the table is empty or holds no logits.
+    """
+    names = recorded_teachers(dataset)
+    if len(dataset) == 0 or not names:
+        raise ValueError(f"There are no logits in these {len(dataset)} rows of {', '.join(dataset.column_names)}.")
+    label_column = find_columns(dataset, label_column=label_column)[1]
+    num_classes = len(class_names(dataset, label_column))
+    sample = np.random.default_rng(seed).choice(len(dataset), size=min(num_rows, len(dataset)), replace=False)
+    labels = np.asarray(dataset.select_columns([label_column])[sample][label_column])
+    probabilities = {}
+    for name in names:
+        column = column_name(name)
+        num_views = describe_column(dataset.features[column])[1]
+        stored = StoredLogits(dataset, column)
+        views = [None] if num_views is None else range(num_views)
+        logits = np.stack([stored.read(sample, num_classes, view, temperature) for view in views])
+        probabilities[name] = np.exp(_log_softmax(logits.astype(np.float32) / temperature))
+    metrics = {}
+    for name, values in probabilities.items():
+        metrics[f"{name}_accuracy"] = float((values.argmax(-1) == labels).mean())
+        metrics[f"{name}_entropy"] = float(_entropy(values).mean())
+        if describe_column(dataset.features[column_name(name)])[1] is not None:
+            metrics[f"{name}_view_divergence"] = _divergence(values)
+    for first, second in combinations(probabilities, 2):
+        pair = np.stack([probabilities[first], probabilities[second]])
+        metrics[f"{first}_{second}_agreement"] = float((pair[0].argmax(-1) == pair[1].argmax(-1)).mean())
+        metrics[f"{first}_{second}_divergence"] = _divergence(pair)
+    return metrics
+
+
+def _entropy(probabilities):
+    return -scipy.special.xlogy(probabilities, probabilities).sum(-1)
+
+
+def _divergence(distributions):
+    """Jensen–Shannon divergence of the distributions along the first axis, mean over the others."""
+    return float((_entropy(distributions.mean(0)) - _entropy(distributions).mean(0)).mean())
 
 
 def token_attention(

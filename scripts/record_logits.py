@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from arguments import DataArguments, ViewArguments, name_folders, parse_arguments, run
 
-from hf_ibdistill import record_teacher_logits
+from hf_ibdistill import logits_metrics, record_teacher_logits
 
 
 @dataclass
@@ -64,6 +64,8 @@ def main():
     )
     for split, table in tables.items():
         print(f"{split}: {len(table)} rows, {', '.join(table.column_names)}")
+        metrics = logits_metrics(table, label_column=data.label_column)
+        print(", ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ from hf_ibdistill import (
     build_image_processor,
     class_config,
     load_image_dataset,
+    logits_metrics,
     predict,
     record_teacher_logits,
 )
@@ -288,12 +289,12 @@ class Study:
                 return cell
         train, held_out = self.rows(recipe)
         processor, classes = build_image_processor(train), class_config(train)
-        recording = {}
+        recording, logits = {}, {}
         if recipe.method in TEACHERS:
             trainer = self._trainer(recipe, build_teacher(recipe, classes), processor, train)
         else:
             student = build_student(recipe, classes, processor.size["height"])
-            trainer, recording = self._student_trainer(recipe, student, processor, train)
+            trainer, recording, logits = self._student_trainer(recipe, student, processor, train)
         seconds = stopwatch()
         trainer.train()
         seconds = seconds()
@@ -306,6 +307,7 @@ class Study:
             "rows": len(train),
             "parameters": trainer.model.num_parameters(),
             "metrics": classification_metrics(**outputs, teacher_names=METHODS[recipe.method].teachers),
+            "logits": logits,
             "seconds": {"training": seconds, **recording},
             "losses": [entry for entry in trainer.state.log_history if "loss" in entry],
             # One digit an image, in the order of the split.
@@ -364,13 +366,14 @@ class Study:
     def _student_trainer(self, recipe, student, processor, train):
         method = METHODS[recipe.method]
         if method.logits is None:
-            return self._trainer(recipe, student, processor, train), {}
+            return self._trainer(recipe, student, processor, train), {}, {}
         teachers = self.teachers(recipe)
         if method.logits == "online":
-            return self._trainer(recipe, student, processor, train, teachers=teachers), {}
+            return self._trainer(recipe, student, processor, train, teachers=teachers), {}, {}
         views = recipe.views() if method.logits == "views" else None
         table, seconds = self.record(recipe, train, teachers, views)
-        return self._trainer(recipe, student, processor, table), {"recording": seconds}
+        logits = logits_metrics(table, temperature=recipe.temperature)
+        return self._trainer(recipe, student, processor, table), {"recording": seconds}, logits
 
     def record(self, recipe, train, teachers, views) -> tuple[Dataset, dict]:
         augmentation = "row" if views is None else json.dumps(views.to_dict(), sort_keys=True)

@@ -11,12 +11,14 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from datasets import ClassLabel, Dataset, Features, Image, List, Value, concatenate_datasets
+from datasets import ClassLabel, Dataset, DatasetInfo, Features, Image, List, Value, concatenate_datasets
+from scipy.spatial.distance import jensenshannon
+from scipy.stats import entropy
 from sklearn.metrics import accuracy_score, log_loss, top_k_accuracy_score
 from transformers import EvalPrediction, ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
 import hf_ibdistill
-from hf_ibdistill import IBViTConfig, IBViTForImageClassification, evaluate_model, predict
+from hf_ibdistill import IBViTConfig, IBViTForImageClassification, evaluate_model, logits_metrics, predict
 from hf_ibdistill.evaluation import ExpectedCalibrationError, classification_metrics, compute_metrics, token_attention
 from hf_ibdistill.logits.encoding import LogitsEncoding
 
@@ -400,6 +402,77 @@ def test_attention_of_a_model_with_fused_attention_in_half_precision_or_training
     for name, maps in found.items():
         assert maps.dtype == np.float32
         np.testing.assert_allclose(maps, expected[name], atol=2e-2)
+
+
+# What recorded logits can teach
+
+
+def views_table(rows=9, classes=4, views=3):
+    """Logits of two teachers on views, and a third teacher's, who says the same of every view."""
+    random = np.random.default_rng(3)
+    features = Features({"image": Image(), "label": ClassLabel(num_classes=classes)})
+    images = [PIL.Image.fromarray(random.integers(0, 256, (8, 8), dtype=np.uint8)) for _ in range(rows)]
+    dataset = Dataset.from_dict({"image": images, "label": random_labels(rows, classes)}, features=features)
+    values = {name: 3 * random.normal(size=(rows, views, classes)).astype(np.float32) for name in ("conv", "inv")}
+    values["fixed"] = np.repeat(values["conv"][:, :1], views, axis=1)
+    return add_logits(dataset, values, LogitsEncoding("float32")), values
+
+
+def add_logits(dataset, values, encoding):
+    """Columns as recording writes them."""
+    features, columns = dataset.features.copy(), dataset.data.table
+    for name, logits in values.items():
+        features[f"{name}_logits"] = encoding.feature(logits.shape[2], logits.shape[1])
+        columns = columns.append_column(f"{name}_logits", encoding.encode(logits, views=True))
+    return Dataset(columns, info=DatasetInfo(features=features))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_logits_metrics_equal_a_loop_over_rows_and_views(temperature):
+    dataset, logits = views_table()
+    labels = np.array(dataset["label"][:])
+    p = {name: np.stack([softmax(row / temperature) for row in values]) for name, values in logits.items()}
+    rows, views = range(len(dataset)), range(3)
+    expected = {}
+    for name in p:
+        expected[f"{name}_accuracy"] = np.mean([p[name][n, v].argmax() == labels[n] for n in rows for v in views])
+        expected[f"{name}_entropy"] = np.mean([entropy(p[name][n, v]) for n in rows for v in views])
+        # Mean divergence of the views from their mean.
+        expected[f"{name}_view_divergence"] = np.mean(
+            [entropy(p[name][n, v], p[name][n].mean(0)) for n in rows for v in views]
+        )
+    for first, second in [("conv", "inv"), ("conv", "fixed"), ("inv", "fixed")]:
+        pairs = [(p[first][n, v], p[second][n, v]) for n in rows for v in views]
+        expected[f"{first}_{second}_agreement"] = np.mean([a.argmax() == b.argmax() for a, b in pairs])
+        expected[f"{first}_{second}_divergence"] = np.mean([jensenshannon(a, b) ** 2 for a, b in pairs])
+    found = logits_metrics(dataset, temperature=temperature)
+    assert found == pytest.approx(expected, abs=1e-6)
+    assert found["fixed_view_divergence"] == pytest.approx(0, abs=1e-12) and found["conv_view_divergence"] > 0.01
+    # Of shuffled rows they are the same, and of a sample of all rows.
+    assert logits_metrics(dataset.shuffle(seed=1), temperature=temperature, num_rows=9) == pytest.approx(found)
+
+
+def test_logits_metrics_of_one_stored_row_and_of_a_sample():
+    dataset = table(rows=40, logits=["conv", "i"])
+    found = logits_metrics(dataset)
+    assert found.keys() == {
+        "conv_accuracy", "conv_entropy", "i_accuracy", "i_entropy", "conv_i_agreement", "conv_i_divergence"
+    }  # fmt: skip
+    sample = np.random.default_rng(5).choice(40, size=12, replace=False)
+    assert logits_metrics(dataset, num_rows=12, seed=5) == pytest.approx(logits_metrics(dataset.select(sample)))
+    with pytest.raises(ValueError, match="There are no logits in these 40 rows of image, label"):
+        logits_metrics(table(rows=40))
+    with pytest.raises(ValueError, match="There are no logits in these 0 rows"):
+        logits_metrics(dataset.select([]))
+
+
+def test_logits_metrics_of_top_k_logits_are_of_what_a_student_reads():
+    dataset, logits = views_table()
+    encoding = LogitsEncoding("float32", top_k=3)
+    stored = add_logits(dataset.select_columns(["image", "label"]), {"conv": logits["conv"]}, encoding)
+    # Three of four classes and the sum of the rest: nothing is lost.
+    expected = logits_metrics(dataset.select_columns(["image", "label", "conv_logits"]))
+    assert logits_metrics(stored) == pytest.approx(expected, abs=1e-2)
 
 
 OFFLINE = """
