@@ -170,6 +170,7 @@ VARIATIONS = {
     "pad_only": {"horizontal_flip": 0.0},
     "erasing": {"erasing": 0.25},
     "resized": {"crop": "resized", "min_scale": 0.5},
+    "resized_0.7": {"crop": "resized", "min_scale": 0.7},
     "linear": {"patch_embedding": "linear"},
     "bias_stems": {"patch_embedding": "bias_stems"},
     "mean_logits": {"fusion": "mean_logits"},
