@@ -173,6 +173,25 @@ def teacher_table(cells: dict, labels: np.ndarray) -> str:
     return markdown_table(header, rows)
 
 
+def logits_table(cells: dict) -> str:
+    """What the stored logits say of the images they were recorded on, by the distillation temperature's softmax."""
+    conv, inv = TEACHERS
+    keys = [
+        f"{conv}_accuracy", f"{inv}_accuracy", f"{conv}_entropy", f"{inv}_entropy", f"{conv}_view_divergence",
+        f"{inv}_view_divergence", f"{conv}_{inv}_divergence",
+    ]  # fmt: skip
+    rows = []
+    for images, by_seed in sorted(cells[OURS].items()):
+        found = [cell["logits"] for cell in by_seed.values() if cell.get("logits")]
+        if found:
+            values = [np.mean([metrics[key] for metrics in found]) for key in keys]
+            shares, nats = values[:2], values[2:]
+            rows.append([f"{images:,}", len(found), *(f"{100 * v:.1f}" for v in shares), *(f"{v:.3f}" for v in nats)])
+    header = ["images", "seeds", "convolution right (%)", "involution right (%)", "entropy: convolution (nats)", "involution",
+              "divergence between views: convolution", "involution", "divergence between teachers"]  # fmt: skip
+    return markdown_table(header, rows)
+
+
 def on_one_machine(cells: dict) -> dict:
     """The cells whose seconds compare: those made, with their teachers, on the kind of machine that made most of their size."""
     kinds = defaultdict(Counter)
@@ -301,6 +320,7 @@ def main():
         f"{METHODS[OURS].title}, against": difference_table(cells, labels),
         "Share of the distance to the better teacher": gap_table(cells),
         "What the teachers and the student's tokens know (%)": teacher_table(cells, labels),
+        "What stored views say of the training images": logits_table(cells),
         "Changes of the recipe, against it": ablation_table(variations, labels),
         "Processor seconds, one thread": time_table(on_one_machine(cells)),
         "Search on held-out images": trial_table(folder / "search"),

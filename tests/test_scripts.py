@@ -314,6 +314,8 @@ def test_the_study_ends_in_tables_pictures_and_cards(tmp_path):
     changed = json.loads((results / "grid/100_both_views_hard+label_weight_0_1.json").read_text())
     difference = 100 * (changed["metrics"]["accuracy"] - ours[1])
     assert f"| 100 | both, stored views | hard+label_weight_0 | 1 | {difference:+.2f} | – |" in report
+    logits = [json.loads((results / f"grid/100_both_views_base_{seed}.json").read_text())["logits"] for seed in (0, 1)]
+    assert f"| {statistics.mean(found['conv_inv_divergence'] for found in logits):.3f} |\n" in report
     for name in ("accuracy_images", "accuracy_time", "attention", "corrections"):
         PIL.Image.open(results / f"{name}.png").verify()
     card = ModelCard.load(tmp_path / "cards" / "fashion_mnist_100_student.md")
