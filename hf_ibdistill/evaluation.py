@@ -197,28 +197,29 @@ def logits_metrics(
         and Jensen–Shannon divergences (Lin 1991, equation 5.1) in nats.
 
     Raises:
-        ValueError: the table is empty or holds no logits.
+        ValueError: the table is empty, or holds no logits or no labels.
     """
     names = recorded_teachers(dataset)
     if len(dataset) == 0 or not names:
-        raise ValueError(f"There are no logits in these {len(dataset)} rows of {', '.join(dataset.column_names)}.")
+        raise ValueError(
+            f"There are no logits in these {len(dataset)} rows of {', '.join(dataset.column_names)}; record_teacher_logits "
+            "makes such a table."
+        )
     label_column = find_columns(dataset, label_column=label_column)[1]
     num_classes = len(class_names(dataset, label_column))
     sample = np.random.default_rng(seed).choice(len(dataset), size=min(num_rows, len(dataset)), replace=False)
     labels = np.asarray(dataset.select_columns([label_column])[sample][label_column])
-    probabilities = {}
+    probabilities, metrics = {}, {}
     for name in names:
         column = column_name(name)
         num_views = describe_column(dataset.features[column])[1]
         stored = StoredLogits(dataset, column)
         views = [None] if num_views is None else range(num_views)
         logits = np.stack([stored.read(sample, num_classes, view, temperature) for view in views])
-        probabilities[name] = np.exp(_log_softmax(logits.astype(np.float32) / temperature))
-    metrics = {}
-    for name, values in probabilities.items():
+        values = probabilities[name] = np.exp(_log_softmax(logits.astype(np.float32) / temperature))
         metrics[f"{name}_accuracy"] = float((values.argmax(-1) == labels).mean())
         metrics[f"{name}_entropy"] = float(_entropy(values).mean())
-        if describe_column(dataset.features[column_name(name)])[1] is not None:
+        if num_views is not None:
             metrics[f"{name}_view_divergence"] = _divergence(values)
     for first, second in combinations(probabilities, 2):
         pair = np.stack([probabilities[first], probabilities[second]])

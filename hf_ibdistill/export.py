@@ -92,7 +92,8 @@ def export_onnx(model: PreTrainedModel, image_processor: BaseImageProcessor, pat
 
 def quantize_onnx(source: str | os.PathLike, path: str | os.PathLike) -> Path:
     """Write an ONNX file whose linear layers are 8-bit integers, by onnxruntime's dynamic quantisation: weights for each
-    output channel, in 7 of the 8 bits, so that every processor computes the same; activations as they come. Measure it on your own data; some models bear it worse than others.
+    output channel, in 7 of the 8 bits, so that no processor's sums overflow; activations as they come. Measure it on your
+    own data; some models bear it worse than others.
 
     Args:
         source: a file that [`export_onnx`] wrote.
