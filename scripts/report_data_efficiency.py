@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 from arguments import parse_arguments, run
-from study_data_efficiency import CLASSES, METHODS, TEACHERS, Study, StudyArguments, undigits
+from study_data_efficiency import CLASSES, FUSIONS, METHODS, TEACHERS, Study, StudyArguments, undigits
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from hf_ibdistill.data import select_per_class
@@ -88,12 +88,22 @@ def _accuracy(by_seed):
 
 
 def difference_table(cells: dict, labels: np.ndarray) -> str:
-    rows = []
-    for images, ours in sorted(cells[OURS].items()):
+    """Ours against each rival at each size; and over all sizes that both have, since three seeds of one size tell little."""
+    sizes, rows = sorted(cells[OURS]), []
+    groups = [[images] for images in sizes] + ([sizes] if len(sizes) > 1 else [])
+    for group in groups:
         for name in RIVALS:
-            theirs = cells.get(name, {}).get(images, {})
-            if set(ours) & set(theirs):
-                rows.append([f"{images:,}", METHODS[name].title, *_difference(ours, theirs, labels)])
+            common = [
+                images for images in group if set(cells[OURS][images]) & set(cells.get(name, {}).get(images, {}))
+            ]
+            if not common or (len(group) > 1 and len(common) == 1):
+                continue
+            pooled = [
+                {(images, seed): cell for images in common for seed, cell in cells[method][images].items()}
+                for method in (OURS, name)
+            ]
+            title = " + ".join(f"{images:,}" for images in common)
+            rows.append([title, METHODS[name].title, *_difference(*pooled, labels)])
     return markdown_table(["images", "against", *_DIFFERENCE], rows)
 
 
@@ -109,7 +119,7 @@ def ablation_table(cells: dict, labels: np.ndarray) -> str:
     return markdown_table(["images", "method", "change", *_DIFFERENCE], rows)
 
 
-_DIFFERENCE = ["seeds", "points", "95 % interval over seeds", "95 % interval over test images"]
+_DIFFERENCE = ["pairs", "points", "95 % interval over seeds", "95 % interval over test images"]
 
 
 def _difference(first: dict, second: dict, labels: np.ndarray) -> list:
@@ -171,6 +181,18 @@ def teacher_table(cells: dict, labels: np.ndarray) -> str:
     header = ["images", "calibration error: convolution", "involution", "teachers agree", "either is right",
               "class token", "convolution token", "involution token", "fused"]  # fmt: skip
     return markdown_table(header, rows)
+
+
+def fusion_table(cells: dict) -> str:
+    """The same students' accuracy by each kind of fusion, of the cells that tell it."""
+    rows = []
+    for name, by_size in cells.items():
+        for images, by_seed in sorted(by_size.items()):
+            found = [cell["fusions"] for cell in by_seed.values() if cell.get("fusions")]
+            if found:
+                means = [mean_and_spread([fusions[fusion] for fusions in found]) for fusion in FUSIONS]
+                rows.append([METHODS[name].title, f"{images:,}", len(found), *means])
+    return markdown_table(["method", "images", "seeds", *FUSIONS], rows)
 
 
 def logits_table(cells: dict) -> str:
@@ -320,6 +342,7 @@ def main():
         f"{METHODS[OURS].title}, against": difference_table(cells, labels),
         "Share of the distance to the better teacher": gap_table(cells),
         "What the teachers and the student's tokens know (%)": teacher_table(cells, labels),
+        "Fusions of the same heads (%)": fusion_table(cells),
         "What stored views say of the training images": logits_table(cells),
         "Changes of the recipe, against it": ablation_table(variations, labels),
         "Processor seconds, one thread": time_table(on_one_machine(cells)),

@@ -59,6 +59,7 @@ STEPS = {1000: 2000, 3000: 3000, 10000: 5000, 60000: 9000}
 SEARCH_STEPS = 1200
 TEACHER_STEPS = {1000: 800, 3000: 1200, 10000: 2400, 60000: 6000}
 MAX_STORED_VIEWS = 16
+FUSIONS = ("mean_probabilities", "mean_logits", "class_token")
 
 
 @dataclass(frozen=True)
@@ -173,8 +174,6 @@ VARIATIONS = {
     "resized_0.7": {"crop": "resized", "min_scale": 0.7},
     "linear": {"patch_embedding": "linear"},
     "bias_stems": {"patch_embedding": "bias_stems"},
-    "mean_logits": {"fusion": "mean_logits"},
-    "class_token": {"fusion": "class_token"},
 }
 # Every student has the same number of trials. The best two run again with twice the steps, and the better of them is chosen.
 # The teachers run by the package's defaults.
@@ -308,6 +307,7 @@ class Study:
             "rows": len(train),
             "parameters": trainer.model.num_parameters(),
             "metrics": classification_metrics(**outputs, teacher_names=METHODS[recipe.method].teachers),
+            "fusions": fusion_accuracies(trainer.model, outputs),
             "logits": logits,
             "seconds": {"training": seconds, **recording},
             "losses": [entry for entry in trainer.state.log_history if "loss" in entry],
@@ -431,6 +431,19 @@ def build_student(recipe: Recipe, classes: dict, image_size: int) -> IBViTForIma
         **classes,
     )
     return IBViTForImageClassification(config)
+
+
+def fusion_accuracies(model, outputs: dict[str, np.ndarray]) -> dict[str, float]:
+    """Accuracy by each kind of fusion. The loss does not know of fusion, so one training serves all kinds."""
+    if "teacher_token_logits" not in outputs:
+        return {}
+    heads = [torch.from_numpy(outputs[name]) for name in ("class_logits", "teacher_token_logits")]
+    chosen, accuracies = model.config.fusion, {}
+    for fusion in FUSIONS:
+        model.config.fusion = fusion
+        accuracies[fusion] = float((model.fuse(*heads).argmax(-1).numpy() == outputs["labels"]).mean())
+    model.config.fusion = chosen
+    return accuracies
 
 
 def stopwatch():

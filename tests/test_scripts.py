@@ -1,6 +1,7 @@
 """The scripts, as a user runs them."""
 
 import json
+import re
 import runpy
 import statistics
 
@@ -10,6 +11,7 @@ import pytest
 from datasets import load_from_disk
 from huggingface_hub import ModelCard
 from running import SCRIPTS, run, run_process
+from scipy.stats import ttest_rel
 from transformers import DeiTConfig, DeiTForImageClassification, ViTImageProcessor
 from transformers.utils.import_utils import BACKENDS_MAPPING
 
@@ -126,7 +128,7 @@ def test_a_file_in_place_of_flags(kind, outputs, tmp_path):
 
 def test_two_processes_train(outputs, tmp_path):
     # `accelerate launch --cpu --num_processes 2` starts one process only, so the launcher beneath it.
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", SCRIPTS / "distill_student.py"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", SCRIPTS / "distill_student.py"]
     run_process(
         *launcher,
         "--use_cpu",
@@ -274,6 +276,28 @@ def test_a_share_of_the_distance_is_of_the_seeds_that_all_have(monkeypatch):
     assert "| 1,000 | 60.0 → 85.0 | 100 % | 50 % | – |" in table(found)
 
 
+def test_pairs_of_all_sizes_are_compared_together(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    table = runpy.run_path(str(SCRIPTS / "report_data_efficiency.py"))["difference_table"]
+    labels = np.arange(10)
+
+    def cells(*predictions):
+        return {
+            seed: {"metrics": {"accuracy": np.mean([int(c) == y for c, y in zip(text, labels)])}, "predictions": text}
+            for seed, text in enumerate(predictions)
+        }
+
+    ours = {1000: cells("0123456780", "0123456700"), 3000: cells("0123456789")}
+    alone = {1000: cells("0123456000", "0123400000"), 3000: cells("0123456700")}
+    rows = table({"both_views": ours, "undistilled": alone, "deit": {1000: alone[1000]}}, labels).splitlines()[2:]
+    interval = ttest_rel([0.9, 0.8, 1.0], [0.7, 0.5, 0.8]).confidence_interval()
+    expected = f"| 3 | +23.33 | {100 * interval.low:+.2f} … {100 * interval.high:+.2f} |"
+    assert len(rows) == 4 and rows[3].startswith("| 1,000 + 3,000 | no teachers " + expected)
+    assert rows[0].startswith("| 1,000 | no teachers | 2 | +25.00 |")
+    # What a rival has at one size only is not told twice.
+    assert rows[1].startswith("| 1,000 | DeiT") and rows[2].startswith("| 3,000 | no teachers | 1 | +20.00 | – |")
+
+
 def test_seconds_compare_on_the_machine_that_made_most_of_a_size(monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPTS))
     report = runpy.run_path(str(SCRIPTS / "report_data_efficiency.py"))
@@ -316,6 +340,12 @@ def test_the_study_ends_in_tables_pictures_and_cards(tmp_path):
     assert f"| 100 | both, stored views | hard+label_weight_0 | 1 | {difference:+.2f} | – |" in report
     logits = [json.loads((results / f"grid/100_both_views_base_{seed}.json").read_text())["logits"] for seed in (0, 1)]
     assert f"| {statistics.mean(found['conv_inv_divergence'] for found in logits):.3f} |\n" in report
+    found = [json.loads((results / f"grid/100_both_views_base_{seed}.json").read_text()) for seed in (0, 1)]
+    for cell in found:
+        assert cell["fusions"]["mean_probabilities"] == cell["metrics"]["accuracy"]
+        assert cell["fusions"]["class_token"] == cell["metrics"]["class_token_accuracy"]
+    mean = statistics.mean(cell["fusions"]["mean_logits"] for cell in found)
+    assert re.search(rf"\| both, stored views \| 100 \| 2 \| [^|]+ \| {100 * mean:.1f} ± ", report)
     for name in ("accuracy_images", "accuracy_time", "attention", "corrections"):
         PIL.Image.open(results / f"{name}.png").verify()
     card = ModelCard.load(tmp_path / "cards" / "fashion_mnist_100_student.md")
