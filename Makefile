@@ -16,7 +16,7 @@ quickstart: $(VENV)/installed
 	HF_HUB_OFFLINE=1 $(RUN) scripts/quickstart.py $(ARGS)
 
 test: $(VENV)/installed
-	HF_HUB_OFFLINE=1 $(RUN) -m pytest $(ARGS)
+	HF_HUB_OFFLINE=1 $(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .

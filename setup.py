@@ -44,7 +44,13 @@ setup(
     ],
     extras_require={
         **extras,
-        "dev": [*sum(extras.values(), []), "hypothesis>=6,<7", "pytest>=8,<10", "ruff>=0.12,<1"],
+        "dev": [
+            *sum(extras.values(), []),
+            "hypothesis>=6,<7",
+            "pytest>=8,<10",
+            "pytest-xdist>=3.6,<4",
+            "ruff>=0.12,<1",
+        ],
     },
     classifiers=[
         "Development Status :: 4 - Beta",

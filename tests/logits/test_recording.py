@@ -367,7 +367,7 @@ def test_two_processes_record_the_same_table_as_one(script, tmp_path):
     one = run_script([sys.executable, *script("one")])
     assert one.communicate()[1] is not None and one.returncode == 0
     # `accelerate launch --cpu --num_processes 2` starts one process only, so the launcher beneath it.
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     two = run_script([*launch, *script("two")])
     printed, errors = two.communicate()
     assert two.returncode == 0, errors[-2000:]
@@ -478,7 +478,7 @@ def test_killed_at_any_instant_it_continues_to_the_same_table(teachers, tmp_path
 
 
 def test_a_killed_process_of_two_leaves_its_shards_to_the_next_start(script, tmp_path, teachers):
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     started = run_script([sys.executable, *launcher, *script("killed")])
     shards = tmp_path / "killed" / "shards"
     deadline = time.monotonic() + 120
