@@ -1,5 +1,6 @@
 """The trainers: one for any classifier on labels alone, one for a student on stored logits or online teachers."""
 
+import logging
 from collections.abc import Mapping
 from functools import partial
 
@@ -18,6 +19,9 @@ from .arguments import DistillationArguments, ImageTrainingArguments
 from .collator import DistillationCollator
 from .losses import ensemble_distillation_loss
 from .publishing import PublishingTrainer
+
+
+logger = logging.getLogger(__name__)
 
 
 class _StartEpoch(TrainerCallback):
@@ -230,6 +234,7 @@ class EnsembleDistillationTrainer(ImageClassificationTrainer):
                     f"{name} is one number or one for each teacher ({', '.join(self.teacher_names)}); got "
                     f"{getattr(self.args, name)}."
                 )
+        self._warn_of_untaught_heads()
         teachers, self.teachers = self._given_teachers, []
         if teachers is not None:
             if set(teachers) != set(self.teacher_names):
@@ -243,6 +248,19 @@ class EnsembleDistillationTrainer(ImageClassificationTrainer):
             teacher.match_classes(self._label_names)
             teacher.model.to(self.args.device)
         self._loss_terms = torch.zeros(2 + len(self.teacher_names))
+
+    def _warn_of_untaught_heads(self) -> None:
+        teacher_weights = dict(zip(self.teacher_names, self._for_each_teacher(self.args.teacher_weights)))
+        fusion = self.model.config.fusion
+        counted = {"class": self.args.label_weight, **(teacher_weights if fusion != "class_token" else {})}
+        untaught = [name for name, weight in counted.items() if weight == 0]
+        if untaught:
+            logger.warning(
+                'The fusion "%s" counts the head of the %s token, which a weight of 0 leaves as it started. Give it a small '
+                "weight, such as 0.1.",
+                fusion,
+                " and ".join(untaught),
+            )
 
     def _for_each_teacher(self, values: list[float]) -> list[float]:
         return values * len(self.teacher_names) if len(values) == 1 else values

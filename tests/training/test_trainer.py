@@ -279,6 +279,23 @@ def test_stored_logits_and_online_teachers_take_the_same_steps(plain_table, tabl
             assert torch.equal(tensor, weights_before[name][key]), f"training changed the teacher {name}: {key}"
 
 
+@pytest.mark.parametrize(
+    "fusion, settings, untaught",
+    [
+        ("mean_probabilities", {"label_weight": 0.0}, "class"),
+        ("mean_logits", {"teacher_weights": [1.0, 0.0]}, "inv"),
+        ("mean_logits", {"label_weight": 0.0, "teacher_weights": 0.0}, "class and conv and inv"),
+        ("class_token", {"label_weight": 0.0, "teacher_weights": [1.0, 0.0]}, "class"),
+        ("class_token", {"teacher_weights": 0.0}, None),
+        ("mean_probabilities", {"label_weight": 0.01}, None),
+    ],
+)
+def test_a_head_that_is_counted_but_not_taught_is_told(fusion, settings, untaught, table, tmp_path, caplog):
+    distil(tmp_path, table, small_student(fusion=fusion), train=False, **settings)
+    told = f'The fusion "{fusion}" counts the head of the {untaught} token, which a weight of 0 leaves as it started.'
+    assert told in caplog.text if untaught else "as it started" not in caplog.text
+
+
 def test_an_online_teacher_with_the_classes_in_another_order_is_put_right(plain_table, teachers, tmp_path, caplog):
     order = [1, 3, 0, 2]
     turned = copy.deepcopy(teachers["inv"][0])
