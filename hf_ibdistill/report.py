@@ -2,6 +2,7 @@
 
 import os
 import platform
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -100,31 +101,49 @@ def plot_accuracy(
     path: str | Path,
     panels: Mapping[str, Mapping[str, Mapping[float, Sequence[float]]]],
     xlabel: str,
+    highlight: str | None = None,
 ) -> None:
     """Draw accuracy against a quantity, on a logarithmic axis: one line a method, with the standard deviation over seeds.
+    Methods that share a place stand side by side there.
 
     Args:
         path: the PNG file to write.
-        panels: title → method → quantity → accuracies (0 … 1), one a seed.
+        panels: title → method → quantity → accuracies (0 … 1), one a seed. A method keeps its colour in all panels; one
+            without a quantity keeps the colours of the others.
         xlabel: the quantity and its unit.
+        highlight: a method to draw with a thicker line.
     """
-    from matplotlib.ticker import LogLocator
+    from matplotlib.ticker import FixedLocator, LogLocator
 
-    figure = _figure(6.5 * len(panels), 4.8)
     methods = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    width = 6.5 * len(panels)
+    columns = max(2, int(width / 3.2))
+    figure = _figure(width, 4.8 + 0.22 * -(-len(methods) // columns))
+    drawn = {}
     for axes, (title, lines) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels.items()):
-        for name, points in lines.items():
-            places = sorted(points)
-            values = [100 * np.asarray(points[place]) for place in places]
+        counts = Counter(place for points in lines.values() for place in points)
+        # A hundredth of the axis.
+        step = (max(counts) / min(counts)) ** 0.01 if len(counts) > 1 else 1.01
+        for i, name in enumerate(methods):
+            places = sorted(lines.get(name, {}))
+            if not places:
+                continue
+            values = [100 * np.asarray(lines[name][place]) for place in places]
             spreads = [value.std(ddof=1) if len(value) > 1 else 0.0 for value in values]
-            style = {"color": f"C{methods.index(name)}", "marker": "o", "markersize": 4, "capsize": 3, "label": name}
-            axes.errorbar(places, [value.mean() for value in values], spreads, **style)
+            beside = step ** (i - (len(methods) - 1) / 2)
+            places = [place * beside if counts[place] > 1 else place for place in places]
+            style = {"color": f"C{i}" if i < 10 else ("black", "gold")[i % 2], "zorder": 3 if name == highlight else 2}
+            style |= {"linewidth": 3 if name == highlight else 1.2, "marker": "o", "markersize": 4, "capsize": 3}
+            drawn[name] = axes.errorbar(places, [value.mean() for value in values], spreads, **style)
         axes.set(xscale="log", xlabel=xlabel, ylabel="test accuracy (%)", title=title)
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_locator(
+            FixedLocator(sorted(counts)) if max(counts.values()) > 1 else LogLocator(subs=(1, 2, 5))
+        )
         axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.xaxis.set_minor_formatter("")
         axes.grid(alpha=0.3, which="both")
-        axes.legend(fontsize=8)
+    names = [name for name in methods if name in drawn]
+    figure.legend([drawn[name] for name in names], names, loc="outside lower center", ncols=columns, fontsize=8)
     figure.savefig(path, dpi=110)
 
 

@@ -3,20 +3,33 @@
     python scripts/report_data_efficiency.py
     python scripts/report_data_efficiency.py --dataset FOLDER --work_dir outputs/data_efficiency
 
-Reads nothing but the cells, and writes RESULTS_DIR/README.md with its pictures. With the images and the models at hand
-(`--dataset`), it also draws where the tokens look, and writes the cards of the best models.
+Reads nothing but the cells, and writes RESULTS_DIR/README.md with its pictures. With the images (`--dataset`) it also writes the
+cards of the best models and, where the best student is in WORK_DIR, draws where its tokens look.
 """
 
 import json
+import os
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from arguments import parse_arguments, run
-from study_data_efficiency import CLASSES, FUSIONS, METHODS, TEACHERS, Study, StudyArguments, undigits
+from study_data_efficiency import (
+    CLASSES,
+    FUSIONS,
+    METHODS,
+    TEACHERS,
+    Recipe,
+    Study,
+    StudyArguments,
+    build_student,
+    build_teacher,
+    undigits,
+)
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
+from hf_ibdistill import build_image_processor, class_config
 from hf_ibdistill.data import select_per_class
 from hf_ibdistill.evaluation import token_attention
 from hf_ibdistill.images import ImageRows
@@ -276,32 +289,37 @@ def draw_lines(cells: dict, folder: Path) -> None:
         METHODS[name].title: {images: accuracies(by_seed) for images, by_seed in by_size.items()}
         for name, by_size in cells.items()
     }
-    plot_accuracy(folder / "accuracy_images.png", {"Fashion-MNIST": by_images}, "training images")
-    by_time, cells = {}, on_one_machine(cells)
-    for images in sizes:
-        by_time[f"{images:,} images"] = {
-            METHODS[name].title: {
-                np.mean([sum(seconds(cells, name, images, seed).values()) for seed in by_size[images]]): accuracies(by_size[images])
-            }
-            for name, by_size in cells.items()
-            if images in by_size
-        }  # fmt: skip
-    plot_accuracy(folder / "accuracy_time.png", by_time, "processor seconds: teachers, recording and training")
+    ours = METHODS[OURS].title
+    plot_accuracy(folder / "accuracy_images.png", {"Fashion-MNIST": by_images}, "training images", ours)
+    comparable = on_one_machine(cells)
+    by_time = {
+        f"{images:,} images": {METHODS[name].title: _accuracies_by_seconds(comparable, name, images) for name in cells}
+        for images in sizes
+    }
+    plot_accuracy(folder / "accuracy_time.png", by_time, "processor seconds: teachers, recording and training", ours)
+
+
+def _accuracies_by_seconds(cells, method, images):
+    by_seed = cells[method].get(images, {})
+    spent = [sum(seconds(cells, method, images, seed).values()) for seed in by_seed]
+    return {np.mean(spent): accuracies(by_seed)} if by_seed else {}
 
 
 def write_cards(study: Study, cells: dict, args: ReportArguments, folder: Path) -> None:
-    """The cards of the best seed's teachers and student, and where that student's tokens look."""
+    """The cards of the best seed's teachers and student; and where that student's tokens look, if it is at hand."""
+    classes, side = class_config(study.train), build_image_processor(study.train).size["height"]
     for images in args.card_images:
-        if images not in cells.get(OURS, {}):
-            continue
-        for name in (*TEACHERS, OURS):
-            by_seed = cells[name][images]
+        for name in (*TEACHERS, OURS) if images in cells[OURS] else ():
+            by_seed, is_student, picture = cells[name][images], name == OURS, ""
             seed, cell = max(by_seed.items(), key=lambda item: item[1]["metrics"]["accuracy"])
-            model_folder = Path(args.work_dir) / f"{images}_{seed}" / f"{name}_base"
-            model = AutoModelForImageClassification.from_pretrained(model_folder)
-            is_student = name == OURS
-            if is_student and images == min(args.card_images):
-                draw_attention(study, model, AutoImageProcessor.from_pretrained(model_folder), folder)
+            # A card tells of a model's shape, not of its weights, which may be on another machine.
+            recipe = Recipe(**cell["recipe"])
+            model = build_student(recipe, classes, side) if is_student else build_teacher(recipe, classes)
+            weights = study.folder(recipe) / f"{name}_base"
+            if is_student and images == min(args.card_images) and weights.exists():
+                draw_attention(study, weights, folder)
+                where = Path(os.path.relpath(folder / "attention.png", args.cards_dir)).as_posix()
+                picture = f"\n\n![Where each token looks, on one test image of each class]({where})"
             card = create_model_card(
                 model,
                 title=f"{METHODS[name].title}, {images:,} images of Fashion-MNIST",
@@ -311,14 +329,20 @@ def write_cards(study: Study, cells: dict, args: ReportArguments, folder: Path) 
                 recipe=cell["recipe"],
                 # Those that taught it, of its own seed.
                 teacher_metrics={t: cells[t][images][seed]["metrics"] for t in TEACHERS} if is_student else None,
-                notes=f"Test accuracy of the seeds {sorted(by_seed)}: {', '.join(f'{100 * value:.2f}' for value in accuracies(by_seed))} %.",
+                machine=cell["machine"],
+                train_seconds=cell["seconds"]["training"]["cpu"],
+                notes=f"Test accuracy of the seeds {sorted(by_seed)}: "
+                f"{', '.join(f'{100 * value:.2f}' for value in accuracies(by_seed))} %.{picture}",
             )
             path = Path(args.cards_dir) / f"fashion_mnist_{images}_{'student' if is_student else name}.md"
             path.parent.mkdir(parents=True, exist_ok=True)
             card.save(path)
 
 
-def draw_attention(study: Study, model, processor, folder: Path) -> None:
+def draw_attention(study: Study, weights: Path, folder: Path) -> None:
+    model, processor = (
+        kind.from_pretrained(weights) for kind in (AutoModelForImageClassification, AutoImageProcessor)
+    )
     rows = select_per_class(study.test_rows(), 1, "label").sort("label")
     chosen = ImageRows(rows, "image", ["label"]).__getitems__(range(len(rows)))
     images = [row["image"] for row in chosen]

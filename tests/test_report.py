@@ -160,6 +160,22 @@ def test_accuracies_have_bars_of_one_standard_deviation_on_a_logarithmic_axis(tm
     assert bar_columns.mean() - line_columns[1] == pytest.approx(np.ptp(line_columns), abs=16)
 
 
+def test_methods_that_share_a_place_stand_side_by_side(tmp_path):
+    lines = {"plain": {1: [0.5, 0.6], 1000: [0.5, 0.6]}, "ours": {1: [0.8, 0.9], 1000: [0.8, 0.9]}}
+    pixels = draw_accuracy(tmp_path / "plot.png", panel=lines)
+    first, second = (largest_shape(pixels, colour)[1] for colour in (BLUE, ORANGE))
+    assert all((second - first >= 2) & (second - first <= 20))
+
+
+def test_a_highlighted_method_is_thicker(tmp_path):
+    panels = {"panel": {"plain": {1: [0.5], 10: [0.7]}, "ours": {1: [0.6], 10: [0.8]}}}
+    counts = []
+    for highlight in (None, "ours"):
+        plot_accuracy(tmp_path / "plot.png", panels, "labels", highlight)
+        counts.append([count(read(tmp_path / "plot.png"), colour) for colour in (BLUE, ORANGE)])
+    assert counts[1][0] == pytest.approx(counts[0][0], rel=0.1) and counts[1][1] > 1.5 * counts[0][1]
+
+
 def test_quantities_are_drawn_in_their_order(tmp_path):
     peak = {1: [0.5], 10: [0.9], 100: [0.5]}
     shuffled = {place: peak[place] for place in (100, 1, 10)}
