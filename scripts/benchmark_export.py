@@ -73,10 +73,8 @@ def main():
     torch.manual_seed(bench.seed)
     entries, rows = [], []
     for (side, configs), batch_size in product(MODELS.items(), bench.batch_sizes):
-        processor, pixels = (
-            ViTImageProcessor(size={"height": side, "width": side}),
-            torch.randn(batch_size, 3, side, side),
-        )
+        processor = ViTImageProcessor(size={"height": side, "width": side})
+        pixels = torch.randn(batch_size, 3, side, side)
         cases, megabytes = {}, {}
         with tempfile.TemporaryDirectory() as folder:
             for number, (title, config) in enumerate(configs.items()):
@@ -88,10 +86,8 @@ def main():
                     megabytes[title, name] = f"{paths[name].stat().st_size / 1e6:.1f}" if name in paths else ""
             time_in_turn(list(cases.values()), bench.repetitions, bench.seed)
         for (title, name), case in cases.items():
-            ratios = [
-                case.speed_against(cases[title, "PyTorch"]),
-                case.speed_against(cases[next(iter(configs)), name]),
-            ]
+            first = cases[next(iter(configs)), name]
+            ratios = [case.speed_against(other) for other in (cases[title, "PyTorch"], first)]
             entries.append({"model": title, "image_size": side, "batch_size": batch_size, "case": name})
             entries[-1] |= {"rate": case.rate, "against_pytorch": ratios[0], "against_first": ratios[1]}
             shown = [spread(case.rate, 0), *(spread(ratio, 2) for ratio in ratios)]

@@ -101,7 +101,8 @@ def _accuracy(by_seed):
 
 
 def difference_table(cells: dict, labels: np.ndarray) -> str:
-    """Ours against each rival at each size; and over all sizes that both have, since three seeds of one size tell little."""
+    """Ours against each rival at each size; and over all sizes that both have, since three seeds of one size tell little. The
+    subsets of a seed are nested, so the pairs of several sizes are not wholly independent."""
     sizes, rows = sorted(cells[OURS]), []
     groups = [[images] for images in sizes] + ([sizes] if len(sizes) > 1 else [])
     for group in groups:
