@@ -109,7 +109,7 @@ def plot_accuracy(
     Args:
         path: the PNG file to write.
         panels: title → method → quantity → accuracies (0 … 1), one a seed. A method keeps its colour in all panels; one
-            without a quantity keeps the colours of the others.
+            without quantities is not drawn, but its colour stays its own.
         xlabel: the quantity and its unit.
         highlight: a method to draw with a thicker line.
     """

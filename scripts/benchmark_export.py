@@ -10,7 +10,6 @@ ratios within one.
 
 import tempfile
 from dataclasses import asdict, dataclass, field
-from itertools import product
 from pathlib import Path
 
 import onnxruntime
@@ -46,6 +45,11 @@ class ExportBenchmarkArguments:
     seed: int = field(default=0, metadata={"help": "Seed of weights, images and orders."})
 
 
+def export(model, processor, folder: Path) -> dict[str, Path]:
+    path = export_onnx(model, processor, folder / "model.onnx")
+    return {"onnxruntime": path, "8 bits": quantize_onnx(path, folder / "model_quantized.onnx")}
+
+
 def make_cases(model, paths: dict[str, Path], pixels: torch.Tensor, images: int) -> dict[str, Case]:
     options, rounds = onnxruntime.SessionOptions(), -(-images // len(pixels))
     options.intra_op_num_threads = torch.get_num_threads()
@@ -72,26 +76,34 @@ def main():
     (bench,) = parse_arguments(ExportBenchmarkArguments)
     torch.manual_seed(bench.seed)
     entries, rows = [], []
-    for (side, configs), batch_size in product(MODELS.items(), bench.batch_sizes):
+    for side, configs in MODELS.items():
         processor = ViTImageProcessor(size={"height": side, "width": side})
-        pixels = torch.randn(batch_size, 3, side, side)
-        cases, megabytes = {}, {}
+        models = {
+            title: AutoModelForImageClassification.from_config(config).eval() for title, config in configs.items()
+        }
         with tempfile.TemporaryDirectory() as folder:
-            for number, (title, config) in enumerate(configs.items()):
-                model = AutoModelForImageClassification.from_config(config).eval()
-                path = export_onnx(model, processor, Path(folder) / f"{number}.onnx")
-                paths = {"onnxruntime": path, "8 bits": quantize_onnx(path, Path(folder) / f"{number}_quantized.onnx")}
-                for name, case in make_cases(model, paths, pixels, bench.images).items():
-                    cases[title, name] = case
-                    megabytes[title, name] = f"{paths[name].stat().st_size / 1e6:.1f}" if name in paths else ""
-            time_in_turn(list(cases.values()), bench.repetitions, bench.seed)
-        for (title, name), case in cases.items():
-            first = cases[next(iter(configs)), name]
-            ratios = [case.speed_against(other) for other in (cases[title, "PyTorch"], first)]
-            entries.append({"model": title, "image_size": side, "batch_size": batch_size, "case": name})
-            entries[-1] |= {"rate": case.rate, "against_pytorch": ratios[0], "against_first": ratios[1]}
-            shown = [spread(case.rate, 0), *(spread(ratio, 2) for ratio in ratios)]
-            rows.append([side, title, batch_size, name, megabytes[title, name], *shown])
+            paths = {title: export(model, processor, Path(folder) / title) for title, model in models.items()}
+            for batch_size in bench.batch_sizes:
+                pixels, cases = torch.randn(batch_size, 3, side, side), {}
+                for title, model in models.items():
+                    timed = make_cases(model, paths[title], pixels, bench.images)
+                    cases |= {(title, name): case for name, case in timed.items()}
+                time_in_turn(list(cases.values()), bench.repetitions, bench.seed)
+                for (title, name), case in cases.items():
+                    beside = {"pytorch": cases[title, "PyTorch"], "first": cases[next(iter(models)), name]}
+                    ratios = {f"against_{other}": case.speed_against(baseline) for other, baseline in beside.items()}
+                    entry = {
+                        "model": title,
+                        "image_size": side,
+                        "batch_size": batch_size,
+                        "case": name,
+                        "rate": case.rate,
+                    }
+                    entries.append(entry | ratios)
+                    path = paths[title].get(name)
+                    megabytes = f"{path.stat().st_size / 1e6:.1f}" if path else ""
+                    shown = [spread(case.rate, 0), *(spread(ratio, 2) for ratio in ratios.values())]
+                    rows.append([side, title, batch_size, name, megabytes, *shown])
     write_results(bench.output_file, {"arguments": asdict(bench), "entries": entries})
     header = ["pixels", "model", "batch", "", "MB", "images/s (quartiles)", "× PyTorch", "× the first model"]
     print(markdown_table(header, rows))

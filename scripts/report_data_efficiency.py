@@ -17,7 +17,6 @@ import numpy as np
 from arguments import parse_arguments, run
 from study_data_efficiency import (
     CLASSES,
-    FUSIONS,
     METHODS,
     TEACHERS,
     Recipe,
@@ -34,6 +33,7 @@ from hf_ibdistill.data import select_per_class
 from hf_ibdistill.evaluation import token_attention
 from hf_ibdistill.images import ImageRows
 from hf_ibdistill.model_card import create_model_card
+from hf_ibdistill.models.configuration_ibvit import FUSIONS
 from hf_ibdistill.report import (
     markdown_table,
     mean_and_spread,

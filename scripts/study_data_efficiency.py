@@ -49,6 +49,7 @@ from hf_ibdistill import (
 from hf_ibdistill.data import select_per_class
 from hf_ibdistill.evaluation import classification_metrics
 from hf_ibdistill.logits.recording import write_beside
+from hf_ibdistill.models.configuration_ibvit import FUSIONS
 from hf_ibdistill.report import describe_machine
 from hf_ibdistill.training.arguments import has_bf16_units
 
@@ -59,7 +60,6 @@ STEPS = {1000: 2000, 3000: 3000, 10000: 5000, 60000: 9000}
 SEARCH_STEPS = 1200
 TEACHER_STEPS = {1000: 800, 3000: 1200, 10000: 4700, 60000: 6000}
 MAX_STORED_VIEWS = 16
-FUSIONS = ("mean_probabilities", "mean_logits", "class_token")
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ PRESETS = {
     }
     for name, width in {"tiny": 192, "small": 384, "base": 768}.items()
 }
+FUSIONS = ("mean_probabilities", "mean_logits", "class_token")
 
 
 @strict
@@ -101,7 +102,7 @@ class IBViTConfig(PreTrainedConfig):
         """Part of `@strict`-powered validation."""
         if len(set(self.teacher_names)) != len(self.teacher_names):
             raise ValueError(f"Each teacher needs a name of its own; got teacher_names={self.teacher_names}.")
-        if self.fusion not in ("mean_probabilities", "mean_logits", "class_token"):
+        if self.fusion not in FUSIONS:
             raise ValueError(f'fusion is "mean_probabilities", "mean_logits" or "class_token"; got "{self.fusion}".')
         if self.patch_embedding not in ("linear", "convolution", "bias_stems"):
             raise ValueError(
