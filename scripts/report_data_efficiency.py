@@ -317,10 +317,14 @@ def write_cards(study: Study, cells: dict, args: ReportArguments, folder: Path) 
             recipe = Recipe(**cell["recipe"])
             model = build_student(recipe, classes, side) if is_student else build_teacher(recipe, classes)
             weights = study.folder(recipe) / f"{name}_base"
-            if is_student and images == min(args.card_images) and weights.exists():
-                draw_attention(study, weights, folder)
-                where = Path(os.path.relpath(folder / "attention.png", args.cards_dir)).as_posix()
-                picture = f"\n\n![Where each token looks, on one test image of each class]({where})"
+            if is_student and images == min(args.card_images):
+                attention = folder / "attention.png"
+                if weights.exists():
+                    draw_attention(study, weights, attention)
+                # Also when it was drawn where the weights were.
+                if attention.exists():
+                    where = Path(os.path.relpath(attention, args.cards_dir)).as_posix()
+                    picture = f"\n\n![Where each token looks, on one test image of each class]({where})"
             card = create_model_card(
                 model,
                 title=f"{METHODS[name].title}, {images:,} images of Fashion-MNIST",
@@ -340,7 +344,7 @@ def write_cards(study: Study, cells: dict, args: ReportArguments, folder: Path) 
             card.save(path)
 
 
-def draw_attention(study: Study, weights: Path, folder: Path) -> None:
+def draw_attention(study: Study, weights: Path, path: Path) -> None:
     model, processor = (
         kind.from_pretrained(weights) for kind in (AutoModelForImageClassification, AutoImageProcessor)
     )
@@ -348,7 +352,7 @@ def draw_attention(study: Study, weights: Path, folder: Path) -> None:
     chosen = ImageRows(rows, "image", ["label"]).__getitems__(range(len(rows)))
     images = [row["image"] for row in chosen]
     maps = token_attention(model, processor, images)
-    plot_attention(folder / "attention.png", images, [CLASSES[row["label"]] for row in chosen], maps)
+    plot_attention(path, images, [CLASSES[row["label"]] for row in chosen], maps)
 
 
 def main():
