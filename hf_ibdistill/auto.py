@@ -7,6 +7,8 @@ The Auto classes' own modules load torch, which takes seconds; `import transform
 import importlib
 import importlib.abc
 import sys
+import threading
+from functools import partial
 
 
 _FAMILIES = ("ibresnet", "ibvit")
@@ -64,18 +66,39 @@ _AFTER_IMPORT = {
 }
 
 
+class _Imports(threading.local):
+    """The imports under way in a thread: how many are nested in each other, and what to do after the outermost."""
+
+    def __init__(self):
+        self.depth, self.due = 0, []
+
+
 class _AfterImport(importlib.abc.MetaPathFinder):
+    """Acts after the imports of `_AFTER_IMPORT`, once nothing of transformers is half loaded any more: every model of
+    transformers imports the Auto classes on its way, and our models import some of those."""
+
+    def __init__(self):
+        self._imports = _Imports()
+
     def find_spec(self, fullname, path, target=None):
-        if fullname not in _AFTER_IMPORT:
+        if fullname not in _AFTER_IMPORT and not fullname.startswith("transformers."):
             return None
         others = (finder for finder in sys.meta_path if finder is not self)
         spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in others)), None)
-        if spec is not None:
+        if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def execute_then_act(module):
-                execute(module)
-                _AFTER_IMPORT.pop(fullname, lambda _: None)(module)
+                imports = self._imports
+                imports.depth += 1
+                try:
+                    execute(module)
+                    if fullname in _AFTER_IMPORT:
+                        imports.due.append(partial(_AFTER_IMPORT.pop(fullname), module))
+                finally:
+                    imports.depth -= 1
+                    while imports.due and imports.depth == 0:
+                        imports.due.pop(0)()
 
             spec.loader.exec_module = execute_then_act
         return spec

@@ -105,6 +105,10 @@ IBViTModel
         pytest.param("from hf_ibdistill import IBViTForImageClassification", id="model class first"),
         pytest.param("from hf_ibdistill import IBResNetConfig", id="configuration class first"),
         pytest.param("from transformers import Trainer\nimport hf_ibdistill", id="Trainer first"),
+        # Every model of transformers imports the Auto classes while it is half loaded itself, and ours need some of them.
+        pytest.param("import hf_ibdistill\nfrom transformers import ViTForImageClassification", id="then ViT"),
+        pytest.param("import hf_ibdistill\nfrom transformers import DeiTForImageClassification", id="then DeiT"),
+        pytest.param("import hf_ibdistill\nfrom transformers import ResNetModel, Trainer", id="then another model"),
         pytest.param(
             # Asking where a module lives is not importing it; linters, bundlers and is_available checks do it.
             "import importlib.util, hf_ibdistill\n"
