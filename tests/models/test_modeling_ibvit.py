@@ -7,7 +7,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
 
 from hf_ibdistill import IBViTConfig, IBViTForImageClassification, IBViTModel
-from hf_ibdistill.models.modeling_ibvit import fastest_attention_forward
+from hf_ibdistill.models.modeling_ibvit import IBViTPatchProjection, fastest_attention_forward
 
 
 PATCH_EMBEDDINGS = ["linear", "convolution", "bias_stems"]
@@ -358,6 +358,24 @@ def test_bf16_autocast_forward_and_backward(patch_embedding):
     torch.testing.assert_close(outputs.loss.float(), expected.loss, rtol=0.05, atol=0)
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(("patch_size", "size"), [(4, (16, 24)), (8, (19, 30))])
+@pytest.mark.parametrize("channels", [3, 16, 24, 32])
+def test_the_patch_projection_is_a_strided_convolution(channels, patch_size, size, memory_format, bf16):
+    projection = IBViTPatchProjection(channels, 24, patch_size, patch_size)
+    pixel_values = torch.randn(5, channels, *size).to(memory_format=memory_format).requires_grad_()
+    inputs = (pixel_values, projection.weight, projection.bias)
+    expected = nn.functional.conv2d(*inputs, stride=patch_size)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+        output = projection(pixel_values)
+    assert output.shape == expected.shape
+    directions = torch.randn_like(expected)
+    gradients, expected_gradients = (torch.autograd.grad((of * directions).sum(), inputs) for of in (output, expected))
+    for seen, wanted in zip((output, *gradients), (expected, *expected_gradients), strict=True):
+        assert (seen - wanted).norm() < (0.01 if bf16 else 1e-5) * wanted.norm()
+
+
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("patch_embedding", PATCH_EMBEDDINGS)
 def test_a_row_does_not_depend_on_the_other_rows(patch_embedding, training):
@@ -400,8 +418,8 @@ def test_bias_stems_initialise_each_teacher_token_by_the_mean_of_its_stem(operat
 def test_stems_differ_in_the_operator_after_the_first_layer():
     stems = small_model(patch_embedding="bias_stems", num_stem_layers=3).ibvit.embeddings.stems
     layers = {name: [type(layer).__name__ for layer in stem][::3] for name, stem in stems.items()}
-    assert layers["convolution"] == ["Conv2d"] * 4
-    assert layers["involution"] == ["Conv2d", "Involution2d", "Involution2d", "Conv2d"]
+    assert layers["convolution"] == ["Conv2d"] * 3 + ["IBViTPatchProjection"]
+    assert layers["involution"] == ["Conv2d", "Involution2d", "Involution2d", "IBViTPatchProjection"]
 
 
 def test_teacher_tokens_and_positions_start_random():
