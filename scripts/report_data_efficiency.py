@@ -295,15 +295,15 @@ def draw_lines(cells: dict, folder: Path) -> None:
     comparable = on_one_machine(cells)
     by_time = {
         f"{images:,} images": {
-            METHODS[name].title: _accuracies_by_seconds(cells, comparable, name, images) for name in cells
+            METHODS[name].title: accuracies_by_seconds(cells, comparable, name, images) for name in cells
         }
         for images in sizes
     }
     plot_accuracy(folder / "accuracy_time.png", by_time, "processor seconds: teachers, recording and training", ours)
 
 
-def _accuracies_by_seconds(cells, comparable, method, images):
-    # The accuracies of all seeds, which one machine's seeds alone would misplace beside another method's.
+def accuracies_by_seconds(cells, comparable, method, images):
+    """Mean seconds → accuracies. These are of all seeds: one machine's alone would be misplaced beside another method's."""
     spent = [sum(seconds(comparable, method, images, seed).values()) for seed in comparable[method].get(images, {})]
     return {np.mean(spent): accuracies(cells[method][images])} if spent else {}
 
@@ -320,7 +320,7 @@ def write_cards(study: Study, cells: dict, args: ReportArguments, folder: Path) 
             model = build_student(recipe, classes, side) if is_student else build_teacher(recipe, classes)
             weights = study.folder(recipe) / f"{name}_base"
             if is_student and images == min(args.card_images):
-                attention = folder / "attention.png"
+                attention = folder / f"attention_{images}_{seed}.png"
                 if weights.exists():
                     draw_attention(study, weights, attention)
                 # Also when it was drawn where the weights were.

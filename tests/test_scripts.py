@@ -304,18 +304,22 @@ def test_seconds_compare_on_the_machine_that_made_most_of_a_size(monkeypatch):
     report = runpy.run_path(str(SCRIPTS / "report_data_efficiency.py"))
 
     def cells(**seconds):
-        return {1000: {seed: {"seconds": {"training": {"cpu": value}}, "machine": {"cpu": machine}}
+        return {1000: {seed: {"seconds": {"training": {"cpu": value}}, "machine": {"cpu": machine},
+                              "metrics": {"accuracy": value / 1000}}
                        for seed, (machine, value) in enumerate(seconds.items())}}  # fmt: skip
 
     found = {"conv": cells(fast=10, slow=90), "inv": cells(fast=20)}
     found |= {"undistilled": cells(slow=300), "deit": cells(fast=30, other=200)}
     # The second DeiT's teacher ran elsewhere, and so did the student without teachers.
-    table = report["time_table"](report["on_one_machine"](found))
-    assert table.splitlines()[2:] == [
+    comparable = report["on_one_machine"](found)
+    assert report["time_table"](comparable).splitlines()[2:] == [
         "| convolution teacher | 1,000 | 0 | 0 | 10 | 10 |",
         "| involution teacher | 1,000 | 0 | 0 | 20 | 20 |",
         "| DeiT: convolution, hard, online | 1,000 | 10 | 0 | 30 | 40 |",
     ]
+    # In the picture, seconds of those and accuracies of all seeds, as in the table of accuracies.
+    points = {name: report["accuracies_by_seconds"](found, comparable, name, 1000) for name in found}
+    assert points == {"conv": {10: [0.01, 0.09]}, "inv": {20: [0.02]}, "undistilled": {}, "deit": {40: [0.03, 0.2]}}
 
 
 def test_the_study_ends_in_tables_pictures_and_cards(tmp_path):
@@ -347,7 +351,9 @@ def test_the_study_ends_in_tables_pictures_and_cards(tmp_path):
         assert cell["fusions"]["class_token"] == cell["metrics"]["class_token_accuracy"]
     mean = statistics.mean(cell["fusions"]["mean_logits"] for cell in found)
     assert re.search(rf"\| both, stored views \| 100 \| 2 \| [^|]+ \| {100 * mean:.1f} ± ", report)
-    for name in ("accuracy_images", "accuracy_time", "attention", "corrections"):
+    # The tokens are those of the best student, whose card shows them.
+    attention = f"attention_100_{ours.index(max(ours))}"
+    for name in ("accuracy_images", "accuracy_time", attention, "corrections"):
         PIL.Image.open(results / f"{name}.png").verify()
     card = ModelCard.load(tmp_path / "cards" / "fashion_mnist_100_student.md")
     found = {result.metric_type: result.metric_value for result in card.data.eval_results}
@@ -355,7 +361,7 @@ def test_the_study_ends_in_tables_pictures_and_cards(tmp_path):
     # Of the teachers that taught it, not of the best of all seeds.
     assert f"| conv | {100 * accuracies['conv'][ours.index(max(ours))]:.2f} % |" in card.text
     picture = re.search(r"!\[Where each token looks.*\]\((.+)\)", card.text)[1]
-    assert (tmp_path / "cards" / picture).samefile(results / "attention.png")
+    assert (tmp_path / "cards" / picture).samefile(results / f"{attention}.png")
     # Cards and the picture outlive the models, which are on the machine that trained them.
     shutil.rmtree(tmp_path / "work")
     run("report_data_efficiency.py", "--dataset", "digits", "--card_images", "100", *folders)
