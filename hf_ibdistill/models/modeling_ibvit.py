@@ -78,15 +78,20 @@ class IBViTImageClassifierOutput(ModelOutput):
 
 
 class IBViTPatchProjection(nn.Conv2d):
-    """The convolution whose stride is its kernel's size, as the matrix product that it is: (N, C, H, W) → (N, hidden_size,
-    H/patch, W/patch), what is left over at the right and below being dropped.
+    """The convolution whose stride is its kernel's size: (N, C, H, W) → (N, hidden_size, H/patch, W/patch).
 
-    oneDNN's own (seen in PyTorch 2.14) returns wrong numbers in bf16 on processors with AMX, for patches of 4 or more pixels and 4
-    to 31 channels; and below float32 it is the slower one, up to five times for three channels.
+    Below float32 on a CPU it is computed as the matrix product that it is. oneDNN's convolution (in PyTorch 2.14) returns wrong
+    numbers there, in bf16 on processors with AMX, for patches of 4 or more pixels and 4 to 31 channels; and it is slower, at 224
+    pixels and three channels by a factor of 2.6.
     """
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        is_autocast = torch.is_autocast_enabled("cpu")
+        dtype = torch.get_autocast_dtype("cpu") if is_autocast else pixel_values.dtype
+        if pixel_values.device.type != "cpu" or dtype.itemsize >= 4:
+            return super().forward(pixel_values)
         size, weight = self.kernel_size[0], self.weight
+        # What is left over at the right and below is dropped, as by the convolution.
         height, width = (side // size * size for side in pixel_values.shape[2:])
         pixel_values = pixel_values[:, :, :height, :width]
         # (N, C, H/patch, patch, W/patch, patch)

@@ -372,6 +372,8 @@ def test_the_patch_projection_is_a_strided_convolution(channels, patch_size, siz
     assert output.shape == expected.shape
     directions = torch.randn_like(expected)
     gradients, expected_gradients = (torch.autograd.grad((of * directions).sum(), inputs) for of in (output, expected))
+    half = projection.to(torch.bfloat16)(pixel_values.to(torch.bfloat16))
+    assert (half - expected).norm() < 0.01 * expected.norm()
     for seen, wanted in zip((output, *gradients), (expected, *expected_gradients), strict=True):
         assert (seen - wanted).norm() < (0.01 if bf16 else 1e-5) * wanted.norm()
 
