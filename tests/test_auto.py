@@ -116,6 +116,7 @@ IBViTModel
             "importlib.util.find_spec('hf_ibdistill.models.modeling_ibvit')",
             id="modules looked up first",
         ),
+        pytest.param("import importlib, hf_ibdistill\nimportlib.reload(hf_ibdistill)", id="reloaded"),
     ],
 )
 def test_auto_classes_load_both_families_bit_exactly(imports, folders):
