@@ -56,7 +56,7 @@ from hf_ibdistill.training.arguments import has_bf16_units
 
 CLASSES = ["T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
 TEACHERS = {"conv": "convolution-small", "inv": "involution-small"}
-STEPS = {1000: 2000, 3000: 3000, 10000: 5000, 60000: 9000}
+STEPS = {1000: 2000, 3000: 3000, 10000: 10000, 60000: 9000}
 SEARCH_STEPS = 1200
 TEACHER_STEPS = {1000: 800, 3000: 1200, 10000: 4700, 60000: 6000}
 MAX_STORED_VIEWS = 16
