@@ -122,14 +122,15 @@ def difference_table(cells: dict, labels: np.ndarray) -> str:
 
 
 def ablation_table(cells: dict, labels: np.ndarray) -> str:
-    """What one change of a method's recipe does to its test accuracy."""
-    rows = [
-        [f"{images:,}", METHODS[name].title, variation, *_difference(by_seed, cells["base"][name][images], labels)]
-        for variation, by_method in sorted(cells.items())
-        for name, by_size in by_method.items()
-        for images, by_seed in sorted(by_size.items())
-        if variation != "base"
-    ]
+    """What one change of a method's recipe does to its test accuracy, over the seeds that have both."""
+    base, rows = cells["base"], []
+    for variation, by_method in sorted(cells.items()):
+        for name, by_size in by_method.items():
+            for images, by_seed in sorted(by_size.items()):
+                unchanged = base.get(name, {}).get(images, {})
+                if variation != "base" and by_seed.keys() & unchanged.keys():
+                    difference = _difference(by_seed, unchanged, labels)
+                    rows.append([f"{images:,}", METHODS[name].title, variation, *difference])
     return markdown_table(["images", "method", "change", *_DIFFERENCE], rows)
 
 

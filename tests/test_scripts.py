@@ -299,6 +299,17 @@ def test_pairs_of_all_sizes_are_compared_together(monkeypatch):
     assert rows[1].startswith("| 1,000 | DeiT") and rows[2].startswith("| 3,000 | no teachers | 1 | +20.00 | – |")
 
 
+def test_a_change_is_told_over_the_seeds_that_were_also_run_without_it(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    table = runpy.run_path(str(SCRIPTS / "report_data_efficiency.py"))["ablation_table"]
+    cells = {seed: {"metrics": {"accuracy": 0.5}, "predictions": "01"} for seed in range(3)}
+    changed = {seed: {"metrics": {"accuracy": 0.25}, "predictions": "11"} for seed in (1, 3)}
+    found = {"base": {"both_views": {1000: cells}}}
+    found["linear"] = {"both_views": {1000: changed, 3000: changed}, "deit": {1000: changed}}
+    rows = table(found, np.array([0, 0])).splitlines()[2:]
+    assert rows == ["| 1,000 | both, stored views | linear | 1 | -25.00 | – | -685.31 … +585.31 |"]
+
+
 def test_seconds_compare_on_the_machine_that_made_most_of_a_size(monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPTS))
     report = runpy.run_path(str(SCRIPTS / "report_data_efficiency.py"))
