@@ -78,12 +78,15 @@ class ImageTrainingArguments(TrainingArguments):
 
 @dataclass(repr=False)  # transformers' own hides tokens
 class DistillationArguments(ImageTrainingArguments):
-    """[`ImageTrainingArguments`] with the ensemble distillation loss's weights, temperatures and mode.
+    """[`ImageTrainingArguments`] for twice the epochs, with the ensemble distillation loss's weights, temperatures and mode.
 
     Raises:
         ValueError: a weight below 0, a temperature not above 0, an unknown mode, or standardised logits in hard mode.
     """
 
+    num_train_epochs: float = _default(
+        60.0, "Passes over the training images. Taught students go on learning after their teachers' are over."
+    )
     distillation_mode: str = _default(
         "soft",
         '"soft" lets a teacher token match the teacher\'s whole distribution, "hard" only its first choice (DeiT). Soft '
