@@ -104,7 +104,7 @@ def plot_accuracy(
     highlight: str | None = None,
 ) -> None:
     """Draw accuracy against a quantity, on a logarithmic axis: one line a method, with the standard deviation over seeds.
-    Methods that share a place stand side by side there.
+    Methods that share a place stand side by side there. Two panels make a row.
 
     Args:
         path: the PNG file to write.
@@ -116,14 +116,18 @@ def plot_accuracy(
     from matplotlib.ticker import FixedLocator, LogLocator
 
     methods = list(dict.fromkeys(name for lines in panels.values() for name in lines))
-    width = 6.5 * len(panels)
+    rows, panels_a_row = -(-len(panels) // 2), min(2, len(panels))
+    width = 6.5 * panels_a_row
     columns = max(2, int(width / 3.2))
-    figure = _figure(width, 4.8 + 0.22 * -(-len(methods) // columns))
+    figure = _figure(width, 4.8 * rows + 0.22 * -(-len(methods) // columns))
+    every_axes = figure.subplots(rows, panels_a_row, squeeze=False).flat
+    for axes in every_axes[len(panels) :]:
+        axes.remove()
     drawn = {}
-    for axes, (title, lines) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels.items()):
+    for axes, (title, lines) in zip(every_axes, panels.items()):
         counts = Counter(place for points in lines.values() for place in points)
-        # A hundredth of the axis.
-        step = (max(counts) / min(counts)) ** 0.01 if len(counts) > 1 else 1.01
+        # A two-hundredth of the axis.
+        step = (max(counts) / min(counts)) ** 0.005 if len(counts) > 1 else 1.01
         for i, name in enumerate(methods):
             places = sorted(lines.get(name, {}))
             if not places:

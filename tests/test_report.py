@@ -147,6 +147,17 @@ def test_a_method_has_one_colour_in_all_panels(tmp_path):
     assert count(right, BLUE) == 0 and count(right, ORANGE) > 100
 
 
+def test_panels_stand_two_in_a_row(tmp_path):
+    first, second = {"plain": {10: [0.5], 100: [0.7]}}, {"plain": {}, "ours": {10: [0.5], 100: [0.7]}}
+    pixels = draw_accuracy(tmp_path / "plot.png", a=first, b=first, c=second)
+    assert 0.6 < pixels.shape[0] / pixels.shape[1] < 0.9
+    upper, lower = np.array_split(pixels[:-100], 2)
+    assert all(count(half, BLUE) > 100 and count(half, ORANGE) == 0 for half in np.array_split(upper, 2, axis=1))
+    left, right = np.array_split(lower, 2, axis=1)
+    assert count(left, BLUE) == 0 and count(left, ORANGE) > 100
+    assert (right[:-50] == 255).mean() > 0.99
+
+
 def test_accuracies_have_bars_of_one_standard_deviation_on_a_logarithmic_axis(tmp_path):
     accuracies = [0.4, 0.55, 0.6]
     mean, spread = statistics.mean(accuracies), statistics.stdev(accuracies)
