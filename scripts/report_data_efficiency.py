@@ -46,7 +46,9 @@ from hf_ibdistill.report import (
 
 OURS = "both_views"
 # What ours is compared with, pair by pair.
-RIVALS = ("undistilled", "undistilled_long", "deit", "conv_row", "inv_row", "both_row", "co_advise", "conv", "inv")
+RIVALS = (
+    "undistilled", "undistilled_long", "deit", "conv_row", "inv_row", "both_row", "conv_views", "inv_views", "co_advise", "conv", "inv"
+)  # fmt: skip
 
 
 @dataclass
