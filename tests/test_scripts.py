@@ -297,6 +297,11 @@ def test_pairs_of_all_sizes_are_compared_together(monkeypatch):
     assert rows[0].startswith("| 1,000 | no teachers | 2 | +25.00 |")
     # What a rival has at one size only is not told twice.
     assert rows[1].startswith("| 1,000 | DeiT") and rows[2].startswith("| 3,000 | no teachers | 1 | +20.00 | – |")
+    # Any method's pairs, against those that are asked for.
+    given = {"both_row": ours, "conv_row": alone, "deit": alone}
+    rows = table(given, labels, "both_row", ("conv_row",)).splitlines()[2:]
+    assert len(rows) == 3 and rows[2].startswith("| 1,000 + 3,000 | convolution, one stored row " + expected)
+    assert table(given, labels).splitlines()[2:] == []
 
 
 def test_a_change_is_told_over_the_seeds_that_were_also_run_without_it(monkeypatch):
