@@ -2,25 +2,33 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-RUN = $(VENV)/bin/python
+RUN = HF_HUB_OFFLINE=1 $(VENV)/bin/python
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test lint docs-check studies-check clean
 .DEFAULT_GOAL := quickstart
 
 $(VENV)/installed: setup.py
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --editable ".[dev]"
+	$(VENV)/bin/python -m pip install --quiet --editable ".[dev]"
 	touch $@
 
 quickstart: $(VENV)/installed
-	HF_HUB_OFFLINE=1 $(RUN) scripts/quickstart.py $(ARGS)
+	HF_HUB_OFFLINE=1 $(VENV)/bin/hf-ibdistill quickstart $(ARGS)
 
 test: $(VENV)/installed
-	HF_HUB_OFFLINE=1 $(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(ARGS)
+	$(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
+# Runs every command and example of README.md and docs/.
+docs-check: $(VENV)/installed
+	$(RUN) docs/check.py $(ARGS)
+
+# Tests of the studies and benchmarks; they take minutes and are no part of the package's suite.
+studies-check: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(RUN) -m pytest studies benchmarks $(ARGS)
+
 clean:
-	rm -rf $(VENV) outputs *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) outputs build *.egg-info .pytest_cache .ruff_cache

@@ -6,7 +6,6 @@ from setuptools import find_packages, setup
 
 root = Path(__file__).parent
 extras = {
-    "plots": ["matplotlib>=3.8,<4"],
     "timm": ["timm>=1.0,<2"],
     "onnx": ["onnx>=1.18,<2", "onnxscript>=0.5,<1", "onnxruntime>=1.22,<2"],
 }
@@ -22,7 +21,8 @@ setup(
     license_files=["LICENSE"],
     keywords="knowledge distillation vision transformer involution inductive bias hugging face",
     packages=find_packages(include=["hf_ibdistill*"]),
-    package_data={"hf_ibdistill": ["templates/*"]},
+    package_data={"hf_ibdistill.publishing": ["templates/*"]},
+    entry_points={"console_scripts": ["hf-ibdistill = hf_ibdistill.commands:main"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.9,<3",
@@ -38,6 +38,7 @@ setup(
         "numpy>=1.26,<3",
         "pyarrow>=19",
         "pillow>=10",
+        "matplotlib>=3.8,<4",
         "pyyaml>=6,<7",
         "jinja2>=3,<4",
         "tqdm>=4.66,<5",

@@ -1,39 +1,46 @@
-"""Teach a vision transformer the inductive biases of light convolution and involution teachers.
+"""Teach a student the inductive biases of light convolution and involution teachers.
 
-The teachers run over the data set once; their logits become columns of a 🤗 datasets table; every later training run
-reads the columns ("Distilling Inductive Bias: Knowledge Distillation Beyond Model Compression", arXiv 2310.00369).
+The teachers run over a dataset once; their logits become columns of a 🤗 datasets table; every later training run reads the
+columns ("Distilling Inductive Bias: Knowledge Distillation Beyond Model Compression", arXiv 2310.00369).
 """
 
 import importlib
 
-from .auto import register_auto_classes
+from . import models  # noqa: F401 registers both model families with the Auto classes
 
 
 __version__ = "0.1.0"
 
+# Name → module. Loaded on first use, because the trainers alone take seconds to import.
 _PUBLIC_NAMES = {
-    "models.configuration_ibresnet": ["IBResNetConfig"],
-    "models.modeling_ibresnet": ["IBResNetForImageClassification"],
-    "models.configuration_ibvit": ["IBViTConfig"],
-    "models.modeling_ibvit": ["IBViTModel", "IBViTForImageClassification"],
-    "models.involution": ["involution2d"],
-    "images": ["build_image_processor"],
-    "data": ["class_config", "load_image_dataset", "select_per_class"],
-    "teachers": ["Teacher", "load_teachers"],
-    "logits.views": ["ViewRecipe"],
-    "logits.recording": ["record_teacher_logits"],
-    "logits.provenance": ["attach_record", "read_records", "stored_views"],
-    "logits.attaching": ["attach_teacher_logits"],
-    "logits.publishing": ["export_logits_table", "open_logits_table"],
-    "hub": ["push_folder_to_hub", "push_logits_to_hub"],
-    "logits.verification": ["verify_teacher_logits"],
-    "training.losses": ["ensemble_distillation_loss"],
-    "training.arguments": ["DistillationArguments", "ImageTrainingArguments"],
-    "training.trainer": ["EnsembleDistillationTrainer", "ImageClassificationTrainer"],
-    "training.finetuning": ["all_heads_loss", "freeze_layers", "layer_decay_groups", "load_student"],
-    "evaluation": ["evaluate_model", "logits_metrics", "predict", "token_attention"],
+    "data.classes": ["class_config"],
+    "data.loading": ["load_image_dataset"],
+    "data.splits": ["select_per_class"],
+    "evaluation": ["evaluate_model", "predict", "token_attention"],
     "export": ["export_onnx", "export_program", "quantize_onnx"],
-    "model_card": ["create_model_card"],
+    "images.preprocessing": ["build_image_processor"],
+    "images.views": ["ViewRecipe"],
+    "logits.provenance": ["attach_record", "read_records", "stored_views"],
+    "models.configuration_ibresnet": ["IBResNetConfig"],
+    "models.configuration_ibvit": ["IBViTConfig"],
+    "models.involution": ["involution2d"],
+    "models.modeling_ibresnet": ["IBResNetForImageClassification"],
+    "models.modeling_ibvit": ["IBViTModel", "IBViTForImageClassification"],
+    "publishing.cards": ["create_model_card"],
+    "publishing.hub": ["push_folder_to_hub", "push_logits_to_hub"],
+    "publishing.results": ["evaluate_and_save"],
+    "publishing.tables": ["export_logits_table", "open_logits_table"],
+    "recording.assessment": ["logits_metrics"],
+    "recording.attaching": ["attach_teacher_logits"],
+    "recording.recorder": ["record_teacher_logits"],
+    "recording.verification": ["verify_teacher_logits"],
+    "rednet": ["convert_rednet_checkpoint"],
+    "students": ["load_image_processor", "load_student"],
+    "teachers": ["Teacher", "load_teachers"],
+    "training.arguments": ["DistillationArguments", "ImageTrainingArguments"],
+    "training.finetuning": ["all_heads_loss", "freeze_layers", "layer_decay_groups"],
+    "training.losses": ["ensemble_distillation_loss"],
+    "training.trainer": ["EnsembleDistillationTrainer", "ImageClassificationTrainer"],
 }
 _MODULE_OF = {name: module for module, names in _PUBLIC_NAMES.items() for name in names}
 
@@ -50,6 +57,3 @@ def __getattr__(name):
 
 def __dir__():
     return sorted([*globals(), *__all__])
-
-
-register_auto_classes()

@@ -1,32 +1,78 @@
-"""Metrics of image classifiers, through `evaluate`, from modules that the package carries."""
+"""Measure image classifiers: metrics, predictions, attention.
+
+The metrics are plain functions of arrays. `TopKAccuracy`, `NegativeLogLikelihood` and `ExpectedCalibrationError` offer them
+as `evaluate` modules, for example for `evaluate.combine`.
+"""
 
 from collections.abc import Mapping, Sequence
-from itertools import combinations
 
 import datasets
 import evaluate
 import numpy as np
 import PIL.Image
-import scipy.special
 import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 from transformers import BaseImageProcessor, EvalPrediction, PreTrainedModel
 
-from .data import check_class_names, class_names, config_class_names, find_columns
-from .images import ImageRows
-from .logits.encoding import StoredLogits, column_name, describe_column, recorded_teachers
+from .data.classes import check_class_names, class_names, config_class_names
+from .data.columns import LABEL, as_image_table, require_table
+from .logits.encoding import column_name, describe_column
 from .models.modeling_ibvit import IBViTForImageClassification
+from .rows import DistillationCollator, ImageRows
 from .teachers import without_autocast
-from .training.collator import DistillationCollator
 
 
-def _log_softmax(logits):
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Log-probabilities over the last axis, in float64."""
     return torch.tensor(logits, dtype=torch.float64).log_softmax(-1).numpy()
 
 
+def top_k_accuracy(logits: np.ndarray, labels: np.ndarray, k: int = 1) -> float:
+    """Share of rows whose class is among the k largest logits. Among equal logits, the smaller class id comes first. NaN
+    comes last.
+
+    Args:
+        logits: (N, C).
+        labels: (N,) class ids.
+        k: number of classes that count.
+    """
+    logits, labels = np.asarray(logits), np.asarray(labels)[:, None]
+    own = np.take_along_axis(logits, labels, axis=1)
+    is_before = np.arange(logits.shape[1]) < labels
+    beats = (logits > own) | ((logits == own) & is_before)
+    # NaN is neither above nor equal to anything.
+    beats |= np.isnan(own) & (~np.isnan(logits) | is_before)
+    return float((beats.sum(axis=1) < k).mean())
+
+
+def negative_log_likelihood(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Mean of −log p(class) over rows, in nats.
+
+    Args:
+        logits: (N, C).
+        labels: (N,) class ids.
+    """
+    return float(-np.take_along_axis(log_softmax(logits), np.asarray(labels)[:, None], axis=1).mean())
+
+
+def expected_calibration_error(logits: np.ndarray, labels: np.ndarray, num_bins: int = 15) -> float:
+    """Mean distance between confidence and accuracy over bins of equal width (arXiv 1706.04599, equation 3).
+
+    Args:
+        logits: (N, C).
+        labels: (N,) class ids.
+        num_bins: number of bins between 0 and 1.
+    """
+    probabilities = np.exp(log_softmax(logits))
+    confidence, correct = probabilities.max(axis=1), probabilities.argmax(axis=1) == np.asarray(labels)
+    bins = np.clip(np.ceil(np.nan_to_num(confidence) * num_bins).astype(int) - 1, 0, num_bins - 1)
+    gaps = np.bincount(bins, weights=correct - confidence, minlength=num_bins)
+    return float(np.abs(gaps).sum() / len(correct))
+
+
 class _LogitsMetric(evaluate.Metric):
-    """A metric of logits (rows of numbers, one a class) against class ids."""
+    """A metric of logits (rows of C numbers) against class ids."""
 
     def _info(self):
         features = {"predictions": datasets.List(datasets.Value("float32")), "references": datasets.Value("int64")}
@@ -36,33 +82,24 @@ class _LogitsMetric(evaluate.Metric):
 
 
 class TopKAccuracy(_LogitsMetric):
-    """Share of rows whose class is among the k largest logits."""
+    """[`top_k_accuracy`] as an `evaluate` module."""
 
     def _compute(self, predictions, references, k=1):
-        logits, labels = np.asarray(predictions), np.asarray(references)
-        largest = np.argsort(-logits, axis=1, kind="stable")[:, :k]
-        right = (largest == labels[:, None]).any(axis=1)
-        return {"accuracy" if k == 1 else f"top_{k}_accuracy": float(right.mean())}
+        return {"accuracy" if k == 1 else f"top_{k}_accuracy": top_k_accuracy(predictions, references, k)}
 
 
 class NegativeLogLikelihood(_LogitsMetric):
-    """Mean of −log p(class), in nats."""
+    """[`negative_log_likelihood`] as an `evaluate` module."""
 
     def _compute(self, predictions, references):
-        log_probabilities = _log_softmax(predictions)
-        picked = np.take_along_axis(log_probabilities, np.asarray(references)[:, None], axis=1)
-        return {"negative_log_likelihood": float(-picked.mean())}
+        return {"negative_log_likelihood": negative_log_likelihood(predictions, references)}
 
 
 class ExpectedCalibrationError(_LogitsMetric):
-    """Mean distance between confidence and accuracy over bins of equal width (arXiv 1706.04599, equation 3)."""
+    """[`expected_calibration_error`] as an `evaluate` module."""
 
     def _compute(self, predictions, references, num_bins=15):
-        probabilities = np.exp(_log_softmax(predictions))
-        confidence, correct = probabilities.max(axis=1), probabilities.argmax(axis=1) == np.asarray(references)
-        bins = np.clip(np.ceil(np.nan_to_num(confidence) * num_bins).astype(int) - 1, 0, num_bins - 1)
-        gaps = np.bincount(bins, weights=correct - confidence, minlength=num_bins)
-        return {"expected_calibration_error": float(np.abs(gaps).sum() / len(correct))}
+        return {"expected_calibration_error": expected_calibration_error(predictions, references, num_bins)}
 
 
 def classification_metrics(
@@ -80,8 +117,8 @@ def classification_metrics(
         labels: (N,), class ids.
         class_logits: (N, C), the student's class head.
         teacher_token_logits: (N, T, C), the student's teacher heads.
-        teacher_logits: (N, T, C), the teachers' own.
-        teacher_names: T names, for the names of the metrics; numbers when not given.
+        teacher_logits: (N, T, C), the logits of the teachers.
+        teacher_names: T names, for the names of the metrics; numbers if not given.
 
     Returns:
         `accuracy`, `top_5_accuracy` (with more than 5 classes), `negative_log_likelihood` (nats),
@@ -89,12 +126,11 @@ def classification_metrics(
         logits `<teacher>_agreement`, the share of rows in which student and teacher choose the same class. All but the
         log-likelihood lie between 0 and 1.
     """
-    accuracy = TopKAccuracy(keep_in_memory=True)
-    metrics = accuracy.compute(predictions=logits, references=labels, k=1)
+    metrics = {"accuracy": top_k_accuracy(logits, labels)}
     if logits.shape[1] > 5:
-        metrics |= accuracy.compute(predictions=logits, references=labels, k=5)
-    metrics |= NegativeLogLikelihood(keep_in_memory=True).compute(predictions=logits, references=labels)
-    metrics |= ExpectedCalibrationError(keep_in_memory=True).compute(predictions=logits, references=labels)
+        metrics["top_5_accuracy"] = top_k_accuracy(logits, labels, k=5)
+    metrics["negative_log_likelihood"] = negative_log_likelihood(logits, labels)
+    metrics["expected_calibration_error"] = expected_calibration_error(logits, labels)
     if teacher_token_logits is not None:
         metrics["class_token_accuracy"] = float((class_logits.argmax(-1) == labels).mean())
         names = teacher_names or range(teacher_token_logits.shape[1])
@@ -124,32 +160,44 @@ def predict(
 ) -> Mapping[str, np.ndarray]:
     """Run a classifier over a table.
 
+    Args:
+        model: any image classifier.
+        image_processor: its image processor.
+        dataset: a table with an image and a `ClassLabel` column.
+        batch_size: images in a forward pass.
+        num_workers: processes that decode images ahead of the model.
+        image_column: the image column; found if not given.
+        label_column: the label column; found if not given.
+
     Returns:
-        `logits` (N, C) and `labels` (N,); for students also `class_logits` (N, C) and `teacher_token_logits` (N, T, C),
-        and, where the table has all of the student's columns, `teacher_logits` (N, T, C). In the order of the rows.
+        `logits` (N, C) and `labels` (N,), in the order of the rows. Students add `class_logits` (N, C) and
+        `teacher_token_logits` (N, T, C). Columns of all teachers of the student add `teacher_logits` (N, T, C).
 
     Raises:
-        ValueError: the table is empty, or model and table differ in their classes.
+        TypeError: `dataset` is not one table.
+        ValueError: the table is empty, a column cannot be found, an image cannot be decoded, or model and table differ in
+            their classes.
     """
+    require_table(dataset, "dataset")
     if len(dataset) == 0:
-        raise ValueError("The data set is empty; there is nothing to predict.")
-    image_column, label_column = find_columns(dataset, image_column, label_column)
-    config = model.config
-    check_class_names(config_class_names(config), class_names(dataset, label_column), "the model")
+        raise ValueError("The dataset is empty; it needs at least one row.")
+    dataset, config = as_image_table(dataset, image_column, label_column), model.config
+    check_class_names(config_class_names(config), class_names(dataset), "the model")
     teacher_names = getattr(config, "teacher_names", [])
     columns = [column_name(name) for name in teacher_names if column_name(name) in dataset.column_names]
     if len(columns) < len(teacher_names) or any(describe_column(dataset.features[c])[1] is not None for c in columns):
-        # Views' logits are about other images than the ones that are predicted here.
+        # Logits of views belong to other images than those that are predicted here.
         columns = []
-    rows = ImageRows(dataset, image_column, [label_column], columns, config.num_labels)
+    rows = ImageRows(dataset, [LABEL], columns, config.num_labels)
     loader = torch.utils.data.DataLoader(
         rows,
         batch_size=batch_size,
         num_workers=num_workers,
-        collate_fn=DistillationCollator(image_processor, image_column, label_column, teacher_names),
+        collate_fn=DistillationCollator(image_processor, teacher_names),
     )
-    accelerator = Accelerator()
-    # The loader alone: preparing a model wraps its forward for good.
+    # Without `cpu`, processes that torchrun starts on a CPU would not share the rows.
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    # Only the loader is prepared, because preparing a model wraps its forward for good.
     model, loader = without_autocast(model).eval().to(accelerator.device), accelerator.prepare(loader)
     results: dict[str, list[torch.Tensor]] = {}
     for batch in tqdm(loader, desc="Predicting", disable=not accelerator.is_local_main_process):
@@ -166,75 +214,9 @@ def predict(
 def evaluate_model(
     model: PreTrainedModel, image_processor: BaseImageProcessor, dataset: datasets.Dataset, **kwargs
 ) -> dict[str, float]:
-    """[`predict`], then [`classification_metrics`]; arguments and errors are `predict`'s."""
+    """[`predict`], then [`classification_metrics`]; arguments and errors are those of `predict`."""
     outputs = predict(model, image_processor, dataset, **kwargs)
     return classification_metrics(**outputs, teacher_names=getattr(model.config, "teacher_names", None))
-
-
-def logits_metrics(
-    dataset: datasets.Dataset,
-    *,
-    temperature: float = 4.0,
-    num_rows: int = 1000,
-    seed: int = 0,
-    label_column: str | None = None,
-) -> dict[str, float]:
-    """What a table's recorded logits can teach at a distillation temperature, and whether views and further teachers add
-    to it.
-
-    Args:
-        dataset: a recorded table.
-        temperature: its softmax is what the student is taught.
-        num_rows: rows in the random sample that is looked at, with all their views.
-        seed: seed of the sample.
-        label_column: the label column; found when not given.
-
-    Returns:
-        For each teacher `<teacher>_accuracy`; `<teacher>_entropy`, at most log(C), where even the smallest difference between
-        classes is lost; with views `<teacher>_view_divergence`, how much its word depends on the view: near 0, one view of each
-        image would teach as much. For each two teachers `<one>_<other>_agreement`, the share of views to which they give the
-        same class, and `<one>_<other>_divergence`: near 0, one of them would teach as much. Means over rows and views; entropies
-        and Jensen–Shannon divergences (Lin 1991, equation 5.1) in nats.
-
-    Raises:
-        ValueError: the table is empty, or holds no logits or no labels.
-    """
-    names = recorded_teachers(dataset)
-    if len(dataset) == 0 or not names:
-        raise ValueError(
-            f"There are no logits in these {len(dataset)} rows of {', '.join(dataset.column_names)}; record_teacher_logits "
-            "makes such a table."
-        )
-    label_column = find_columns(dataset, label_column=label_column)[1]
-    num_classes = len(class_names(dataset, label_column))
-    sample = np.random.default_rng(seed).choice(len(dataset), size=min(num_rows, len(dataset)), replace=False)
-    labels = np.asarray(dataset.select_columns([label_column])[sample][label_column])
-    probabilities, metrics = {}, {}
-    for name in names:
-        column = column_name(name)
-        num_views = describe_column(dataset.features[column])[1]
-        stored = StoredLogits(dataset, column)
-        views = [None] if num_views is None else range(num_views)
-        logits = np.stack([stored.read(sample, num_classes, view, temperature) for view in views])
-        values = probabilities[name] = np.exp(_log_softmax(logits.astype(np.float32) / temperature))
-        metrics[f"{name}_accuracy"] = float((values.argmax(-1) == labels).mean())
-        metrics[f"{name}_entropy"] = float(_entropy(values).mean())
-        if num_views is not None:
-            metrics[f"{name}_view_divergence"] = _divergence(values)
-    for first, second in combinations(probabilities, 2):
-        pair = np.stack([probabilities[first], probabilities[second]])
-        metrics[f"{first}_{second}_agreement"] = float((pair[0].argmax(-1) == pair[1].argmax(-1)).mean())
-        metrics[f"{first}_{second}_divergence"] = _divergence(pair)
-    return metrics
-
-
-def _entropy(probabilities):
-    return -scipy.special.xlogy(probabilities, probabilities).sum(-1)
-
-
-def _divergence(distributions):
-    """Jensen–Shannon divergence of the distributions along the first axis, mean over the others."""
-    return float((_entropy(distributions.mean(0)) - _entropy(distributions).mean(0)).mean())
 
 
 def token_attention(
@@ -242,7 +224,7 @@ def token_attention(
     image_processor: BaseImageProcessor,
     images: Sequence[PIL.Image.Image],
 ) -> dict[str, np.ndarray]:
-    """Where each token looks: its attention to the patches in the last layer, mean over the heads.
+    """The attention of each token to the patches in the last layer, mean over the heads.
 
     Args:
         model: a student.
@@ -250,12 +232,12 @@ def token_attention(
         images: N images.
 
     Returns:
-        Token ("class token", then the teachers' names) → (N, height / patch, width / patch), float32; each sums to the share of
-        its attention that the token gives to patches, not to other tokens.
+        Token ("class token", then the names of the teachers) → (N, height / patch, width / patch), float32. A map sums to
+        the share of its attention that the token gives to patches, not to other tokens.
     """
     pixel_values = image_processor(list(images), return_tensors="pt")["pixel_values"].to(model.device, model.dtype)
     names, implementation = ["class token", *model.config.teacher_names], model.config._attn_implementation
-    # Fused kernels keep their attention to themselves.
+    # Fused kernels do not return their attention.
     model.set_attn_implementation("eager")
     try:
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""A way out: models as programs and as ONNX files, which run without this package."""
+"""Export models as programs of PyTorch and as ONNX files, which run without this package."""
 
 import copy
 import importlib.util
@@ -11,16 +11,16 @@ from PIL.Image import new as new_image
 from torch import nn
 from transformers import BaseImageProcessor, PreTrainedModel
 
-from .images import pixel_values
-from .logits.recording import write_beside
+from .files import write_whole
+from .images.preprocessing import pixel_values
 from .teachers import without_autocast
 
 
 def check_installed(*names: str) -> None:
-    """Raise `ImportError` unless these libraries are there."""
+    """Raise `ImportError` unless these libraries are installed."""
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
-        raise ImportError(f'{" and ".join(missing)} must be installed for this: pip install "hf_ibdistill[onnx]".')
+        raise ImportError(f'Not installed: {", ".join(missing)}. Run pip install "hf_ibdistill[onnx]".')
 
 
 class _Logits(nn.Module):
@@ -33,15 +33,18 @@ class _Logits(nn.Module):
 
 
 def export_program(model: PreTrainedModel, image_processor: BaseImageProcessor) -> torch.export.ExportedProgram:
-    """An image classifier as a program of PyTorch's own operators, in float32 and for prediction.
+    """Export an image classifier as a program of operators of PyTorch, in float32 and evaluation mode.
 
-    Its one input is `pixel_values` (batch, channels, height, width), of the size that the image processor gives and of any
-    batch; its output are the logits (batch, classes), of a student the fused prediction. What `torch.export.save` writes of it
-    runs without this package. The model itself is left as it is.
+    The model itself is not changed. `torch.export.save` writes the program to a file that runs without this package.
 
     Args:
-        model: a student, or any image classifier that `torch.export` can follow.
+        model: a student, or any image classifier that `torch.export` can trace.
         image_processor: its image processor.
+
+    Returns:
+        The program, with the input `pixel_values` (N, channels, height, width) and the output logits (N, classes). N is any
+        number from 1. The height and width are those that the image processor gives. The logits of a student are the fused
+        prediction.
 
     Example:
 
@@ -51,7 +54,7 @@ def export_program(model: PreTrainedModel, image_processor: BaseImageProcessor) 
     ```
     """
     model = copy.deepcopy(without_autocast(model)).float().cpu()
-    # The images' own size matters to no processor that makes all images one size.
+    # Any size will do, because the processor makes all images one size.
     pixels = pixel_values([new_image("RGB", (64, 64))] * 2, {"model": image_processor})["model"]
     shapes = {"pixel_values": {0: torch.export.Dim("batch")}}
     with torch.no_grad():
@@ -59,13 +62,14 @@ def export_program(model: PreTrainedModel, image_processor: BaseImageProcessor) 
 
 
 def export_onnx(model: PreTrainedModel, image_processor: BaseImageProcessor, path: str | os.PathLike) -> Path:
-    """Write [`export_program`]'s program as an ONNX file, with the input `pixel_values` and the output `logits`. The Hub's tools
-    look for it in `onnx/model.onnx` beside the model's configuration and image processor.
+    """Write the program of [`export_program`] as an ONNX file, with the input `pixel_values` and the output `logits`.
+
+    The tools of the Hub look for it in `onnx/model.onnx`, beside the configuration and the image processor.
 
     Args:
         model: a student, or any image classifier whose operators ONNX has.
         image_processor: its image processor.
-        path: the file; one that is there is replaced when the new one is complete.
+        path: the file. An existing file is replaced once the new one is complete.
 
     Returns:
         `path`.
@@ -86,18 +90,19 @@ def export_onnx(model: PreTrainedModel, image_processor: BaseImageProcessor, pat
     onnx_program = torch.onnx.export(
         program, input_names=["pixel_values"], output_names=["logits"], dynamo=True, verbose=False
     )
-    write_beside(Path(path), onnx_program.save)
+    write_whole(Path(path), onnx_program.save)
     return Path(path)
 
 
 def quantize_onnx(source: str | os.PathLike, path: str | os.PathLike) -> Path:
-    """Write an ONNX file whose linear layers are 8-bit integers, by onnxruntime's dynamic quantisation: weights for each
-    output channel, in 7 of the 8 bits, so that no processor's sums overflow; activations as they come. Measure it on your
-    own data; some models bear it worse than others.
+    """Write an ONNX file whose linear layers are 8-bit integers, by the dynamic quantization of onnxruntime.
+
+    Weights are quantized for each output channel, activations when the model runs. Weights use 7 of the 8 bits, so that sums
+    overflow on no processor. Measure the accuracy on your data, because models differ in how much they lose.
 
     Args:
         source: a file that [`export_onnx`] wrote.
-        path: the new file; the Hub's tools look for `onnx/model_quantized.onnx`.
+        path: the new file. The tools of the Hub look for `onnx/model_quantized.onnx`.
 
     Returns:
         `path`.
@@ -113,8 +118,8 @@ def quantize_onnx(source: str | os.PathLike, path: str | os.PathLike) -> Path:
         with tempfile.TemporaryDirectory() as folder:
             prepared = Path(folder) / "model.onnx"
             quant_pre_process(source, prepared, skip_symbolic_shape=True)
-            # Convolutions too would make the whole more than twice as slow as in float32, as measured.
-            # Weights of 7 bits: processors without VNNI add two products in 16 bits, which those of 8 bits overflow.
+            # Not the convolutions, which would be slower than in float32. And 7 bits, because processors without VNNI add two
+            # products in 16 bits, which products of 8 bits would overflow.
             quantize_dynamic(
                 prepared,
                 beside,
@@ -124,5 +129,5 @@ def quantize_onnx(source: str | os.PathLike, path: str | os.PathLike) -> Path:
                 reduce_range=True,
             )
 
-    write_beside(Path(path), quantize)
+    write_whole(Path(path), quantize)
     return Path(path)

@@ -1,7 +1,8 @@
-"""Open a teacher, whatever form it comes in: any image classifier of transformers, with its own image processor."""
+"""Open and run a teacher: any image classifier of transformers, with its own image processor."""
 
 import copy
 import hashlib
+import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from .data import check_class_names, config_class_names
+from .data.classes import check_class_names, config_class_names
+from .logits.encoding import LogitsEncoding
 
 
 logger = logging.getLogger(__name__)
@@ -29,8 +31,13 @@ TeacherLike = PreTrainedModel | tuple[PreTrainedModel, BaseImageProcessor] | str
 
 @dataclass
 class Teacher:
-    """An image classifier with the name that its logits go by and the image processor that prepares its images. With
-    `bf16` it runs under bf16 autocast. `revision` is its commit on the Hub."""
+    """An image classifier, its name, and the image processor that prepares its images.
+
+    Attributes:
+        name: the name of its logits column is `<name>_logits`.
+        bf16: whether it runs under bf16 autocast.
+        revision: its commit on the Hub; `None` for a folder or a model.
+    """
 
     name: str
     model: PreTrainedModel
@@ -46,31 +53,60 @@ class Teacher:
         return names if self._class_order is None else [names[i] for i in self._class_order]
 
     def match_classes(self, expected: Sequence[str]) -> None:
-        """Give `logits` the order of these classes, by their names.
+        """Put `logits` into the order of these classes, matched by name.
 
         Raises:
-            ValueError: the teacher has other classes; the message says which differ.
+            ValueError: the teacher has other classes; the message names the difference.
         """
         names = config_class_names(self.model.config)
         if names != list(expected) and sorted(names) == sorted(expected) and len(set(names)) == len(names):
             self._class_order = [names.index(name) for name in expected]
             logger.warning(
-                "The teacher \"%s\" has the data set's classes in another order; its logits are put into the data set's by "
-                "the classes' names.",
+                'The teacher "%s" has the classes of the dataset in another order. Its logits are reordered by class name.',
                 self.name,
             )
         check_class_names(self.class_names, expected, f'the teacher "{self.name}"')
 
     def logits(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(N, channels, H, W) of this teacher's own image processor → (N, classes) in float32, in the order of `class_names`,
-        without gradients."""
+        """Run the teacher, without gradients.
+
+        Args:
+            pixel_values: (N, channels, H, W), prepared by the teacher's own image processor.
+
+        Returns:
+            (N, classes) in float32, in the order of `class_names`.
+        """
         device = self.model.device.type
-        # Said in either case: a caller's own autocast must not decide what is recorded.
+        # Set in either case, because the autocast of a caller must not change what is recorded.
         with torch.no_grad(), torch.autocast(device, dtype=torch.bfloat16, enabled=self.bf16):
             outputs = self.model(pixel_values=pixel_values.to(self.model.dtype))
-        # Tuples come from models with code of their own; as in transformers, logits are first where no loss is.
+        # Models with their own code may return tuples. As in transformers, logits come first if there is no loss.
         logits = (outputs[0] if isinstance(outputs, tuple) else outputs.logits).float()
         return logits if self._class_order is None else logits[:, self._class_order]
+
+    def describe(self, encoding: LogitsEncoding) -> dict:
+        """The record that identifies the column of this teacher, as a dict for JSON.
+
+        It holds source, hash of the weights, configuration, preprocessing, classes, precision, and the encoding of the
+        logits.
+        """
+        config = self.model.config
+        settings = json.loads(config.to_json_string(use_diff=True))
+        # With many classes these would be most of the record, which has the names already. timm uses `label_names`.
+        names = ("id2label", "label2id", "label_names")
+        settings = {key: value for key, value in settings.items() if key not in names}
+        return {
+            "name": self.name,
+            "source": config.name_or_path or None,
+            "revision": self.revision,
+            "weights_sha256": self.weights_sha256(),
+            "config": settings,
+            "image_processor": json.loads(self.image_processor.to_json_string()),
+            "num_labels": config.num_labels,
+            "label_names": self.class_names,
+            "encoding": encoding.to_dict(),
+            "bf16": self.bf16,
+        }
 
     def weights_sha256(self) -> str:
         """A hash of every parameter and buffer: name, type, shape and content."""
@@ -82,8 +118,10 @@ class Teacher:
 
 
 def without_autocast(model: PreTrainedModel) -> PreTrainedModel:
-    """The model without the autocast, or the DDP, that a trainer in this process may have left around it; a shallow copy,
-    so that the trainer can go on with its own."""
+    """The model without the autocast or the DDP wrapper that a trainer in this process may have left around it.
+
+    It is a shallow copy, so the model of the trainer stays as it is.
+    """
     return extract_model_from_parallel(copy.copy(model), keep_fp32_wrapper=False)
 
 
@@ -95,22 +133,25 @@ def load_teachers(
     Args:
         teachers: name → Hub id, folder, model loaded by `from_pretrained`, or (model, image processor).
         bf16: run them under bf16 autocast.
-        trust_remote_code: run the code of a Hub repository, or folder, that brings its own.
+        trust_remote_code: run the code that a Hub repository or folder contains.
 
     Raises:
-        ValueError: no teacher, a name that cannot name a column, a model without an image processor, or one with code of
-            its own without `trust_remote_code`.
+        ValueError: no teacher, a name that cannot name a column, a model without an image processor, or a model with its
+            own code without `trust_remote_code`.
         OSError: an id or folder that cannot be loaded.
         ImportError: a library that the model is built on, such as timm, is not installed.
     """
     if not teachers:
-        raise ValueError("There is no teacher; give at least one as name → model, Hub id or folder.")
+        raise ValueError("teachers={} is empty. Pass at least one teacher, as name → model, Hub id or folder.")
     return [_load_teacher(name, teacher, bf16, trust_remote_code) for name, teacher in teachers.items()]
 
 
 def _load_teacher(name, teacher, bf16, trust_remote_code):
     if not isinstance(name, str) or not name.isidentifier():
-        raise ValueError(f'A teacher\'s name becomes a column name: letters, digits and "_" only; got "{name}".')
+        raise ValueError(
+            f'"{name}" cannot name a teacher, because the name becomes part of a column name. Use letters, digits and "_", '
+            "and do not begin with a digit."
+        )
     revision = None
     if isinstance(teacher, tuple):
         model, processor = teacher
@@ -120,7 +161,7 @@ def _load_teacher(name, teacher, bf16, trust_remote_code):
         processor = _load_processor(name, str(teacher), trust_remote_code, revision or "main")
     elif not isinstance(teacher, PreTrainedModel):
         raise ValueError(
-            f'The teacher "{name}" is a Hub id, a folder, a model or (model, image processor); got {teacher!r}.'
+            f'The teacher "{name}" is {teacher!r}. Pass a Hub id, a folder, a model, or (model, image processor).'
         )
     else:
         model = teacher
@@ -132,8 +173,8 @@ def _load_model(source, **options):
     try:
         return AutoModelForImageClassification.from_pretrained(source, **options)
     except TypeError:
-        # timm since 1.0.31 saves the number of classes among the model's arguments too; transformers' wrapper then gives
-        # it twice.
+        # timm 1.0.31 and later saves the number of classes among the arguments of the model, and the wrapper of
+        # transformers then passes it twice.
         config = AutoConfig.from_pretrained(source, **options)
         if "num_classes" not in (getattr(config, "model_args", None) or {}):
             raise
@@ -142,19 +183,19 @@ def _load_model(source, **options):
 
 
 def _resolve_revision(source):
-    """The commit that a Hub id stands for now; `None` of a folder."""
+    """The commit that a Hub id points to now; `None` for a folder."""
     if Path(source).exists():
         return None
     try:
         return HfApi().resolve_revision(str(source)).resolved
-    except (OSError, ValueError):  # `from_pretrained` says better what is wrong with it
+    except (OSError, ValueError):  # the error of `from_pretrained` is clearer
         return None
 
 
 def _load_processor(name, source, trust_remote_code, revision="main"):
     missing = (
         f'The teacher "{name}" has no image processor{f" in {source}" if source else ""}. Save one beside the model '
-        "(image_processor.save_pretrained(folder)), or give the teacher as (model, image_processor)."
+        "(image_processor.save_pretrained(folder)), or pass the teacher as (model, image_processor)."
     )
     if not source:
         raise ValueError(missing)

@@ -1,13 +1,49 @@
+"""Fixtures that every test may use: images and teachers small enough to be recorded in a test."""
+
+import gc
+
 import pytest
 import torch
+from hub_server import run_hub  # noqa: F401  the fixture `hub`
+from small import make_images, make_teacher
 
 
 @pytest.fixture(autouse=True)
-def seed_and_one_thread():
-    """Same random numbers in every run; and one thread, since starting several costs more than tensors of test size
-    take, a hundred times more on a busy machine."""
+def seed():
+    """The same random numbers in every run."""
     torch.manual_seed(0)
-    threads = torch.get_num_threads()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Starting several threads costs more than tensors of test size take. Another number of threads rounds differently."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def freeze_imported_objects():
+    """`Trainer.train` collects garbage. Most of a short training would go into checking the objects of imported modules."""
+    gc.collect()
+    gc.freeze()
     yield
-    torch.set_num_threads(threads)
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="session")
+def images():
+    return make_images
+
+
+@pytest.fixture(scope="session")
+def save_teacher():
+    return make_teacher
+
+
+@pytest.fixture(scope="session")
+def teachers(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("teachers")
+    return {
+        "conv": make_teacher(folder / "conv"),
+        # Sees the images at another size: every teacher has its own image processor.
+        "inv": make_teacher(folder / "inv", "involution-small", seed=1, size=12),
+    }

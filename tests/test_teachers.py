@@ -1,4 +1,6 @@
-"""Teachers in every form they come in, the logits they give and the hash that tells their weights apart."""
+"""Every form of a teacher, its logits, and the hash of its weights."""
+
+import re
 
 import pytest
 import torch
@@ -76,7 +78,7 @@ def test_a_model_in_training_mode_is_put_into_evaluation_mode():
     before = teacher.weights_sha256()
     pixel_values = torch.randn(4, 3, 8, 8)
     together, alone = teacher.logits(pixel_values), teacher.logits(pixel_values[:1])
-    # Batch norm by running statistics, which stay as they are: a row's logits do not depend on its batch.
+    # Batch norm uses the running statistics and leaves them as they are, so the logits of a row do not depend on its batch.
     torch.testing.assert_close(together[:1], alone, rtol=0, atol=1e-5)
     assert teacher.weights_sha256() == before
 
@@ -91,24 +93,22 @@ def test_a_missing_image_processor_is_explained(family, form, tmp_path):
     save(model, tmp_path, processor=None)
     if form == "model of a folder":
         model = AutoModelForImageClassification.from_pretrained(tmp_path)
-    where = f" in {tmp_path}" if form != "model of no folder" else ""
-    message = (
-        rf'The teacher "light" has no image processor{where}\. Save one beside the model '
-        r"\(image_processor\.save_pretrained\(folder\)\), or give the teacher as \(model, image_processor\)\."
-    )
-    with pytest.raises(ValueError, match=message):
+    folder = f" in {re.escape(str(tmp_path))}" if form != "model of no folder" else ""
+    with pytest.raises(ValueError, match=rf'"light" has no image processor{folder}\..*\(model, image_processor\)'):
         load_teachers({"light": tmp_path if form == "folder" else model})
 
 
 @pytest.mark.parametrize("name", ["", "my teacher", "conv-1", "1st", "a.b", "org/name"])
 def test_names_that_cannot_name_a_column_are_refused(name):
-    with pytest.raises(ValueError, match=f'A teacher\'s name becomes a column name: .*; got "{name}"'):
+    with pytest.raises(ValueError, match=f'"{re.escape(name)}" cannot name a teacher'):
         load_teachers({"good": (small_model("resnet"), PROCESSOR), name: (small_model("resnet"), PROCESSOR)})
 
 
-def test_no_teacher_is_refused():
-    with pytest.raises(ValueError, match="There is no teacher; give at least one as name → model, Hub id or folder"):
+def test_no_teacher_and_other_objects_are_refused():
+    with pytest.raises(ValueError, match="teachers={}"):
         load_teachers({})
+    with pytest.raises(ValueError, match=r'"a" is Linear\(.*Pass a Hub id'):
+        load_teachers({"a": torch.nn.Linear(2, 2)})
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path):
@@ -123,7 +123,7 @@ def test_a_folder_that_is_not_there_is_named(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_logits_are_float32_without_gradients(dtype, family, tmp_path):
     model, pixel_values = small_model(family).to(dtype).eval(), torch.randn(2, 3, 8, 8)
-    # transformers opens a checkpoint in the type it was saved in; image processors give float32 all the same.
+    # transformers opens a checkpoint in the type it was saved in; image processors return float32 in any case.
     (teacher,) = load_teachers({"a": save(model, tmp_path)})
     logits = teacher.logits(pixel_values)
     assert logits.dtype == torch.float32 and logits.shape == (2, 3)
@@ -157,14 +157,14 @@ def test_the_hash_changes_with_any_parameter_or_buffer(family):
     tensors = teacher.model.state_dict()
     assert any(name.endswith("running_mean") for name in tensors)
     for tensor in tensors.values():
-        # The smallest change there is, in one number.
+        # The smallest possible change of one number.
         flat = tensor.view(-1)
         flat[-1] = torch.nextafter(flat[-1], torch.tensor(9.0)) if tensor.is_floating_point() else flat[-1] + 1
         hashes.append(teacher.weights_sha256())
     assert len(set(hashes)) == len(tensors) + 1
 
 
-def test_the_hash_tells_types_and_places_apart():
+def test_the_hash_depends_on_types_and_places():
     model = small_model("resnet")
     teacher = Teacher("a", model, PROCESSOR)
     before = teacher.weights_sha256()
@@ -176,7 +176,7 @@ def test_the_hash_tells_types_and_places_apart():
     assert len({before, flipped, teacher.weights_sha256()}) == 3
 
 
-def test_the_hash_tells_names_and_shapes_apart():
+def test_the_hash_depends_on_names_and_shapes():
     numbers = torch.arange(6.0)
     tensors = [{"a": numbers}, {"b": numbers}, {"a": numbers.view(2, 3)}, {"a": numbers[:3], "b": numbers[3:]}]
     hashes = [Teacher("a", torch.nn.ParameterDict(tensors), PROCESSOR).weights_sha256() for tensors in tensors]

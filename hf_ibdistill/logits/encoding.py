@@ -1,4 +1,4 @@
-"""Logits ↔ Arrow columns: dense, or the k largest with what the others sum up to."""
+"""Logits ↔ Arrow columns: dense, or the k largest with the log-sum-exp of the others."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -17,21 +17,23 @@ _GAP_STEPS = 8
 class LogitsEncoding:
     """How a row's logits are stored.
 
-    Dense: every logit. Top-k: the k largest as differences from the largest (a softmax at any temperature sees nothing
-    else, and differences keep more digits), their class ids, and the log-sum-exp of all others, relative to the largest
-    too. So the stored classes' probabilities are exact to the stored precision, and the rest of the mass is spread
-    evenly over the other classes, not dropped.
+    Dense: every logit.
 
-    How much mass the others have depends on the temperature. For m others of mean logit μ and log-sum-exp L, the
-    cumulant expansion of log Σ exp(l/τ) to second order, log m + μ/τ + g/τ², is exact at τ = 1 with g = L − log m − μ,
-    which is never negative; g is stored in one byte, in eighths.
+    Top-k: the k largest logits with their class ids, and the log-sum-exp of all others. All are stored as differences
+    from the largest logit. A softmax depends on differences only, and differences keep more digits. The probabilities of
+    the stored classes are exact to the stored precision. The rest of the probability is spread evenly over the other
+    classes.
+
+    How much is left for the others depends on the temperature τ. Let m others have mean logit μ and log-sum-exp L. The
+    cumulant expansion to second order is log Σ exp(l/τ) ≈ log m + μ/τ + g/τ². It is exact at τ = 1 for
+    g = L − log m − μ, which is never negative. g is stored in one byte, in eighths.
 
     Args:
         dtype: `"float16"` or `"float32"`.
         top_k: k, or `None` for dense.
 
     Raises:
-        ValueError: another dtype, or a k below 2.
+        ValueError: another dtype, or a `top_k` below 2.
     """
 
     dtype: str = "float16"
@@ -39,19 +41,21 @@ class LogitsEncoding:
 
     def __post_init__(self):
         if self.dtype not in DTYPES:
-            raise ValueError(f'Logits are stored as {" or ".join(DTYPES)}; got "{self.dtype}".')
+            raise ValueError(f'dtype="{self.dtype}" is not supported. Choose {" or ".join(DTYPES)}.')
         if self.top_k is not None and self.top_k < 2:
-            raise ValueError(f"top_k is at least 2; got {self.top_k}.")
+            raise ValueError(
+                f"top_k={self.top_k} is too small. Choose at least 2, or leave it out to store every logit."
+            )
 
     def to_dict(self) -> dict:
-        """The encoding as JSON takes it."""
+        """The encoding as a dict for JSON."""
         return asdict(self)
 
     def feature(self, num_classes: int, num_views: int | None):
-        """The column's type: one encoding a row, or, with views, a list of `num_views` of them.
+        """The type of the column: one encoding a row, or, with views, lists of `num_views`.
 
         Raises:
-            ValueError: top-k of as many classes as there are, or more.
+            ValueError: `top_k` is not below the number of classes.
         """
 
         def a_list(dtype, length):
@@ -62,10 +66,10 @@ class LogitsEncoding:
             return a_list(self.dtype, num_classes)
         if self.top_k >= num_classes:
             raise ValueError(
-                f"top_k must be smaller than the number of classes ({num_classes}); got {self.top_k}. Leave it out to "
-                "store every logit."
+                f"top_k={self.top_k} is not below the number of classes ({num_classes}). Leave it out to store every "
+                "logit."
             )
-        # The largest logit's difference from itself is 0 and not stored.
+        # The difference of the largest logit from itself is 0 and not stored.
         return {
             "class_ids": a_list("uint16" if num_classes <= 2**16 else "uint32", self.top_k),
             "differences": a_list(self.dtype, self.top_k - 1),
@@ -74,7 +78,7 @@ class LogitsEncoding:
         }
 
     def encode(self, logits: np.ndarray, views: bool = False) -> pa.Array:
-        """(N, C), or with `views` (N, V, C), → an Arrow array of `feature`'s type.
+        """Logits (N, C), or (N, V, C) with `views`, → an Arrow array of the type of [`feature`].
 
         Raises:
             NonFiniteLogitsError: a logit is NaN or infinite, or becomes infinite in the stored type.
@@ -109,7 +113,7 @@ class LogitsEncoding:
 
     def _check_finite(self, logits):
         flat = logits.reshape(len(logits), -1)
-        # Half of it for top-k, which stores differences of two logits.
+        # Top-k stores differences of two logits, so each may reach half of the largest number.
         limit = np.finfo(self.dtype).max / (1 if self.top_k is None else 2)
         bad = np.flatnonzero(~(np.abs(flat) <= limit).all(axis=1))
         if len(bad):
@@ -117,16 +121,21 @@ class LogitsEncoding:
 
 
 class NonFiniteLogitsError(ValueError):
-    """Some rows' logits are NaN or infinite. `rows` counts from the first row of the encoded array."""
+    """Some rows have NaN or infinite logits.
+
+    Attributes:
+        rows: their numbers, counted from the first row of the encoded array.
+        advice: what to do, for a message.
+    """
 
     def __init__(self, rows: np.ndarray, largest: float):
         self.rows = rows
         self.advice = "check the teacher and these images"
         if np.isfinite(largest):
             self.advice = (
-                f"the largest is {largest:.3g}, too large for float16. A teacher that has hardly been trained, or never "
-                'saw such images, gives logits like that: train it longer, on the same views. dtype="float32" has room '
-                "for them"
+                f"the largest is {largest:.3g}, too large for float16. A teacher predicts such logits if it has hardly "
+                "been trained, or never on such images. Train it longer, on the same views, or store the logits with "
+                'dtype="float32"'
             )
         super().__init__(
             f"Logits are NaN or infinite in {len(rows)} rows (first {rows[:10].tolist()}): {self.advice}."
@@ -134,7 +143,7 @@ class NonFiniteLogitsError(ValueError):
 
 
 def column_name(teacher_name: str) -> str:
-    """The column that holds this teacher's logits."""
+    """The name of the column with the logits of this teacher."""
     return f"{teacher_name}_logits"
 
 
@@ -145,11 +154,14 @@ def recorded_teachers(dataset: Dataset) -> list[str]:
 
 
 def describe_column(feature) -> tuple[LogitsEncoding, int | None, int | None]:
-    """The encoding, the number of views (`None` without views) and the number of classes (`None` for top-k, which does
-    not say) of a logits column.
+    """Read the type of a logits column.
+
+    Returns:
+        The encoding, the number of views (`None` without views), and the number of classes (`None` for top-k, whose type
+        does not contain it).
 
     Raises:
-        ValueError: the column is of another type.
+        ValueError: the column has another type.
     """
     is_top_k = isinstance(feature, dict) and set(feature) == {"class_ids", "differences", "rest", "gap"}
     inner = feature["class_ids"] if is_top_k else feature
@@ -167,10 +179,16 @@ def describe_column(feature) -> tuple[LogitsEncoding, int | None, int | None]:
 def decode(
     column: pa.Array | pa.ChunkedArray, num_classes: int, view: int | None = None, temperature: float = 1.0
 ) -> np.ndarray:
-    """A batch of rows of a logits column → (N, C) in its stored type; of a column with views, view number `view`.
+    """A batch of rows of a logits column → (N, C) in the stored type.
 
-    Top-k logits come back in float32, relative to the row's largest, the classes that were not stored at the same value,
-    at which their probabilities sum up to the rest's at this temperature.
+    Top-k logits come back in float32, as differences from the largest of the row. All classes that were not stored get
+    one value. It is chosen so that their probabilities sum up to the stored rest at this temperature.
+
+    Args:
+        column: N rows of the column.
+        num_classes: C.
+        view: which view of a column with views; `None` for a column without.
+        temperature: the temperature at which the logits will be used.
     """
     if isinstance(column, pa.ChunkedArray):
         column = column.combine_chunks()
@@ -179,8 +197,9 @@ def decode(
 
 
 class StoredLogits:
-    """Random access to a logits column of a table. Nothing is read but the view that is asked for of the rows that are
-    asked for, where indexing the table would first copy all views of these rows.
+    """Random access to a logits column of a table.
+
+    It reads one view of the given rows. Indexing the table would first copy all views of these rows.
 
     Args:
         dataset: the table.
@@ -191,20 +210,20 @@ class StoredLogits:
         self._dataset, self._column, self._chunks = dataset.select_columns([column]), column, None
 
     def __getstate__(self):
-        # Arrays are mapped files here, but would be copied into another process.
+        # The arrays are mapped files. Pickling would copy their content into the other process.
         return {**self.__dict__, "_chunks": None, "_parts": None}
 
     def read(
         self, rows: Sequence[int], num_classes: int, view: int | None = None, temperature: float = 1.0
     ) -> np.ndarray:
-        """What [`decode`] gives for these rows."""
+        """What [`decode`] returns for these rows, (N, C). Negative numbers count from the end."""
         if self._chunks is None:
             chunks = [chunk for chunk in self._dataset.data.column(self._column).chunks if len(chunk)]
             self._starts = np.cumsum([0, *map(len, chunks)])
             self._parts = [_as_one(arrays) for arrays in zip(*map(_to_parts, chunks))]
-            self._chunks = chunks  # whose memory the parts are
-        rows = np.asarray(rows) % len(self._dataset)  # −1 is the last
-        # Where `select` and `shuffle` keep which rows of the files they mean.
+            self._chunks = chunks  # keeps the memory of the parts alive
+        rows = np.asarray(rows) % len(self._dataset)
+        # `select` and `shuffle` leave the files alone and list the rows here.
         if self._dataset._indices is not None:
             rows = self._dataset._indices.column(0).take(pa.array(rows)).to_numpy().astype(np.int64)
         chunks = np.searchsorted(self._starts, rows, side="right") - 1
@@ -217,15 +236,18 @@ class StoredLogits:
 
 
 def _as_one(arrays):
-    """The chunks of a part, each (N, ·) or (N, V, ·), as one array that begins anew at every value, so that any row can be
-    taken from it in one step wherever its chunk lies in memory; where in it each chunk begins; and V."""
-    # Arrow aligns what it maps to 8 bytes, so distances are whole numbers of values.
+    """One array over all chunks of a part, each (N, ·) or (N, V, ·), from which any row is taken in one step.
+
+    Returns:
+        The array, with a row that begins at every value; the number of the row at which each chunk begins; and V.
+    """
+    # Arrow aligns its memory to 8 bytes, so distances are whole numbers of values.
     addresses = np.array([array.__array_interface__["data"][0] for array in arrays])
     first = arrays[addresses.argmin()]
     starts = (addresses - addresses.min()) // first.itemsize
     end = max(start + array.size for start, array in zip(starts.tolist(), arrays))
     length = first.shape[-1]
-    # What lies between the chunks is in no row and never read.
+    # The memory between the chunks belongs to no row and is never read.
     values = np.lib.stride_tricks.as_strided(
         first, (end - length + 1, length), (first.itemsize, first.itemsize), writeable=False
     )
@@ -255,7 +277,7 @@ def _expand(parts, num_classes, temperature):
 
 
 def concatenate_views(first: pa.Array | pa.ChunkedArray, second: pa.Array) -> pa.Array:
-    """Two columns with views of the same rows → one with the first's views and then the second's, bit for bit."""
+    """Join two columns with views of the same rows: first the views of `first`, then those of `second`, bit for bit."""
     if isinstance(first, pa.ChunkedArray):
         first = first.combine_chunks()
     if pa.types.is_struct(first.type):
@@ -268,7 +290,7 @@ def concatenate_views(first: pa.Array | pa.ChunkedArray, second: pa.Array) -> pa
 
 
 def _to_arrow(array, arrow_type=None):
-    """A numpy array of 2 or 3 dimensions → nested lists of fixed lengths, without a copy where the type is the same."""
+    """A numpy array of 2 or 3 dimensions → nested lists of fixed lengths. It copies only if the type differs."""
     nested = pa.array(np.ascontiguousarray(array).reshape(-1))
     for length in reversed(array.shape[1:]):
         nested = pa.FixedSizeListArray.from_arrays(nested, length)

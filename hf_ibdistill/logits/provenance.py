@@ -1,7 +1,7 @@
-"""Who made the logits columns, from what: a record that travels with the table, and the checks against it.
+"""Provenance: the record of what produced the logits columns, and the checks against it.
 
-The record is JSON in the table's `info.description`, which selecting, shuffling, saving and loading preserve, and which
-`concatenate_datasets` joins.
+The record is JSON in `info.description` of the table. Selecting, shuffling, saving and loading preserve it, and
+`concatenate_datasets` joins the records.
 """
 
 import json
@@ -11,40 +11,17 @@ from importlib.metadata import version
 import numpy as np
 from datasets import Dataset, IterableDataset
 
-from ..data import check_class_names
-from ..teachers import Teacher
-from .encoding import LogitsEncoding, column_name, decode, describe_column, recorded_teachers
-from .views import ViewRecipe
+from ..data.classes import check_class_names
+from ..images.views import ViewRecipe
+from .encoding import column_name, decode, describe_column, recorded_teachers
 
 
 _FORMAT = "hf_ibdistill/1"
 _LIBRARIES = ("torch", "torchvision", "transformers", "datasets", "hf_ibdistill")
 
 
-def describe_teacher(teacher: Teacher, encoding: LogitsEncoding) -> dict:
-    """What identifies a teacher's column: where the teacher came from, a hash of its weights, its configuration,
-    preprocessing and classes, how it ran and how its logits are stored."""
-    config = teacher.model.config
-    settings = json.loads(config.to_json_string(use_diff=True))
-    # With many classes these are most of the record, which has the names already; timm's have the last.
-    names = ("id2label", "label2id", "label_names")
-    settings = {key: value for key, value in settings.items() if key not in names}
-    return {
-        "name": teacher.name,
-        "source": config.name_or_path or None,
-        "revision": teacher.revision,
-        "weights_sha256": teacher.weights_sha256(),
-        "config": settings,
-        "image_processor": json.loads(teacher.image_processor.to_json_string()),
-        "num_labels": config.num_labels,
-        "label_names": teacher.class_names,
-        "encoding": encoding.to_dict(),
-        "bf16": teacher.bf16,
-    }
-
-
 def build_record(teachers: Sequence[dict], dataset: dict, views: ViewRecipe | None) -> dict:
-    """The whole record: described teachers, data set, view recipe and library versions."""
+    """The whole record: described teachers, dataset, view recipe and library versions."""
     return {
         "format": _FORMAT,
         "teachers": list(teachers),
@@ -55,12 +32,12 @@ def build_record(teachers: Sequence[dict], dataset: dict, views: ViewRecipe | No
 
 
 def attach_record(dataset: Dataset, record: dict) -> None:
-    """Let the record travel with the table."""
+    """Write the record into the table, in place. It stays with every table made from this one."""
     dataset.info.description = json.dumps(record, sort_keys=True)
 
 
 def read_records(dataset: Dataset) -> list[dict]:
-    """The table's records: none if nobody left one, several after `concatenate_datasets`."""
+    """The records of the table: an empty list if it has none, several after `concatenate_datasets`."""
     description, records = (dataset.info.description or "").strip(), []
     decoder = json.JSONDecoder()
     while description.startswith("{"):
@@ -75,31 +52,29 @@ def read_records(dataset: Dataset) -> list[dict]:
 
 
 def stored_views(dataset: Dataset) -> ViewRecipe | None:
-    """The recipe of the views whose logits the table holds; `None` if they are about the images as they are.
+    """The recipe of the views whose logits the table holds; `None` if the logits belong to the images as they are.
 
     Raises:
-        ValueError: parts of the table hold different views, or the columns have views and the table has no record.
+        ValueError: parts of the table hold different views, or the columns do not have the views of the record.
     """
     recipes = [record["views"] for record in read_records(dataset)]
     if any(recipe != recipes[0] for recipe in recipes):
-        raise ValueError(
-            f"The table was put together from recordings of different views: {recipes}. Train on one kind."
-        )
+        raise ValueError(f"The table joins recordings of different views: {recipes}. Train on one of them.")
     recipe = ViewRecipe(**recipes[0]) if recipes and recipes[0] is not None else None
     for name in recorded_teachers(dataset):
         num_views = describe_column(dataset.features[column_name(name)])[1]
         expected = None if recipe is None else recipe.num_views
         if num_views != expected:
             raise ValueError(
-                f'The column "{column_name(name)}" holds {num_views or "no"} views a row; the table\'s provenance says '
-                f"{expected or 'none'}. Views can only be made again from the provenance that recording leaves; "
-                "to_iterable_dataset loses it, open_logits_table(streaming=True) and attach_record keep it."
+                f'The column "{column_name(name)}" holds {num_views or "no"} views a row; the provenance of the table '
+                f"has {expected or 'none'}. The recipe in the provenance is needed to make the views again. "
+                "to_iterable_dataset loses it: call attach_record after it, or open_logits_table(streaming=True)."
             )
     return recipe
 
 
 def record_differences(expected: dict, found: dict) -> list[str]:
-    """What differs between two records, a line each. Library versions may differ."""
+    """What differs between two records, one line for each difference. Library versions may differ."""
     lines = []
     names = [teacher["name"] for teacher in expected["teachers"]]
     found_names = [teacher["name"] for teacher in found["teachers"]]
@@ -117,28 +92,29 @@ def record_differences(expected: dict, found: dict) -> list[str]:
 
 
 def teacher_differences(teacher: dict, other: dict) -> list[str]:
-    """The parts in which two described teachers would give other columns."""
-    # Records without "bf16" are of teachers that ran in float32.
+    """The parts of two described teachers that differ and change the columns."""
+    # Older records have no "bf16"; their teachers ran in float32.
     parts = {"weights_sha256": None, "image_processor": None, "label_names": None, "encoding": None, "bf16": False}
     return [key for key, default in parts.items() if teacher.get(key, default) != other.get(key, default)]
 
 
 def check_columns(dataset: Dataset, teacher_names: Sequence[str], label_names: Sequence[str]) -> None:
-    """Check, before training, that the table holds these teachers' logits over these classes. A streamed table's numbers
-    are checked while they are read.
+    """Check before training that the table holds the logits of these teachers over these classes.
+
+    The numbers of a stream are checked when they are read.
 
     Raises:
-        ValueError: a column is missing, has another number of classes or numbers that are not finite, its teacher knew
-            other classes, or its views do not fit the table's provenance.
+        ValueError: a column is missing, has another number of classes, or numbers that are not finite; its teacher has
+            other classes; or its views do not fit the provenance of the table.
     """
     recorded = [column_name(name) for name in recorded_teachers(dataset)]
     for name in teacher_names:
         column = column_name(name)
         if column not in dataset.column_names:
             raise ValueError(
-                f'The student has a teacher "{name}", but the table has no column "{column}" (logits columns: '
+                f'The student has the teacher "{name}", but the table has no column "{column}" (logits columns: '
                 f"{', '.join(recorded) or 'none'}). Record it with record_teacher_logits, or pass teachers={{...}} to "
-                "run the teachers while training."
+                "run the teachers during training."
             )
         _check_column(dataset, column, len(label_names))
     stored_views(dataset)
@@ -173,7 +149,7 @@ def _check_column(dataset, column, num_classes):
     if bad:
         raise ValueError(
             f'The column "{column}" has missing, NaN or infinite logits in {len(bad)} rows (first {bad[:10]}). '
-            "Record them again, or leave these rows out."
+            "Record them again, or remove these rows."
         )
 
 

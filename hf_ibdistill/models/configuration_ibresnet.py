@@ -30,22 +30,22 @@ class IBResNetConfig(PreTrainedConfig):
     Args:
         spatial_operator: `"convolution"` or `"involution"`.
         num_channels: channels of the input image.
-        stem: `"imagenet"` divides the resolution by 4 (ResNet's 7×7 stem for convolution, RedNet's involution stem for
-            involution); `"plain"` is one 3×3 layer at full resolution, for images of 8 to 64 pixels.
+        stem: `"imagenet"` divides the resolution by 4, by the 7×7 stem of ResNet (convolution) or the involution stem of
+            RedNet (involution). `"plain"` is one 3×3 layer at full resolution, for images of 8 to 64 pixels.
         embedding_size: channels that leave the stem.
         hidden_sizes: channels that leave each stage.
         depths: blocks in each stage.
         downsample_strides: stride of the first block of each stage.
-        reduction: a block's inner channels are `hidden_size / reduction`, rounded to a multiple of
+        reduction: a block has `hidden_size / reduction` inner channels, rounded to a multiple of
             `involution_group_channels`.
-        kernel_size: K of the blocks' operator; `None` is 3 for convolution and 7 for involution.
+        kernel_size: K of the operator in the blocks; `None` is 3 for convolution and 7 for involution.
         involution_group_channels: channels that share an involution kernel.
         involution_reduction: reduction in the generation of involution kernels.
         hidden_act: activation function.
 
     Raises:
-        StrictDataclassClassValidationError: an unknown operator or stem, an even kernel size, or stages described by lists
-            of different lengths.
+        StrictDataclassClassValidationError: the operator or stem is unknown, the kernel size is even, or the lists that
+            describe the stages differ in length.
 
     Example:
 
@@ -82,15 +82,19 @@ class IBResNetConfig(PreTrainedConfig):
     def validate_architecture(self):
         """Part of `@strict`-powered validation."""
         if self.spatial_operator not in ("convolution", "involution"):
-            raise ValueError(f'spatial_operator is "convolution" or "involution"; got "{self.spatial_operator}".')
+            raise ValueError(
+                f'spatial_operator="{self.spatial_operator}" is unknown. Choose "convolution" or "involution".'
+            )
         if self.stem not in ("imagenet", "plain"):
-            raise ValueError(f'stem is "imagenet" or "plain"; got "{self.stem}".')
+            raise ValueError(f'stem="{self.stem}" is unknown. Choose "imagenet" or "plain".')
         if self.kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size is odd, so that a kernel has a middle; got {self.kernel_size}.")
+            raise ValueError(
+                f"kernel_size={self.kernel_size} is even. Choose an odd size, so that a kernel has a middle."
+            )
         if not len(self.hidden_sizes) == len(self.depths) == len(self.downsample_strides):
             raise ValueError(
-                "hidden_sizes, depths and downsample_strides have one entry a stage; got "
-                f"{self.hidden_sizes}, {self.depths} and {self.downsample_strides}."
+                f"hidden_sizes={self.hidden_sizes}, depths={self.depths} and "
+                f"downsample_strides={self.downsample_strides} differ in length. Give each one entry per stage."
             )
 
     @classmethod
@@ -98,15 +102,15 @@ class IBResNetConfig(PreTrainedConfig):
         """The configuration of a named network; `overrides` replace any of its fields.
 
         `"rednet26"`, `"rednet38"`, `"rednet50"`, `"rednet101"`, `"rednet152"`: the RedNets of arXiv 2103.06255
-        (9.23, 12.39, 15.54, 25.65, 33.99 M parameters at 1,000 classes). `"resnet26"` … `"resnet152"`: their
-        convolution counterparts. `"convolution-small"`, `"involution-small"`: light teachers for images of 8 to 64
-        pixels, below 0.5 M parameters.
+        (9.23, 12.39, 15.54, 25.65, 33.99 M parameters at 1,000 classes). `"resnet26"` … `"resnet152"`: the same with
+        convolution. `"convolution-small"`, `"involution-small"`: light teachers for images of 8 to 64 pixels, below
+        0.5 M parameters at 10 classes.
 
         Raises:
             ValueError: there is no preset of this name.
         """
         if name not in PRESETS:
-            raise ValueError(f'There is no preset "{name}"; choose one of {", ".join(PRESETS)}.')
+            raise ValueError(f'preset="{name}" is unknown. Choose one of {", ".join(PRESETS)}.')
         return cls(**{**PRESETS[name], **overrides})
 
 

@@ -1,18 +1,18 @@
 """Involution, the operator of "Involution: Inverting the Inherence of Convolution for Visual Recognition"
 (arXiv 2103.06255): a K×K kernel of its own at every position, shared by the channels of a group.
 
-`involution2d` is the operator alone, `Involution2d` the layer that also generates the kernels.
+`involution2d` is the operator alone. `Involution2d` is the layer, which generates the kernels and applies them.
 
-The usual formulation unfolds the input into K² copies before it multiplies. Here nothing is unfolded and nothing but the
-operands is kept for the backward pass. The work is cut into chunks of samples and groups, whose scratch memory is of a
-constant size (or what one group of one sample takes) and stays in a processor's caches. A chunk is computed in one of two
-ways:
+The published formulation unfolds the input into K² copies before it multiplies. Here nothing is unfolded, and only the
+operands are kept for the backward pass. The work is cut into chunks of samples and groups. Their scratch memory has a
+constant size (or that of one group of one sample), and stays in the caches of a processor. A chunk is computed in one of
+two ways:
 
 - by taps: for each of the K² positions in the kernel, multiply and add a shifted view of the input. Rows are laid out one
-  after the other with a margin of zeros between them, so that a shift is a change of offset, and each step runs over
-  contiguous memory however small the image is. A stride s splits the input into s² such layouts, one a phase.
-- by matrices: an image of few positions is a vector, and the kernels of all its positions one matrix, most of it inside
-  the image; so the sum is a batched matrix product.
+  after the other with a margin of zeros between them. So a shift is a change of offset, and each step runs over contiguous
+  memory, however small the image is. A stride s splits the input into s² such layouts, one per phase.
+- by matrices: an image of few positions is a vector, and the kernels of all its positions are one matrix. Most of the
+  matrix lies inside the image, so a batched matrix product wastes little.
 """
 
 import math
@@ -24,8 +24,8 @@ from torch import nn
 from torch.compiler import is_exporting
 
 
-# Floats of scratch memory in a chunk. On a CPU: many enough that the cost of starting an operation does not count, few
-# enough to stay in the caches. An accelerator wants few large operations.
+# Floats of scratch memory in a chunk. On a CPU, they are enough to hide the cost of starting an operation, and few enough to
+# stay in the caches. An accelerator is fastest with few large operations.
 _CHUNK_FLOATS = {"cpu": 2**20}
 _CHUNK_FLOATS_ELSEWHERE = 2**28
 
@@ -35,10 +35,11 @@ def involution2d(input: torch.Tensor, kernel: torch.Tensor, stride: int = 1) -> 
 
         output[n, c, i, j] = Σ_{u,v} kernel[n, g(c), u·K + v, i, j] · input[n, c, i·stride + u − ⌊K/2⌋, j·stride + v − ⌊K/2⌋]
 
-    with zeros outside the input. The sum runs in float32 whatever the inputs are, so the result under bf16 or fp16
-    autocast differs from the float32 one by the rounding of inputs and output only. First derivatives only. To
-    `torch.compile` it is one opaque operator, which breaks no graph and costs no compilation of its own; to `torch.export`,
-    and so to ONNX, PyTorch's own operators, so that what is exported runs without this package.
+    with zeros outside the input. The sum runs in float32 for inputs of any type. So the result under bf16 or fp16 autocast
+    differs from that in float32 by the rounding of inputs and output only. There are first derivatives only.
+
+    `torch.compile` takes it as one opaque operator, which breaks no graph and needs no compilation. `torch.export`, and so
+    ONNX, gets operators of PyTorch instead, so that an exported model runs without this package.
 
     Args:
         input: (N, C, H, W).
@@ -57,26 +58,26 @@ def involution2d(input: torch.Tensor, kernel: torch.Tensor, stride: int = 1) -> 
 def _check_shapes(input, kernel, stride):
     if input.dim() != 4 or kernel.dim() != 5:
         raise ValueError(
-            f"involution2d takes an input (N, C, H, W) and a kernel (N, G, K·K, H/stride, W/stride); "
-            f"got {tuple(input.shape)} and {tuple(kernel.shape)}."
+            f"input has the shape {tuple(input.shape)} and kernel {tuple(kernel.shape)}. Give (N, C, H, W) and "
+            "(N, G, K·K, H/stride, W/stride)."
         )
     batch, channels, height, width = input.shape
     groups, taps = kernel.shape[1], kernel.shape[2]
     if math.isqrt(taps) ** 2 != taps or taps % 2 == 0:
-        raise ValueError(f"The kernel's third dimension is K·K with K odd; got {taps}.")
+        raise ValueError(f"The third dimension of the kernel is {taps}. It must be K·K with an odd K.")
     if channels % groups != 0:
-        raise ValueError(f"The number of groups must divide the number of channels; got {groups} and {channels}.")
+        raise ValueError(f"The kernel has {groups} groups, which do not divide the {channels} channels of the input.")
     expected = (batch, groups, taps, -(-height // stride), -(-width // stride))
     if tuple(kernel.shape) != expected:
         raise ValueError(
-            f"For an input {tuple(input.shape)} and stride {stride} the kernel must be {expected}; "
-            f"got {tuple(kernel.shape)}."
+            f"kernel has the shape {tuple(kernel.shape)}. For an input {tuple(input.shape)} and stride={stride} it must be "
+            f"{expected}."
         )
 
 
 @torch.library.custom_op("hf_ibdistill::involution2d", mutates_args=())
 def _involution(input: torch.Tensor, kernel: torch.Tensor, stride: int) -> torch.Tensor:
-    # Checked here, where torch.compile does not look: every check would be a guard.
+    # Checked here, because torch.compile does not look inside an operator: every check outside would be a guard.
     _check_shapes(input, kernel, stride)
     batch, groups, taps, *size = kernel.shape
     way = _way(*input.shape[2:], math.isqrt(taps), stride, input.device)
@@ -133,7 +134,7 @@ def _group(tensor, groups):
 
 
 def _chunks(inputs, taps, way):
-    """Slices of the samples and groups that are worked on together."""
+    """Slices of the samples and groups that are computed together."""
     floats = way.positions * ((1 + way.stride**2) * inputs.shape[1] + taps)
     budget = _CHUNK_FLOATS.get(inputs.device.type, _CHUNK_FLOATS_ELSEWHERE)
     size = max(1, budget // floats)
@@ -142,7 +143,7 @@ def _chunks(inputs, taps, way):
 
 @lru_cache(maxsize=256)
 def _way(height, width, kernel_size, stride, device):
-    # Where the two cross, as measured; a stride costs the taps more than it costs the matrices.
+    # The measured size from which the taps are faster. A stride costs them more than it costs the matrices.
     is_small = height * width <= (5 * stride - 2) * kernel_size**2
     return (_Matrices if is_small else _Taps)(height, width, kernel_size, stride, device)
 
@@ -173,8 +174,8 @@ class _Matrices(_Geometry):
 
     @cached_property
     def _tap_and_position(self):
-        """For each element of the matrix, which element of a kernel (K·K, P_out) it is; K·K·P_out means none. And, the
-        other way, for each element of a kernel which of the matrix; P_in·P_out means none."""
+        """For each element of the matrix, its index in a kernel (K·K, P_out); K·K·P_out means none. And for each element of
+        a kernel, its index in the matrix; P_in·P_out means none."""
         margin, size = self.kernel_size // 2, self.kernel_size
         sizes = (self.height, self.width, self.out_height, self.out_width)
         rows, columns, out_rows, out_columns = (torch.arange(n, device=self.device) for n in sizes)
@@ -207,12 +208,12 @@ class _Matrices(_Geometry):
 
 
 class _Taps(_Geometry):
-    """Rows one after the other, with margins of zeros: position (i, j) of the output is at i · `row` + j, and what tap
-    (u, v) multiplies it with is further on by an offset that depends on nothing but (u, v)."""
+    """Rows one after the other, with margins of zeros. Position (i, j) of the output is at i · `row` + j. The input that tap
+    (u, v) multiplies for it is further on by an offset that depends on (u, v) alone."""
 
     @cached_property
     def row(self):
-        # At stride 1 the margin at the end of a row is also the one at the beginning of the next.
+        # At stride 1, the margin at the end of a row is the one at the beginning of the next as well.
         return self.out_width + (self.kernel_size - 1) // self.stride - self._shared
 
     @cached_property
@@ -235,14 +236,14 @@ class _Taps(_Geometry):
         return [(u % s * s + v % s, u // s * self.row + v // s) for u, v in taps]
 
     def _phases(self, image, layout):
-        """The parts of an image and where they are in its layout, one a phase."""
+        """For each phase, the part of an image and its place in the layout."""
         margin, s = self.kernel_size // 2, self.stride
         grid = layout[..., : self._rows * self.row].unflatten(-1, (self._rows, self.row))
         for phase in range(s * s):
             # The first row and column of the image that belong to this phase.
             top, left = (phase // s - margin) % s, (phase % s - margin) % s
             row, column = (top + margin) // s, (left + margin) // s
-            # A large stride passes the image's last rows and columns by.
+            # A large stride does not reach the last rows and columns of the image.
             part = image[..., top::s, left::s][..., : self._rows - row, : self.row - column]
             yield part, grid[:, :, phase, row : row + part.shape[-2], column : column + part.shape[-1]]
 
@@ -299,8 +300,8 @@ def _exported_involution(input, kernel, stride):
     groups, taps, out_height, out_width = kernel.shape[1:]
     size = math.isqrt(taps)
     padded = nn.functional.pad(input.float(), [size // 2] * 4)
-    # All vertical shifts at once, the horizontal ones in turn: every shift in turn makes a graph that takes minutes to
-    # export, all at once unfolds the input.
+    # All vertical shifts at once, the horizontal ones in turn. Every shift in turn would make a graph that takes minutes to
+    # export. All shifts at once would unfold the input.
     tap, position = (torch.arange(n, device=input.device) for n in (size, out_height))
     rows = (tap[:, None] + stride * position).flatten()
     shifted = padded.index_select(2, rows).unflatten(2, (size, out_height))
@@ -311,10 +312,10 @@ def _exported_involution(input, kernel, stride):
 
 
 class Involution2d(nn.Module):
-    """Involution whose kernel is generated from the position's own features (arXiv 2103.06255, section 3.1).
+    """Involution whose kernel is generated from the features at its position (arXiv 2103.06255, section 3.1).
 
-    1×1 reduction, norm, ReLU, 1×1 expansion to K·K weights a group; where the stride is above 1 the features are
-    average-pooled first. (N, C, H, W) → (N, C, ⌈H/stride⌉, ⌈W/stride⌉).
+    1×1 reduction, norm, ReLU, 1×1 expansion to K·K weights per group. With a stride above 1, the features are average-pooled
+    first. (N, C, H, W) → (N, C, ⌈H/stride⌉, ⌈W/stride⌉).
 
     Args:
         channels: C; a multiple of `group_channels`.
@@ -322,21 +323,24 @@ class Involution2d(nn.Module):
         stride: downsampling factor.
         group_channels: channels that share one kernel.
         reduction: the 1×1 reduction leaves C / reduction channels.
-        norm: builds the normalisation of the reduced features from their number of channels.
+        norm: builds the normalization of the reduced features from their number of channels.
+
+    Raises:
+        ValueError: `kernel_size` is even, or `channels` does not fit `group_channels` or `reduction`.
     """
 
     def __init__(self, channels, kernel_size, stride=1, group_channels=16, reduction=4, norm=nn.BatchNorm2d):
         super().__init__()
         if kernel_size % 2 == 0:
-            raise ValueError(f"An involution kernel has an odd size; got {kernel_size}.")
+            raise ValueError(f"kernel_size={kernel_size} is even. Choose an odd size, so that a kernel has a middle.")
         if channels % group_channels != 0 or channels < reduction:
             raise ValueError(
-                f"Involution needs a number of channels that group_channels ({group_channels}) divides and that is at "
-                f"least reduction ({reduction}); got {channels}."
+                f"channels={channels} must be a multiple of group_channels={group_channels}, and at least "
+                f"reduction={reduction}."
             )
         self.stride = stride
         self.groups = channels // group_channels
-        # Odd sizes: ceil_mode gives the positions that a padded convolution of the same stride gives.
+        # For odd sizes, ceil_mode gives as many positions as a padded convolution of the same stride.
         self.pool = nn.AvgPool2d(stride, stride, ceil_mode=True) if stride > 1 else nn.Identity()
         self.reduce = nn.Conv2d(channels, channels // reduction, 1, bias=False)
         self.norm = norm(channels // reduction)

@@ -65,7 +65,7 @@ class IBResNetStem(nn.Sequential):
 
 
 class IBResNetBlock(nn.Module):
-    """1×1 reduction, K×K spatial operator (which carries the stride), 1×1 expansion, and the residual connection."""
+    """1×1 reduction, K×K spatial operator (with the stride), 1×1 expansion, and the residual connection."""
 
     def __init__(self, config: IBResNetConfig, in_channels, out_channels, stride):
         super().__init__()
@@ -148,18 +148,18 @@ class IBResNetForImageClassification(IBResNetPreTrainedModel):
         """
         Args:
             pixel_values: (N, num_channels, H, W).
-            labels: (N,) class ids; when given, the output has the cross-entropy as `loss`.
-            output_hidden_states: also return the feature maps that leave the stem and each stage.
+            labels: (N,) class ids; with them, the output has the cross-entropy as `loss`.
+            output_hidden_states: return the feature maps that leave the stem and each stage as well.
 
         Raises:
-            ValueError: the images have another number of channels than the configuration says.
+            ValueError: the images do not have the `num_channels` of the configuration.
         """
         if pixel_values.shape[1] != self.config.num_channels:
             raise ValueError(
-                f"The model takes images of {self.config.num_channels} channels; got {pixel_values.shape[1]}."
+                f"The images have {pixel_values.shape[1]} channels. The model needs num_channels={self.config.num_channels}."
             )
         if self.config.spatial_operator == "convolution":
-            # Convolutions are up to a third faster channels last; involution would pay for turning its operands.
+            # Convolutions are faster channels last. Involution would have to copy its operands.
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         hidden_states = self.stem(pixel_values)
         all_hidden_states = [hidden_states]

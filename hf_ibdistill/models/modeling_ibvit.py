@@ -1,6 +1,5 @@
-"""The student: a vision transformer with a class token and one token, with a head of its own, for each teacher."""
+"""The student: a vision transformer with a class token, and with one token and head for each teacher."""
 
-import logging
 import math
 import os
 from dataclasses import dataclass
@@ -8,14 +7,7 @@ from functools import partial
 
 import torch
 from torch import nn
-from transformers import (
-    AttentionInterface,
-    DeiTForImageClassification,
-    DeiTForImageClassificationWithTeacher,
-    PreTrainedConfig,
-    PreTrainedModel,
-    ViTForImageClassification,
-)
+from transformers import AttentionInterface, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -26,15 +18,13 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_ibvit import IBViTConfig
+from .conversion_vit import convert_vit, interpolate_positions
 from .involution import Involution2d
 
 
-logger = logging.getLogger(__name__)
-
-
 def fastest_attention_forward(module, query, key, value, attention_mask, **kwargs):
-    """PyTorch's fused attention, except below float32 on a CPU, where two plain matrix products take from a sixth (20
-    tokens) to two thirds (1,000 tokens) of its time in training; and where the attention itself is asked for."""
+    """The fused attention of PyTorch, with two exceptions. It cannot return the attention itself. Below float32 on a CPU, two
+    plain matrix products are faster in training."""
     is_slow_when_fused = query.device.type == "cpu" and query.dtype != torch.float32
     if kwargs.get("output_attentions") or (is_slow_when_fused and key.shape[2] < 64):
         forward = eager_attention_forward
@@ -44,8 +34,8 @@ def fastest_attention_forward(module, query, key, value, attention_mask, **kwarg
 
 
 def lean_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """`eager_attention_forward` without its float32 copy of the attention, which at 200 tokens is a ninth of a step's memory and
-    a tenth of its time or more. The softmax computes in float32 all the same and rounds once."""
+    """`eager_attention_forward` without its float32 copy of the attention, which costs memory and time. The softmax computes
+    in float32 all the same, and rounds once."""
     scores = torch.matmul(query, key.transpose(2, 3)).mul_(scaling)
     if attention_mask is not None:
         scores = scores + attention_mask
@@ -60,13 +50,13 @@ AttentionInterface.register("fastest", fastest_attention_forward)
 class IBViTImageClassifierOutput(ModelOutput):
     """
     Args:
-        loss: cross-entropy of the class head, when labels were given.
-        logits: (N, classes), the fused prediction; with `"mean_probabilities"` its softmax is the mean of the heads'.
-        class_logits: (N, classes), the class token's head.
-        teacher_token_logits: (N, teachers, classes), each teacher token's head, in the order of `teacher_names`;
+        loss: cross-entropy of the class head, if labels were given.
+        logits: (N, classes), the fused prediction. With `"mean_probabilities"`, its softmax is the mean over the heads.
+        class_logits: (N, classes), of the head on the class token.
+        teacher_token_logits: (N, teachers, classes), of the heads on the teacher tokens, in the order of `teacher_names`;
             `None` without teachers.
         hidden_states: a tuple of (N, tokens, hidden_size), after the embeddings and after each layer.
-        attentions: a tuple of (N, heads, tokens, tokens), one a layer.
+        attentions: a tuple of (N, heads, tokens, tokens), one per layer.
     """
 
     loss: torch.Tensor | None = None
@@ -78,11 +68,10 @@ class IBViTImageClassifierOutput(ModelOutput):
 
 
 class IBViTPatchProjection(nn.Conv2d):
-    """The convolution whose stride is its kernel's size: (N, C, H, W) → (N, hidden_size, H/patch, W/patch).
+    """The convolution whose stride is the size of its kernel: (N, C, H, W) → (N, hidden_size, H/patch, W/patch).
 
-    Below float32 on a CPU it is computed as the matrix product that it is. oneDNN's convolution (in PyTorch 2.14) returns wrong
-    numbers there, in bf16 on processors with AMX, for patches of 4 or more pixels and 4 to 31 channels; and it is slower, at 224
-    pixels and three channels by a factor of 2.6.
+    Below float32 on a CPU, it is computed as a matrix product. The convolution of oneDNN (in PyTorch 2.14) is slower there. In
+    bf16 on processors with AMX, it returns wrong numbers for patches of 4 or more pixels and 4 to 31 channels.
     """
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -91,13 +80,13 @@ class IBViTPatchProjection(nn.Conv2d):
         if pixel_values.device.type != "cpu" or dtype.itemsize >= 4:
             return super().forward(pixel_values)
         size, weight = self.kernel_size[0], self.weight
-        # What is left over at the right and below is dropped, as by the convolution.
+        # Pixels left over at the right and the bottom are dropped, as by the convolution.
         height, width = (side // size * size for side in pixel_values.shape[2:])
         pixel_values = pixel_values[:, :, :height, :width]
         # (N, C, H/patch, patch, W/patch, patch)
         patches = pixel_values.unflatten(3, (-1, size)).unflatten(2, (-1, size))
         if pixel_values.is_contiguous(memory_format=torch.channels_last):
-            # A patch in the order of the memory: whole runs of channels are copied, not one number at a time.
+            # A patch in the order of the memory, so that whole runs of channels are copied, not single numbers.
             patches, weight = patches.permute(0, 2, 4, 3, 5, 1), weight.permute(0, 2, 3, 1)
         else:
             patches = patches.permute(0, 2, 4, 1, 3, 5)
@@ -107,8 +96,8 @@ class IBViTPatchProjection(nn.Conv2d):
 class IBViTStem(nn.Sequential):
     """3×3 layers at full resolution, then the patch projection: pixels → (N, hidden_size, H/patch, W/patch).
 
-    The first layer is a convolution in both kinds of stem, since involution keeps the number of channels. Group norm,
-    where ResNets have batch norm: a row's result must not depend on the other rows of its batch.
+    The first layer is a convolution in both kinds of stem, because involution keeps the number of channels. The norm is a
+    group norm instead of the batch norm of ResNets, because a row must not depend on the other rows of its batch.
     """
 
     def __init__(self, config: IBViTConfig, spatial_operator: str, num_layers: int):
@@ -123,17 +112,6 @@ class IBViTStem(nn.Sequential):
             layers += [nn.GroupNorm(1, channels), ACT2FN[config.hidden_act]]
         layers.append(IBViTPatchProjection(channels, config.hidden_size, config.patch_size, config.patch_size))
         super().__init__(*layers)
-
-
-def interpolate_positions(positions: torch.Tensor, side: int, size: tuple[int, int]) -> torch.Tensor:
-    """Position embeddings (1, tokens + side², hidden_size) for another grid of patches: bicubic between the patches, the
-    tokens' own kept."""
-    if size == (side, side):
-        return positions
-    tokens, patches = positions[:, : -(side**2)], positions[:, -(side**2) :]
-    patches = patches.unflatten(1, (side, side)).permute(0, 3, 1, 2)
-    patches = nn.functional.interpolate(patches, size, mode="bicubic", align_corners=False)
-    return torch.cat((tokens, patches.flatten(2).transpose(1, 2)), dim=1)
 
 
 class IBViTEmbeddings(nn.Module):
@@ -162,15 +140,17 @@ class IBViTEmbeddings(nn.Module):
         batch_size, num_channels, height, width = pixel_values.shape
         config = self.config
         if num_channels != config.num_channels:
-            raise ValueError(f"The model takes images of {config.num_channels} channels; got {num_channels}.")
+            raise ValueError(
+                f"The images have {num_channels} channels. The model needs num_channels={config.num_channels}."
+            )
         if not interpolate_pos_encoding and (height, width) != (config.image_size, config.image_size):
             raise ValueError(
-                f"The model takes images of {config.image_size}×{config.image_size} pixels; got {height}×{width}. "
-                "Resize them with the image processor, or pass interpolate_pos_encoding=True."
+                f"The images have {height}×{width} pixels, but the model has image_size={config.image_size}. Resize them with "
+                "the image processor, or pass interpolate_pos_encoding=True."
             )
         pixel_values = pixel_values.to(self.class_token.dtype)
         if config.patch_embedding == "convolution":
-            # A tenth of the whole step, on a CPU; involution would pay for turning its operands.
+            # Convolutions are faster channels last. Involution would have to copy its operands.
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         patches = {name: stem(pixel_values).flatten(2).transpose(1, 2) for name, stem in self.stems.items()}
         class_token = self.class_token.expand(batch_size, -1, -1)
@@ -200,7 +180,7 @@ class IBViTPreTrainedModel(PreTrainedModel):
     _can_record_outputs = {"hidden_states": ViTLayer, "attentions": ViTAttention}
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
-        """What was asked for, or else what is fastest for the device and the type at hand."""
+        """The requested implementation, or by default the fastest for the device and type."""
         return super().get_correct_attn_implementation(requested_attention or "fastest", is_init_check)
 
     @torch.no_grad()
@@ -215,11 +195,11 @@ class IBViTPreTrainedModel(PreTrainedModel):
             init.ones_(module.weight)
             init.zeros_(module.bias)
         elif isinstance(module, nn.Linear):
-            # As in the code of ViT's authors. A fixed deviation of 0.02 suits a width of 768; at 96 it starts so close to
-            # the identity that the first hundreds of steps are lost.
+            # As in the published code of ViT. A fixed deviation of 0.02 suits a width of 768. A narrower transformer would
+            # start so close to the identity that it would learn nothing for hundreds of steps.
             init.xavier_uniform_(module.weight)
         elif isinstance(module, nn.Conv2d):
-            # The stems keep the scale of the signal, which a small fixed deviation would not.
+            # The stems keep the scale of the signal. A small fixed deviation would not.
             init.normal_(module.weight, std=1 / math.sqrt(module.weight[0].numel()))
 
 
@@ -238,11 +218,11 @@ class IBViTModel(IBViTPreTrainedModel):
         """
         Args:
             pixel_values: (N, num_channels, H, W).
-            interpolate_pos_encoding: accept images of another size than the configuration's.
+            interpolate_pos_encoding: accept images of another size than `image_size`.
 
         Returns:
-            `last_hidden_state` (N, 1 + teachers + patches, hidden_size): class token, teacher tokens, patches; and
-            `hidden_states` and `attentions` when asked for.
+            `last_hidden_state` (N, 1 + teachers + patches, hidden_size): class token, teacher tokens, patches. On request,
+            `hidden_states` and `attentions`.
 
         Raises:
             ValueError: the images have another number of channels, or another size without `interpolate_pos_encoding`.
@@ -251,54 +231,6 @@ class IBViTModel(IBViTPreTrainedModel):
         for layer in self.layers:
             hidden_states = layer(hidden_states, **kwargs)
         return BaseModelOutput(last_hidden_state=self.layernorm(hidden_states))
-
-
-def config_from_vit(
-    source: PreTrainedConfig, teacher_names: list[str] | tuple[str, ...], image_size: int | None, **kwargs
-) -> tuple[IBViTConfig, dict]:
-    """What our configuration shares with a `ViTConfig` or `DeiTConfig`, but for the fields given; and the other `kwargs`."""
-    names = IBViTConfig().to_dict().keys() - {"model_type", "architectures", "transformers_version"}
-    fields = {name: value for name, value in source.to_dict().items() if name in names}
-    for name in ("image_size", "patch_size"):
-        sides = fields[name] if isinstance(fields[name], (list, tuple)) else [fields[name]]
-        if len(set(sides)) > 1:
-            raise ValueError(f"Images and patches must be square; the checkpoint has {name}={fields[name]}.")
-        fields[name] = sides[0]
-    shape = ("patch_size", "num_channels", "hidden_size", "num_hidden_layers", "num_attention_heads", "qkv_bias")
-    shape = {"patch_embedding": "linear", **{name: fields[name] for name in (*shape, "intermediate_size")}}
-    fields["teacher_names"] = teacher_names
-    if image_size is not None:
-        fields["image_size"] = image_size
-    config, kwargs = IBViTConfig.from_dict(fields, return_unused_kwargs=True, **kwargs)
-    config.validate()
-    for name, value in shape.items():
-        if getattr(config, name) != value:
-            raise ValueError(f"The checkpoint's weights are for {name}={value!r}; got {getattr(config, name)!r}.")
-    return config, kwargs
-
-
-def weights_from_vit(source: PreTrainedModel, config: IBViTConfig, has_heads: bool) -> dict[str, torch.Tensor]:
-    """The weights of transformers' ViT or DeiT under our names; see [`IBViTForImageClassification.from_vit`]."""
-    weights = source.base_model.state_dict()
-    names = [f"embeddings.{name}_token" for name in ("cls", "distillation")]
-    tokens = torch.cat([weights.pop(name) for name in names if name in weights], dim=1)
-    num_tokens = tokens.shape[1]
-    # Which of the checkpoint's tokens each of ours starts as.
-    starts = [min(i, num_tokens - 1) for i in range(1 + len(config.teacher_names))]
-    weights["embeddings.class_token"], weights["embeddings.teacher_tokens"] = tokens[:, :1], tokens[:, starts[1:]]
-    positions, side = weights["embeddings.position_embeddings"], config.image_size // config.patch_size
-    positions = interpolate_positions(positions, math.isqrt(positions.shape[1] - num_tokens), (side, side))
-    positions = torch.cat((positions[:, starts], positions[:, num_tokens:]), dim=1)
-    weights["embeddings.position_embeddings"] = positions
-    weights = {name.replace("patch_embeddings.projection", "stems.convolution.0"): weights[name] for name in weights}
-    weights = {f"ibvit.{name}": tensor for name, tensor in weights.items()}
-    if has_heads:
-        heads = [module for name, module in source.named_children() if name.endswith("classifier")]
-        names = ["class_head", *(f"teacher_heads.{i}" for i in range(len(config.teacher_names)))]
-        for name, start in zip(names, starts):
-            head = heads[min(start, len(heads) - 1)].state_dict()
-            weights |= {f"{name}.{key}": tensor.clone() for key, tensor in head.items()}
-    return weights
 
 
 class IBViTForImageClassification(IBViTPreTrainedModel):
@@ -324,38 +256,39 @@ class IBViTForImageClassification(IBViTPreTrainedModel):
     ) -> "IBViTForImageClassification":
         r"""A student that starts as a trained ViT (arXiv 2010.11929) or DeiT (arXiv 2012.12877), in evaluation mode.
 
-        Without teacher names it predicts exactly what transformers' own class predicts from the checkpoint, and with
-        `image_size` what that predicts with `interpolate_pos_encoding=True`. A distilled DeiT attends to its distillation
-        token and so cannot do without: with no teacher names this stays, with a warning, as a teacher token named
-        `"distillation"`, and `fusion` becomes the original's: `"mean_logits"` for `DeiTForImageClassificationWithTeacher`,
-        `"class_token"` for `DeiTForImageClassification`, and for heads that start anew. One teacher name and that fusion
-        predict exactly the same.
+        Without teacher names, it predicts exactly what the class of transformers predicts from the checkpoint. With
+        `image_size`, it predicts what that class predicts with `interpolate_pos_encoding=True`.
 
-        What the student's parts start as:
-        - transformer, patch projection, class token and position embeddings: the checkpoint's, the patches' positions
-            interpolated (bicubic) to `image_size`;
-        - first teacher token, its position and its head: DeiT's distillation token, where there is one;
-        - other teacher tokens, their positions and heads: copies of the last that the checkpoint has (the distillation
-            token's, or else the class token's). So they predict something sensible at once, and part as soon as their
-            teachers differ; but since the others attend to them too, the prediction is near the original's, not equal;
-        - all heads, where the checkpoint has none or `num_labels` is another: new, with transformers' warning.
+        A distilled DeiT attends to its distillation token, which therefore always stays. Without teacher names, it becomes a
+        teacher token named `"distillation"`, with a warning. Then `fusion` becomes `"mean_logits"` for
+        `DeiTForImageClassificationWithTeacher`, and `"class_token"` for `DeiTForImageClassification` and for new heads.
+        A student with one teacher name and this fusion predicts exactly what the DeiT predicts.
 
-        A pooler, a mask token and the decoder of masked image modeling are left out, as in transformers' classifiers.
+        The parts of the student start as follows:
+        - transformer, patch projection, class token and position embeddings: those of the checkpoint. The positions of the
+            patches are interpolated (bicubic) to `image_size`.
+        - first teacher token, with its position and head: the distillation token, if the checkpoint has one.
+        - other teacher tokens, with their positions and heads: copies of the last token of the checkpoint, which is the
+            distillation token or else the class token. So they predict something sensible at once, and part as soon as
+            their teachers differ. Because the other tokens attend to them, the prediction is near the original, not equal.
+        - all heads: new, with a warning of transformers, if the checkpoint has no heads or `num_labels` differs.
+
+        A pooler, a mask token and the decoder of masked image modeling are left out, as in the classifiers of transformers.
 
         Args:
             name_or_path: a folder or a Hub id with a safetensors checkpoint of type `"vit"` or `"deit"` (plain DeiTs are
                 stored as `"vit"`), with or without a classification head.
             teacher_names: as in [`IBViTConfig`].
-            image_size: height and width of the student's images, in pixels; `None` keeps the checkpoint's.
-            kwargs: as in `from_pretrained`: where to find the checkpoint (`revision`, `token`, `cache_dir`, …), how to
-                load it (`dtype`, `device_map`, `attn_implementation`, …), and fields of [`IBViTConfig`] (`fusion`,
-                `num_labels`, `id2label`, `label2id`, …); the others are the checkpoint's.
+            image_size: height and width of the images, in pixels; `None` keeps those of the checkpoint.
+            kwargs: as in `from_pretrained`: where the checkpoint is (`revision`, `token`, `cache_dir`, …), how to load it
+                (`dtype`, `device_map`, `attn_implementation`, …), and fields of [`IBViTConfig`] (`fusion`, `num_labels`,
+                `id2label`, `label2id`, …). Other fields are those of the checkpoint.
 
         Raises:
-            ValueError: the checkpoint is of another type, has images or patches that are not square, or tensors too many or
-                too few; or a field was given that its weights do not fit, such as `patch_size` or `patch_embedding`.
+            ValueError: the checkpoint is of another type, its images or patches are not square, or it has too many or too few
+                tensors. Or a given field does not fit its weights, such as `patch_size` or `patch_embedding`.
             StrictDataclassClassValidationError: as from [`IBViTConfig`].
-            OSError: there is no such checkpoint, or not in safetensors.
+            OSError: there is no such checkpoint, or none in safetensors.
 
         Example:
 
@@ -367,48 +300,7 @@ class IBViTForImageClassification(IBViTPreTrainedModel):
         ... )
         ```
         """
-        names = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token", "variant")
-        location = {name: kwargs.pop(name) for name in names if name in kwargs}
-        saved_config, _ = PreTrainedConfig.get_config_dict(name_or_path, **location)
-        model_type = saved_config.get("model_type")
-        if model_type not in ("vit", "deit"):
-            raise ValueError(
-                f'from_vit takes checkpoints of type "vit" or "deit"; {name_or_path} is of type "{model_type}".'
-            )
-        source_class = ViTForImageClassification if model_type == "vit" else DeiTForImageClassification
-        if DeiTForImageClassificationWithTeacher.__name__ in (saved_config.get("architectures") or ()):
-            source_class = DeiTForImageClassificationWithTeacher
-        source_config = source_class.config_class.from_dict(saved_config)
-        keeps_distillation_token = model_type == "deit" and not teacher_names
-        if keeps_distillation_token:
-            teacher_names = ("distillation",)
-        has_fusion, dtype = "fusion" in kwargs, kwargs.pop("dtype", "auto")
-        config, kwargs = config_from_vit(source_config, teacher_names, image_size, **kwargs)
-
-        source, loaded = source_class.from_pretrained(
-            name_or_path, config=source_config, use_safetensors=True, output_loading_info=True, **location
-        )
-        left_out = {"pooler", "mask_token", "decoder"}
-        unused = [name for name in sorted(loaded["unexpected_keys"]) if not left_out & {*name.split(".")}]
-        missing = [name for name in sorted(loaded["missing_keys"]) if "classifier" not in name]
-        if unused or missing:
-            raise ValueError(
-                f"{name_or_path} is no {source_class.__name__}: {unused} have no place in it, {missing} are missing."
-            )
-        has_heads = not loaded["missing_keys"] and config.num_labels == source_config.num_labels
-        if keeps_distillation_token:
-            if not has_fusion:
-                is_mean = has_heads and source_class is DeiTForImageClassificationWithTeacher
-                config.fusion = "mean_logits" if is_mean else "class_token"
-            logger.warning(
-                '%s attends to a distillation token, which is kept as the teacher token "distillation"; fusion is "%s".',
-                name_or_path,
-                config.fusion,
-            )
-        weights = weights_from_vit(source, config, has_heads)
-        model = cls.from_pretrained(None, config=config, state_dict=weights, dtype=dtype, **kwargs)
-        model.config.name_or_path = model.name_or_path = str(name_or_path)
-        return model
+        return convert_vit(cls, name_or_path, teacher_names, image_size, **kwargs)
 
     def fuse(self, class_logits: torch.Tensor, teacher_token_logits: torch.Tensor | None) -> torch.Tensor:
         """Class head (N, classes) and teacher heads (N, teachers, classes) → logits (N, classes), by `config.fusion`."""
@@ -430,8 +322,8 @@ class IBViTForImageClassification(IBViTPreTrainedModel):
         """
         Args:
             pixel_values: (N, num_channels, H, W).
-            labels: (N,) class ids; when given, the output has the class head's cross-entropy as `loss`.
-            interpolate_pos_encoding: accept images of another size than the configuration's.
+            labels: (N,) class ids; with them, the output has the cross-entropy of the class head as `loss`.
+            interpolate_pos_encoding: accept images of another size than `image_size`.
 
         Raises:
             ValueError: the images have another number of channels, or another size without `interpolate_pos_encoding`.

@@ -32,7 +32,8 @@ def ensemble_distillation_loss(
     standardize_logits: bool = False,
     confidence_weighting: bool = False,
 ) -> EnsembleDistillationLoss:
-    r"""Labels teach the class token, each teacher its own token (arXiv 2310.00369; arXiv 2106.12378, equation 3).
+    r"""The labels' loss of the class token plus the loss of each teacher token against its teacher (arXiv 2310.00369;
+    arXiv 2106.12378, equation 3).
 
     For a row with label y, class-token logits z, teacher tokens' logits s_i, teachers' logits t_i, temperatures τ_i and
     weights λ_0 (labels) and λ_i (teachers), the `"soft"` loss is
@@ -52,15 +53,15 @@ def ensemble_distillation_loss(
         temperature: one number τ for all teachers, or T numbers.
         label_weight: λ_0.
         mode: `"soft"` or `"hard"`.
-        label_smoothing: share of a label's weight that is spread over all classes.
+        label_smoothing: share of the weight of a label that is spread over all classes.
         standardize_logits: shift and scale the logits of each teacher and teacher token to mean 0 and deviation 1 over the
-            classes before the temperature divides them (arXiv 2403.01427), so that a token need not match how sure its
-            teacher is. For `"soft"`.
-        confidence_weighting: the teachers of a row share its weight in proportion to the probability that each gives
-            its label (after CA-MKD, arXiv 2201.00007): λ_i is multiplied by T · p_i(y) / Σ_j p_j(y), at temperature 1.
+            classes before the temperature divides them (arXiv 2403.01427). A token then need not match the confidence of
+            its teacher. For `"soft"`.
+        confidence_weighting: in each row, weight the teachers by the probabilities p_i(y) that they give to its label:
+            λ_i is multiplied by T · p_i(y) / Σ_j p_j(y), at temperature 1 (after CA-MKD, arXiv 2201.00007).
 
     Raises:
-        ValueError: shapes, numbers of weights or temperatures, or the mode do not fit.
+        ValueError: the shapes, the number of weights or temperatures, or the mode do not fit.
 
     Example:
 
@@ -76,25 +77,26 @@ def ensemble_distillation_loss(
     num_teachers = teacher_logits.shape[1] if teacher_logits.dim() == 3 else None
     if num_teachers is None or teacher_token_logits.shape != teacher_logits.shape:
         raise ValueError(
-            "Teacher tokens and teachers need logits of the same shape (N, T, C); got "
-            f"{tuple(teacher_token_logits.shape)} and {tuple(teacher_logits.shape)}."
+            f"teacher_token_logits {tuple(teacher_token_logits.shape)} and teacher_logits {tuple(teacher_logits.shape)} "
+            "must have the same shape (N, T, C)."
         )
     if (
         class_logits.shape != (teacher_logits.shape[0], teacher_logits.shape[2])
         or labels.shape != class_logits.shape[:1]
     ):
         raise ValueError(
-            f"For teacher logits {tuple(teacher_logits.shape)}, class_logits are (N, C) and labels (N,); got "
-            f"{tuple(class_logits.shape)} and {tuple(labels.shape)}."
+            f"class_logits {tuple(class_logits.shape)} and labels {tuple(labels.shape)} do not fit teacher_logits "
+            f"{tuple(teacher_logits.shape)}. They must be (N, C) and (N,)."
         )
     weights = torch.as_tensor(list(weights), dtype=torch.float32, device=class_logits.device)
     temperatures = torch.as_tensor(temperature, dtype=torch.float32, device=class_logits.device)
     if len(weights) != num_teachers or temperatures.shape not in ((), (num_teachers,)):
         raise ValueError(
-            f"There are {num_teachers} teachers; got {len(weights)} weights and {temperatures.numel()} temperatures."
+            f"{len(weights)} weights and {temperatures.numel()} temperatures do not fit {num_teachers} teachers. Give one "
+            "weight for each teacher, and one temperature for all or a list of one for each."
         )
     if mode not in MODES:
-        raise ValueError(f'mode is "soft" or "hard"; got "{mode}".')
+        raise ValueError(f'mode="{mode}" is unknown. Choose "soft" or "hard".')
 
     label_loss = F.cross_entropy(class_logits.float(), labels, label_smoothing=label_smoothing)
     students, teachers = teacher_token_logits.float(), teacher_logits.detach().float()

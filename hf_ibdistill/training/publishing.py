@@ -7,8 +7,8 @@ from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy
 
-from ..hub import ensure_repo, push_folder_to_hub
-from ..model_card import create_model_card
+from ..publishing.cards import create_model_card
+from ..publishing.hub import ensure_repo, push_folder_to_hub
 
 
 logger = logging.getLogger(__name__)
@@ -18,9 +18,10 @@ class PublishingTrainer(Trainer):
     """transformers' `Trainer`, whose pickled arguments would publish the access token in them. Pushes of checkpoints while
     training leave the optimizer's state at home, and wait until they have arrived; if they cannot, training goes on."""
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
@@ -67,7 +68,7 @@ class PublishingTrainer(Trainer):
         folder = Path(self.args.output_dir)
         if not (folder / "README.md").exists():
             title = (self.args.hub_model_id or folder.absolute().name).split("/")[-1]
-            create_model_card(self.model, title=title).save(folder / "README.md")
+            create_model_card(self.model, {"title": title}).save(folder / "README.md")
         return self._push(folder, commit_message, token, revision, private, create_pr)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:

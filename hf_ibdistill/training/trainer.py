@@ -1,22 +1,22 @@
 """The trainers: one for any classifier on labels alone, one for a student on stored logits or online teachers."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
 from datasets import Dataset, IterableDataset
 from transformers import BaseImageProcessor, PreTrainedModel, TrainerCallback, TrainingArguments
 
-from ..data import check_class_names, class_names, config_class_names, find_columns
+from ..data.classes import check_class_names, class_names, config_class_names
+from ..data.columns import LABEL, as_image_table
 from ..evaluation import compute_metrics
-from ..images import ImageRows, StreamedImageRows
-from ..logits.encoding import ROW_KEY, column_name, describe_column
+from ..images.views import ViewRecipe
+from ..logits.encoding import column_name, describe_column
 from ..logits.provenance import check_columns, stored_views
-from ..logits.views import ViewRecipe
+from ..rows import DistillationCollator, ImageRows, StreamedImageRows
 from ..teachers import TeacherLike, load_teachers
 from .arguments import DistillationArguments, ImageTrainingArguments
-from .collator import DistillationCollator
 from .losses import ensemble_distillation_loss
 from .publishing import PublishingTrainer
 
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 class _StartEpoch(TrainerCallback):
-    """Turns the training rows to the views of the epoch, also of one that is resumed in the middle."""
+    """Switches the training rows to the views of the epoch, even if training resumes in the middle of it."""
 
     def __init__(self, trainer):
         self.trainer, self.passes = trainer, 0
@@ -34,9 +34,9 @@ class _StartEpoch(TrainerCallback):
         self.passes = 0
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        rows = self.trainer.training_rows
-        # Nobody knows the length of a stream, so its epochs are the passes since training began or was resumed. Of a
-        # table `state.epoch` tells, a sum of fractions that may end just below the whole number.
+        rows = self.trainer.train_dataset
+        # A stream has no length, so its epochs are the passes since training began or was resumed. For a table,
+        # `state.epoch` is a sum of fractions that may end just below the whole number.
         is_streamed = isinstance(rows, StreamedImageRows)
         rows.start_epoch(self.passes if is_streamed else int((state.epoch or 0) + 1e-6))
         self.passes += 1
@@ -49,18 +49,24 @@ class ImageClassificationTrainer(PublishingTrainer):
 
     Args:
         model: any image classifier.
-        args: training arguments.
-        train_dataset, eval_dataset: tables with an image and a `ClassLabel` column, found unless named. The first may be
-            streamed (an `IterableDataset`); shuffle it yourself (`dataset.shuffle(buffer_size=…)`).
-        processing_class: the model's image processor, saved with every checkpoint.
-        image_column, label_column: columns of the tables.
-        views: train on these views of the images, number `epoch` of each; evaluation sees the images as they are.
+        args: training arguments. `remove_unused_columns` has no effect and is set to `False`.
+        train_dataset: a table with an image and a `ClassLabel` column. It may be a stream (an `IterableDataset`); shuffle
+            a stream yourself (`dataset.shuffle(buffer_size=…)`).
+        eval_dataset: such a table, or name → table.
+        processing_class: the image processor of the model, saved with every checkpoint.
+        image_column: the image column of the tables; found if not given.
+        label_column: the label column of the tables; found if not given.
+        views: train on these views of the images, view number `epoch` of each. Evaluation uses the images as they are.
         kwargs: as for `Trainer`.
+
+    The attributes `train_dataset` and `eval_dataset` hold [`ImageRows`], made once; `train_dataset.table` is the table.
+    A table that is assigned to them later is checked and wrapped before its first use. A table for `evaluate` or
+    `predict` is wrapped for that call.
 
     Raises:
         TypeError: a table is not a `datasets.Dataset`.
-        ValueError: before the first step: columns cannot be found, a table is empty, or model and table differ in their
-            classes.
+        ValueError: before the first step, if columns cannot be found, a table is empty, or model and table differ in
+            their classes.
     """
 
     default_arguments = ImageTrainingArguments
@@ -78,13 +84,10 @@ class ImageClassificationTrainer(PublishingTrainer):
         **kwargs,
     ):
         if processing_class is None:
-            raise ValueError("The trainer needs the model's image processor: processing_class=image_processor.")
-        tables = {"Training": train_dataset}
-        tables |= eval_dataset if isinstance(eval_dataset, dict) else {"Evaluation": eval_dataset}
-        tables = {name: table for name, table in tables.items() if table is not None}
-        for name, table in tables.items():
-            if not isinstance(table, (Dataset, IterableDataset) if name == "Training" else Dataset):
-                raise TypeError(f"The {name.lower()} set is a datasets.Dataset; got {type(table).__name__}.")
+            raise ValueError(
+                "processing_class=None, but the trainer needs the image processor of the model. Pass "
+                "processing_class=image_processor."
+            )
         if args is None:
             args = self.default_arguments("trainer_output", eval_strategy="no" if eval_dataset is None else "epoch")
         super().__init__(
@@ -95,8 +98,11 @@ class ImageClassificationTrainer(PublishingTrainer):
             processing_class=processing_class,
             **kwargs,
         )
-        self.image_column, self.label_column, self.views = image_column, label_column, views
-        self._checked_tables = set()
+        # Rows hold what the collator needs and nothing else; `Trainer` would remove it, because no model takes it.
+        self.args.remove_unused_columns = False
+        self.image_column, self.label_column = image_column, label_column
+        self.views = self._given_views = views
+        self._wrapped: dict[str, tuple[ImageRows | StreamedImageRows, Sequence[float] | None]] = {}
         self.add_callback(_StartEpoch(self))
         self._measures_tokens = self.compute_metrics is None
         if self._measures_tokens:
@@ -105,91 +111,116 @@ class ImageClassificationTrainer(PublishingTrainer):
         self._prepare()
         if kwargs.get("data_collator") is None:
             self.data_collator = self._build_collator()
-        for name, table in tables.items():
-            rows = self._remove_unused_columns(table, name)
-            if isinstance(rows, StreamedImageRows):
-                self.train_dataset = rows
+        self._wrap_train_dataset()
+        self._wrap_eval_dataset()
 
     def _prepare(self) -> None:
-        """Check what the constructor was given, before any table is looked at."""
+        """Check what the constructor was given, before any table is read."""
 
     def _build_collator(self) -> DistillationCollator:
         return DistillationCollator(self.processing_class)
 
     @property
-    def _label_names(self) -> list[str]:
+    def _class_names(self) -> list[str]:
         return config_class_names(self.model.config)
+
+    def get_train_dataloader(self):
+        self._wrap_train_dataset()
+        return super().get_train_dataloader()
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        if eval_dataset is None or isinstance(eval_dataset, str) or eval_dataset is self.eval_dataset:
+            self._wrap_eval_dataset()
+            return super().get_eval_dataloader(eval_dataset if isinstance(eval_dataset, str) else None)
+        # Not `Trainer.get_eval_dataloader`: with persistent workers it returns the loader of the table before.
+        return super().get_test_dataloader(self._rows(eval_dataset, "evaluation set"))
+
+    def get_test_dataloader(self, test_dataset):
+        return super().get_test_dataloader(self._rows(test_dataset, "test set"))
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         if ignore_keys is None and self._measures_tokens:
-            # Our own metrics also look at each token; anybody else's see the fused prediction alone.
+            # Our own metrics need each token; those of a user get the fused prediction alone.
             ignore_keys = ["hidden_states", "attentions"]
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
-    # The hook by which `Trainer` prepares a streamed table's rows; ours have no unused columns.
-    def _get_collator_with_removed_columns(self, data_collator, description=None):
-        return data_collator
+    def _wrap_train_dataset(self) -> None:
+        if self.train_dataset is not None:
+            self.train_dataset = self._wrap(self.train_dataset, "training set", is_training=True)
 
-    # The hook by which `Trainer` prepares every other table for its data loader, with one of the words below.
-    def _remove_unused_columns(
-        self, dataset: Dataset | IterableDataset, description: str | None = None
+    def _wrap_eval_dataset(self) -> None:
+        if isinstance(self.eval_dataset, dict):
+            self.eval_dataset = {
+                name: self._wrap(table, f'evaluation set "{name}"') for name, table in self.eval_dataset.items()
+            }
+        elif self.eval_dataset is not None:
+            self.eval_dataset = self._wrap(self.eval_dataset, "evaluation set")
+
+    def _wrap(self, table, what: str, is_training: bool = False) -> ImageRows | StreamedImageRows:
+        """The rows of a table that the trainer keeps; made once for each table."""
+        rows, temperatures = self._wrapped.get(what, (None, None))
+        # A hyperparameter search may change the temperatures, at which rows decode top-k logits.
+        if table is not rows or temperatures != self._temperatures:
+            rows = self._rows(table, what, is_training)
+            self._wrapped[what] = rows, self._temperatures
+            # `Trainer` keeps loaders with persistent workers, which would go on with the rows before.
+            getattr(self, "_eval_dataloaders", {}).clear()
+        return rows
+
+    def _rows(
+        self, table: Dataset | IterableDataset | ImageRows | StreamedImageRows, what: str, is_training: bool = False
     ) -> ImageRows | StreamedImageRows:
-        is_training = description == "Training"
-        is_streamed = isinstance(dataset, IterableDataset)
-        what = f"{(description or 'given').lower()} set"
-        if is_streamed and dataset.features is None:
-            raise ValueError(f"The {what} does not know its columns' types; open it with features=….")
-        if not is_streamed and len(dataset) == 0:
+        """Check a table and make its rows."""
+        columns = self.image_column, self.label_column
+        if isinstance(table, (ImageRows, StreamedImageRows)):
+            # Rows for training have other views and logits than rows for evaluation. Their table has passed the door.
+            table, columns = table.table, (None, None)
+        if not isinstance(table, (Dataset, IterableDataset) if is_training else Dataset):
+            kinds = "a datasets.Dataset or IterableDataset" if is_training else "a datasets.Dataset"
+            raise TypeError(f"The {what} is of type {type(table).__name__}. Give {kinds}.")
+        is_streamed = isinstance(table, IterableDataset)
+        if not is_streamed and len(table) == 0:
             raise ValueError(f"The {what} is empty; it needs at least one row.")
-        image, label = find_columns(dataset, self.image_column, self.label_column)
-        logits = self._logits_columns(dataset, is_training)
-        table = (is_training, id(dataset) if is_streamed else dataset._fingerprint)
-        if table not in self._checked_tables:
-            check_class_names(self._label_names, class_names(dataset, label), f"the model (beside the {what})")
-            self._check_logits(dataset, is_training, logits)
-            self._checked_tables.add(table)
+        try:
+            table = as_image_table(table, *columns)
+            check_class_names(self._class_names, class_names(table), "the model")
+            logits = self._logits_columns(table, is_training)
+        except ValueError as error:
+            raise ValueError(f"The {what}: {error}") from error
         views = self.views if is_training else None
-        key = [ROW_KEY] if ROW_KEY in dataset.column_names else []
-        dataset = dataset.select_columns([image, label, *key, *logits])
-        dataset = dataset.rename_columns({old: new for old, new in ((image, "image"), (label, "label")) if old != new})
         kind = StreamedImageRows if is_streamed else ImageRows
         num_classes, temperatures = self.model.config.num_labels, self._temperatures
-        rows = kind(dataset, "image", ["label"], logits, num_classes, views, temperatures=temperatures)
-        if is_training:
-            self.training_rows = rows
-        return rows
+        return kind(table, [LABEL], logits, num_classes, views, temperatures=temperatures)
 
     _temperatures = None
 
-    def _logits_columns(self, dataset: Dataset, is_training: bool) -> list[str]:
+    def _logits_columns(self, table: Dataset | IterableDataset, is_training: bool) -> list[str]:
+        """The logits columns to read from the table, after they were checked."""
         return []
-
-    def _check_logits(self, dataset: Dataset, is_training: bool, columns: list[str]) -> None:
-        pass
 
 
 class EnsembleDistillationTrainer(ImageClassificationTrainer):
-    """Distils teachers into an `IBViTForImageClassification` by [`ensemble_distillation_loss`].
+    """Distills teachers into an `IBViTForImageClassification` by [`ensemble_distillation_loss`].
 
-    The teachers' logits come from the columns that `record_teacher_logits` wrote, or, with `teachers`, from running them
-    in every step. A table of views is trained on view by view, epoch by epoch, as its teachers saw them; a table of
-    un-augmented images on `views` if given, whose logits are then those of the image as it is. Each term of
-    the loss is logged by its own name: `label_loss` and `<teacher>_loss`. Evaluation needs no logits columns: without
-    them its loss is the labels' term alone.
+    The teachers' logits come from the columns that `record_teacher_logits` wrote. With `teachers`, they come from running
+    the teachers in every step. Each term of the loss is logged under its own name: `label_loss` and `<teacher>_loss`.
+
+    A table that was recorded on views is trained on view by view, one each epoch, with the logits of that view. A table
+    of logits of the images as they are can be trained on `views`; every view then has the logits of its image.
+    Evaluation needs no logits columns. Without them, its loss is the term of the labels alone.
 
     Args:
         model: the student; `model.config.teacher_names` names the teachers.
         args: [`DistillationArguments`].
-        train_dataset, eval_dataset: tables with an image and a `ClassLabel` column, found unless named.
-        processing_class: the student's image processor.
         teachers: name → Hub id, folder, model loaded by `from_pretrained`, or (model, image processor), for online
             distillation, on `views` if given. `None` reads the columns.
         kwargs: as for [`ImageClassificationTrainer`].
 
     Raises:
-        TypeError: other arguments than [`DistillationArguments`], or a table that is not a `datasets.Dataset`.
-        ValueError: before the first step: the student has no teachers, a logits column is missing or does not fit, weights
-            or temperatures are not one for each teacher, or teachers, student and data differ in their classes.
+        TypeError: `args` are not [`DistillationArguments`], or a table is not a `datasets.Dataset`.
+        ValueError: before the first step, if the student has no teachers, a logits column is missing or does not fit,
+            there is not one weight or temperature for each teacher, or teachers, student and data differ in their
+            classes.
 
     Example:
 
@@ -216,7 +247,7 @@ class EnsembleDistillationTrainer(ImageClassificationTrainer):
     ):
         if args is not None and not isinstance(args, DistillationArguments):
             raise TypeError(
-                f"args is DistillationArguments, which hold the loss's weights; got {type(args).__name__}."
+                f"args is {type(args).__name__}, but the loss needs its weights. Pass args=DistillationArguments(…)."
             )
         self._given_teachers = teachers
         super().__init__(model=model, args=args, **kwargs)
@@ -225,27 +256,28 @@ class EnsembleDistillationTrainer(ImageClassificationTrainer):
         self.teacher_names = list(getattr(self.model.config, "teacher_names", []))
         if not self.teacher_names:
             raise ValueError(
-                "The student has no teacher tokens; build it with IBViTConfig(teacher_names=(...)), or train it without "
-                "teachers with ImageClassificationTrainer."
+                f"The student ({type(self.model).__name__}) has no teacher tokens. Build it with "
+                "IBViTConfig(teacher_names=(…)), or train it without teachers with ImageClassificationTrainer."
             )
         for name in ("teacher_weights", "temperature"):
-            if len(getattr(self.args, name)) not in (1, len(self.teacher_names)):
+            values = getattr(self.args, name)
+            if len(values) not in (1, len(self.teacher_names)):
                 raise ValueError(
-                    f"{name} is one number or one for each teacher ({', '.join(self.teacher_names)}); got "
-                    f"{getattr(self.args, name)}."
+                    f"{name}={values} has {len(values)} numbers. Give one for all teachers, or one for each of "
+                    f"{', '.join(self.teacher_names)}."
                 )
         self._warn_of_untaught_heads()
         teachers, self.teachers = self._given_teachers, []
         if teachers is not None:
             if set(teachers) != set(self.teacher_names):
                 raise ValueError(
-                    f"The student's teachers are {self.teacher_names}; got teachers {sorted(teachers)}. The names must "
-                    "be the same."
+                    f"teachers={sorted(teachers)} differ from the teachers of the student, {self.teacher_names}. Give "
+                    "the same names."
                 )
             named = {name: teachers[name] for name in self.teacher_names}
             self.teachers = load_teachers(named, bf16=self.args.bf16)
         for teacher in self.teachers:
-            teacher.match_classes(self._label_names)
+            teacher.match_classes(self._class_names)
             teacher.model.to(self.args.device)
         self._loss_terms = torch.zeros(2 + len(self.teacher_names))
 
@@ -256,14 +288,14 @@ class EnsembleDistillationTrainer(ImageClassificationTrainer):
         untaught = [name for name, weight in counted.items() if weight == 0]
         if untaught:
             logger.warning(
-                'The fusion "%s" counts the head of the %s token, which a weight of 0 leaves as it started. Give it a small '
-                "weight, such as 0.1.",
+                'fusion="%s" uses the head of the %s token, which a weight of 0 leaves untrained. Give it a small weight, '
+                "such as 0.1.",
                 fusion,
                 " and ".join(untaught),
             )
 
     def _for_each_teacher(self, values: list[float]) -> list[float]:
-        return values * len(self.teacher_names) if len(values) == 1 else values
+        return values * len(self.teacher_names) if len(values) == 1 else list(values)
 
     @property
     def _temperatures(self) -> list[float]:
@@ -274,43 +306,38 @@ class EnsembleDistillationTrainer(ImageClassificationTrainer):
         names = [] if self.teachers else self.teacher_names
         return DistillationCollator(self.processing_class, teacher_names=names, teacher_image_processors=processors)
 
-    def _logits_columns(self, dataset: Dataset, is_training: bool) -> list[str]:
+    def _logits_columns(self, table: Dataset | IterableDataset, is_training: bool) -> list[str]:
         columns = [column_name(name) for name in self.teacher_names]
         if self.teachers:
             return []
-        if is_training:
-            return columns
-        # Evaluation sees images as they are, of which logits of views say nothing.
-        is_recorded = set(columns) <= set(dataset.column_names) and stored_views(dataset) is None
-        return columns if is_recorded else []
-
-    def _check_logits(self, dataset: Dataset, is_training: bool, columns: list[str]) -> None:
-        if not columns:
-            return
-        check_columns(dataset, self.teacher_names, self._label_names)
+        # Evaluation uses the images as they are, and logits of views belong to other images.
+        if not is_training and not (set(columns) <= set(table.column_names) and stored_views(table) is None):
+            return []
+        check_columns(table, self.teacher_names, self._class_names)
         for column in columns if self.args.standardize_logits else []:
-            if describe_column(dataset.features[column])[0].top_k is not None:
+            if describe_column(table.features[column])[0].top_k is not None:
                 raise ValueError(
-                    f'standardize_logits needs every logit, and the column "{column}" holds the largest only. Record dense '
-                    "logits (top_k=None), or leave standardize_logits off."
+                    f'standardize_logits=True needs every logit, but the column "{column}" holds the largest only. Record '
+                    "dense logits (top_k=None), or set standardize_logits=False."
                 )
         if is_training:
-            recorded = stored_views(dataset)
-            if recorded is not None and self.views not in (None, recorded):
+            recorded = stored_views(table)
+            if recorded is not None and self._given_views not in (None, recorded):
                 raise ValueError(
-                    f"The table holds logits of other views: {recorded} instead of {self.views}. Leave `views` out to "
-                    "train on the recorded ones, or record these."
+                    f"views={self._given_views} differ from the views of the recorded logits, {recorded}. Leave `views` "
+                    "out to train on the recorded views, or record the logits of yours."
                 )
             # Logits of the images as they are may teach views of them: the "fixed teacher" of arXiv 2106.05237.
-            self.views = recorded or self.views
+            self.views = recorded or self._given_views
+        return columns
 
     def train(self, *args, **kwargs):
         self._loss_terms.zero_()
         return super().train(*args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The mean over the rows of the batch, scaled so that the steps of an accumulated batch, over all processes, add
-        up to the mean over all its rows."""
+        """The mean over the rows of the batch, times their share of the accumulated batch of all processes. So the losses
+        of these batches add up to the mean over all rows."""
         labels = inputs["labels"]
         outputs = model(pixel_values=inputs["pixel_values"])
         teacher_logits = inputs.get("teacher_logits")
@@ -334,15 +361,23 @@ class EnsembleDistillationTrainer(ImageClassificationTrainer):
             standardize_logits=self.args.standardize_logits,
             confidence_weighting=self.args.confidence_weighting,
         )
-        share = 1.0 if num_items_in_batch is None else len(labels) / num_items_in_batch
+        share = 1.0 if num_items_in_batch is None else len(labels) / self._num_rows(num_items_in_batch)
         if model.training:
             terms = torch.cat((losses.label_loss.detach()[None], losses.teacher_losses.detach()))
             self._loss_terms = self._loss_terms.to(terms.device) + share * torch.cat((terms.new_ones(1), terms))
         loss = losses.loss * share
         if self.args.average_tokens_across_devices:
-            # The share is of all processes' rows; DDP averages their gradients, and the reported loss likewise.
+            # The share is of the rows of all processes, but DDP averages gradients, and `Trainer` the reported loss.
             loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
+
+    def _num_rows(self, num_items_in_batch: torch.Tensor | int) -> torch.Tensor | int:
+        """The rows of the accumulated batch, a scalar."""
+        if self.args.n_gpu <= 1:
+            return num_items_in_batch
+        # For `DataParallel`, `Trainer` repeats the count for each device, and divides it by their number unless it
+        # averages over devices. Here the outputs are gathered already, so this batch has the rows of all devices.
+        return num_items_in_batch.flatten()[0] * (1 if self.args.average_tokens_across_devices else self.args.n_gpu)
 
     def log(self, logs, start_time=None):
         if "loss" in logs:

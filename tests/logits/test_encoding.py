@@ -1,10 +1,13 @@
+"""Logits ↔ columns: dense and top-k against distributions computed by hand, and random access against decoding."""
+
 import math
 import pickle
+import re
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from datasets import Dataset, Features, Value, concatenate_datasets, load_from_disk
+from datasets import Dataset, Features, List, Value, concatenate_datasets, load_from_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -82,7 +85,7 @@ def test_the_rest_follows_the_temperature():
         stored = np.array(column.field("class_ids").to_pylist())
         masses = [np.take_along_axis(p, stored, -1).sum(-1) for p in (read, whole)]
         np.testing.assert_allclose(1 - masses[0], 1 - masses[1], rtol=0.05)
-        # What storing the sum at temperature 1 alone would give is further off.
+        # The sum at temperature 1 alone would be further off.
         if temperature > 1:
             fixed = softmax(decode(column, 2000) / temperature)
             fixed = np.take_along_axis(fixed, stored, -1).sum(-1)
@@ -145,15 +148,17 @@ def test_bytes_of_a_row():
 def test_rows_that_are_not_finite_are_named(value, top_k):
     logits = np.zeros((6, 2, 3), np.float32)
     logits[1, 0, 2] = logits[4, 1, 0] = value
-    with pytest.raises(NonFiniteLogitsError, match=r"2 rows \(first \[1, 4\]\): check the teacher") as error:
+    with pytest.raises(NonFiniteLogitsError, match=r"2 rows .*\[1, 4\].*check the teacher") as error:
         LogitsEncoding(top_k=top_k).encode(logits, views=True)
     assert error.value.rows.tolist() == [1, 4]
 
 
 @pytest.mark.parametrize(("top_k", "value"), [(None, 1e5), (2, 5e4)])
-def test_logits_too_large_for_float16_are_told_to_use_float32(top_k, value):
+def test_logits_too_large_for_float16_need_float32(top_k, value):
     logits = np.array([[value, -value, 0, 1]], np.float32)
-    with pytest.raises(NonFiniteLogitsError, match='too large for float16.*dtype="float32" has room'):
+    with pytest.raises(
+        NonFiniteLogitsError, match=rf'{re.escape(f"{value:.3g}")}, too large for float16.*dtype="float32"'
+    ):
         LogitsEncoding(top_k=top_k).encode(logits)
     assert np.isfinite(decode(LogitsEncoding("float32", top_k).encode(logits), 4)).all()
 
@@ -166,14 +171,15 @@ def test_more_than_65536_classes():
 
 
 def test_wrong_encodings_are_refused():
-    with pytest.raises(ValueError, match='float16 or float32; got "int8"'):
+    with pytest.raises(ValueError, match='dtype="int8".*float16 or float32'):
         LogitsEncoding("int8")
-    with pytest.raises(ValueError, match="top_k is at least 2; got 1"):
+    with pytest.raises(ValueError, match="top_k=1 .*2"):
         LogitsEncoding(top_k=1)
-    with pytest.raises(ValueError, match=r"smaller than the number of classes \(5\); got 5"):
+    with pytest.raises(ValueError, match=r"top_k=5 .*\(5\)"):
         LogitsEncoding(top_k=5).feature(5, None)
-    with pytest.raises(ValueError, match="not a list of a fixed number of logits"):
-        describe_column(Value("float16"))
+    for feature in (Value("float16"), List(Value("float16")), List(List(Value("float16"), length=3))):
+        with pytest.raises(ValueError, match="fixed number of logits but "):
+            describe_column(feature)
 
 
 def test_recorded_teachers_are_found_by_their_columns():
@@ -183,35 +189,38 @@ def test_recorded_teachers_are_found_by_their_columns():
 
 @pytest.mark.parametrize("num_views", [None, 3])
 @pytest.mark.parametrize("encoding", [LogitsEncoding("float16"), LogitsEncoding("float32", top_k=4)], ids=str)
-@pytest.mark.parametrize(
-    "made", ["one file", "shards", "other folders", "in memory", "shuffled", "filtered", "in another process"]
-)
-def test_random_access_equals_decoding_the_rows(made, encoding, num_views, tmp_path):
-    logits = random_logits(2500, *([] if num_views is None else [num_views]), 7)
+def test_random_access_equals_decoding_the_rows(encoding, num_views, tmp_path):
+    logits = random_logits(1300, *([] if num_views is None else [num_views]), 7)
     column, feature = encoding.encode(logits, num_views is not None), encoding.feature(7, num_views)
     # Names of another length for each row, as images have: chunks in the file lie at uneven distances.
     features = Features({"name": Value("string"), "a_logits": feature})
-    names = pa.array(["x" * (i % 17) for i in range(2500)])
-    table = Dataset(pa.table({"name": names, "a_logits": column}).cast(features.arrow_schema)).cast(features)
-    if made == "other folders":
-        parts = [table.select(range(900)), table.select(range(900, 2500))]
-        for i, part in enumerate(parts):
-            part.save_to_disk(tmp_path / str(i))
-        table = concatenate_datasets([load_from_disk(tmp_path / str(i)) for i in (1, 0)])
-    elif made != "in memory":
-        table.save_to_disk(tmp_path / "t", num_shards=3 if made == "shards" else 1)
-        table = load_from_disk(tmp_path / "t")
-    if made == "shuffled":
-        table = table.shuffle(seed=0)
-    if made == "filtered":
-        table = table.filter(lambda name: len(name) % 2 == 0, input_columns="name")
-    stored = StoredLogits(table, "a_logits")
-    if made == "in another process":
-        stored.read([0], 7, None if num_views is None else 0)
-        stored = pickle.loads(pickle.dumps(stored))
-    rows = [len(table) - 1, 0, 999, 1000, 7, 7, -2]
-    for view in [None] if num_views is None else range(num_views):
-        expected = decode(table.with_format("arrow")[[row % len(table) for row in rows]]["a_logits"], 7, view, 2.0)
-        read = stored.read(rows, 7, view, 2.0)
-        assert read.dtype == expected.dtype
-        np.testing.assert_array_equal(read, expected)
+    names = pa.array(["x" * (i % 17) for i in range(1300)])
+    in_memory = Dataset(pa.table({"name": names, "a_logits": column}).cast(features.arrow_schema)).cast(features)
+
+    def written(table, name, **options):
+        table.save_to_disk(tmp_path / name, **options)
+        return load_from_disk(tmp_path / name)
+
+    parts = [written(in_memory.select(rows), str(rows)) for rows in (range(500, 1300), range(500))]
+    one_file = written(in_memory, "t")
+    tables = {
+        "in memory": in_memory,
+        "one file": one_file,
+        "shards": written(in_memory, "s", num_shards=3),
+        "several folders": concatenate_datasets(parts),
+        "shuffled": one_file.shuffle(seed=0),
+        "filtered": one_file.filter(lambda name: len(name) % 2 == 0, input_columns="name"),
+    }
+    views = [None] if num_views is None else range(num_views)
+    for made, table in tables.items():
+        stored = StoredLogits(table, "a_logits")
+        rows = [len(table) - 1, 0, 999, 1000, 7, 7, -2]
+        batch = table.with_format("arrow")[[row % len(table) for row in rows]]["a_logits"]
+        for view in views:
+            expected = decode(batch, 7, view, 2.0)
+            read = stored.read(rows, 7, view, 2.0)
+            assert read.dtype == expected.dtype
+            np.testing.assert_array_equal(read, expected, made)
+        # Another process gets what was not read yet and what was.
+        sent = pickle.loads(pickle.dumps(stored))
+        np.testing.assert_array_equal(sent.read(rows, 7, views[-1], 2.0), read, made)

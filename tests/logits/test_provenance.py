@@ -1,5 +1,8 @@
+"""Provenance: it stays with a table, names what differs, and columns are checked against it."""
+
 import copy
 import json
+from functools import cache
 
 import numpy as np
 import pytest
@@ -13,7 +16,6 @@ from hf_ibdistill.logits.provenance import (
     attach_record,
     build_record,
     check_columns,
-    describe_teacher,
     read_records,
     record_differences,
     stored_views,
@@ -33,8 +35,11 @@ def teacher(name="conv", seed=0, size=8, names=NAMES):
     return Teacher(name, IBResNetForImageClassification(config).eval(), processor)
 
 
+same_teacher = cache(teacher)
+
+
 def record(*teachers, dataset=None, views=None, dtype="float16"):
-    described = [describe_teacher(one, LogitsEncoding(dtype)) for one in teachers or [teacher()]]
+    described = [one.describe(LogitsEncoding(dtype)) for one in teachers or [same_teacher()]]
     return build_record(described, dataset or {"num_rows": 6}, views)
 
 
@@ -51,14 +56,14 @@ def table(logits=None, encoding=None, num_views=None):
     return Dataset.from_dict(columns, features=features)
 
 
-def test_the_record_travels_with_the_table(tmp_path):
+def test_the_record_stays_with_the_table(tmp_path):
     ours, dataset = record(), table()
     attach_record(dataset, ours)
     dataset.shuffle(seed=0).select(range(4)).filter(lambda row: row["x"] > -1).save_to_disk(tmp_path / "t")
     assert read_records(load_from_disk(tmp_path / "t")) == [json.loads(json.dumps(ours))]
 
 
-def test_concatenated_tables_carry_both_records():
+def test_concatenated_tables_have_both_records():
     first, second = table(), table()
     attach_record(first, record(teacher(seed=0)))
     attach_record(second, record(teacher(seed=1)))
@@ -76,7 +81,7 @@ def test_a_table_without_record_has_none(description):
 
 
 def test_equal_teachers_do_not_differ_and_library_versions_may():
-    ours, other = record(), record()
+    ours, other = record(teacher()), record(teacher())
     other["versions"]["torch"] = "0.0"
     assert record_differences(ours, other) == []
 
@@ -103,16 +108,16 @@ def test_check_columns_passes_what_fits():
 
 
 def test_check_columns_names_what_is_missing():
-    with pytest.raises(ValueError, match=r'no column "inv_logits" \(logits columns: conv_logits\)'):
+    with pytest.raises(ValueError, match='"inv".* "inv_logits".*conv_logits'):
         check_columns(table(), ["conv", "inv"], NAMES)
-    with pytest.raises(ValueError, match="holds logits of 3 classes; logits of the student's 4 classes are needed"):
+    with pytest.raises(ValueError, match='"conv_logits" .* 3 classes; .* 4 classes'):
         check_columns(table(), ["conv"], [*NAMES, "fox"])
 
 
 def test_check_columns_reads_the_teachers_classes():
     dataset = table()
     attach_record(dataset, record(teacher(names=["dog", "cat", "eel"])))
-    with pytest.raises(ValueError, match='the teacher "conv" differ: the same names in another order'):
+    with pytest.raises(ValueError, match='the teacher "conv" .*order'):
         check_columns(dataset, ["conv"], NAMES)
 
 
@@ -120,7 +125,7 @@ def test_check_columns_reads_the_teachers_classes():
 def test_check_columns_names_rows_that_are_not_finite(value):
     logits = np.zeros((6, 3), np.float32)
     logits[4, 1] = value
-    with pytest.raises(ValueError, match=r"infinite logits in 1 rows \(first \[4\]\)"):
+    with pytest.raises(ValueError, match=r'"conv_logits" .* in 1 rows .*\[4\]'):
         check_columns(table(logits), ["conv"], NAMES)
     # A selection without the row is fine: only rows that will be trained on count.
     check_columns(table(logits).select([0, 1, 2, 3, 5]), ["conv"], NAMES)
@@ -133,23 +138,23 @@ def test_describing_does_not_change_the_teacher():
     assert all(torch.equal(before[name], value) for name, value in one.model.state_dict().items())
 
 
-def test_class_names_are_told_once():
+def test_class_names_are_in_the_record_once():
     one = teacher()
     one.model.config.label_names = NAMES  # as in timm's configurations
-    described = describe_teacher(one, LogitsEncoding())
+    described = one.describe(LogitsEncoding())
     assert described["label_names"] == NAMES and json.dumps(described).count("eel") == 1
     assert described["config"]["model_type"] == "ibresnet"
 
 
 def test_views_are_read_from_the_record_and_checked_against_the_columns():
     recipe, dataset = ViewRecipe(num_views=2, seed=3), table(num_views=2)
-    with pytest.raises(ValueError, match="holds 2 views a row; the table's provenance says none"):
+    with pytest.raises(ValueError, match='"conv_logits" holds 2 views .* none'):
         stored_views(dataset)
     attach_record(dataset, record(views=recipe))
     assert stored_views(dataset) == recipe
     check_columns(dataset, ["conv"], NAMES)
     attach_record(dataset, record(views=ViewRecipe(num_views=3)))
-    with pytest.raises(ValueError, match="holds 2 views a row; the table's provenance says 3"):
+    with pytest.raises(ValueError, match='"conv_logits" holds 2 views .* has 3'):
         check_columns(dataset, ["conv"], NAMES)
     assert stored_views(table()) is None
 
@@ -158,18 +163,18 @@ def test_tables_of_different_views_are_not_trained_on_together():
     first, second = table(num_views=2), table(num_views=2)
     attach_record(first, record(views=ViewRecipe(num_views=2)))
     attach_record(second, record(views=ViewRecipe(num_views=2, seed=1)))
-    with pytest.raises(ValueError, match="put together from recordings of different views"):
+    with pytest.raises(ValueError, match="different views: .*'seed': 0.*'seed': 1"):
         stored_views(concatenate_datasets([first, second]))
 
 
-def test_top_k_columns_are_checked_too():
+def test_top_k_columns_are_checked():
     encoding = LogitsEncoding(top_k=2)
     check_columns(table(encoding=encoding), ["conv"], NAMES)
     logits = np.array([[0, 1, 2]] * 6, np.float32)
-    with pytest.raises(ValueError, match="names class 2; logits of the student's 2 classes are needed"):
+    with pytest.raises(ValueError, match='"conv_logits" names class 2; .* 2 classes'):
         check_columns(table(logits, encoding), ["conv"], NAMES[:2])
 
 
 def test_a_column_of_something_else_is_named():
-    with pytest.raises(ValueError, match='column "x_logits" holds not a list of a fixed number of logits but Value'):
+    with pytest.raises(ValueError, match='"x_logits" .*fixed number of logits but Value'):
         check_columns(table().rename_column("x", "x_logits"), ["x"], NAMES)

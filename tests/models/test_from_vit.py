@@ -80,7 +80,7 @@ def test_a_distillation_token_stays_without_teacher_names(model_class, tmp_path,
     save_vit(model_class, tmp_path)
     student = from_vit(tmp_path, teacher_names=())
     assert student.config.teacher_names == ["distillation"] and student.config.fusion == FUSION[model_class]
-    assert f'is kept as the teacher token "distillation"; fusion is "{FUSION[model_class]}"' in caplog.text
+    assert '"distillation"' in caplog.text and f'fusion="{FUSION[model_class]}"' in caplog.text
     assert from_vit(tmp_path, teacher_names=(), fusion="mean_probabilities").config.fusion == "mean_probabilities"
     # A mean with the head of a token that only a teacher trains would spoil plain fine-tuning.
     assert from_vit(tmp_path, teacher_names=(), num_labels=3).config.fusion == "class_token"
@@ -198,7 +198,7 @@ def test_saving_and_loading_is_bit_exact(model_class, teacher_names, tmp_path):
     assert torch.equal(loaded(pixel_values).logits, student(pixel_values).logits)
 
 
-def test_arguments_of_from_pretrained_are_honoured(tmp_path):
+def test_arguments_of_from_pretrained_are_honored(tmp_path):
     save_vit(ViTForImageClassification, tmp_path / "in" / "folder")
     arguments = {"subfolder": "folder", "dtype": torch.bfloat16, "attn_implementation": "eager"}
     arguments |= {"hidden_dropout_prob": 0.5, "fusion": "mean_logits"}
@@ -215,17 +215,17 @@ def test_arguments_of_from_pretrained_are_honoured(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"patch_size": 8}, ValueError, "weights are for patch_size=4; got 8"),
-        ({"num_channels": 1}, ValueError, "weights are for num_channels=3; got 1"),
-        ({"num_attention_heads": 4}, ValueError, "weights are for num_attention_heads=3; got 4"),
+        ({"patch_size": 8}, ValueError, "patch_size=8 .*patch_size=4"),
+        ({"num_channels": 1}, ValueError, "num_channels=1 .*num_channels=3"),
+        ({"num_attention_heads": 4}, ValueError, "num_attention_heads=4 .*num_attention_heads=3"),
         (
             {"patch_embedding": "convolution"},
             ValueError,
-            "weights are for patch_embedding='linear'; got 'convolution'",
+            "patch_embedding='convolution' .*patch_embedding='linear'",
         ),
-        ({"image_size": 18}, StrictDataclassError, r"patch_size \(4\) must divide image_size \(18\)"),
-        ({"fusion": "vote"}, StrictDataclassError, 'fusion is .* got "vote"'),
-        ({"teacher_names": ("a", "a")}, StrictDataclassError, "name of its own"),
+        ({"image_size": 18}, StrictDataclassError, "patch_size=4 .*image_size=18"),
+        ({"fusion": "vote"}, StrictDataclassError, 'fusion="vote"'),
+        ({"teacher_names": ("a", "a")}, StrictDataclassError, r"teacher_names=\['a', 'a'\]"),
         ({"teacher_names": "conv"}, StrictDataclassError, "teacher_names.*'conv'"),
     ],
 )
@@ -238,7 +238,7 @@ def test_arguments_that_do_not_fit_are_named(arguments, error, message, tmp_path
 
 def test_other_model_types_are_refused(tmp_path):
     ViTMAEConfig().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r'"vit" or "deit"; .* is of type "vit_mae"'):
+    with pytest.raises(ValueError, match='is of type "vit_mae".*"vit" or "deit"'):
         from_vit(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "unheard_of"}))
     with pytest.raises(ValueError, match='is of type "unheard_of"'):
@@ -248,7 +248,7 @@ def test_other_model_types_are_refused(tmp_path):
 @pytest.mark.parametrize("name", ["image_size", "patch_size"])
 def test_rectangles_are_refused(name, tmp_path):
     ViTConfig(**{name: (16, 8)}).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=rf"must be square; the checkpoint has {name}=.16, 8."):
+    with pytest.raises(ValueError, match=f"{name}=.16, 8."):
         from_vit(tmp_path)
 
 
@@ -258,7 +258,7 @@ def test_tensors_too_many_or_too_few_are_named(tmp_path):
     weights = load_file(file)
     weights["vit.adapter.weight"] = weights.pop("vit.layernorm.weight")
     save_file(weights, file, {"format": "pt"})
-    message = r"no ViTForImageClassification: \['vit.adapter.weight'\] have .* \['vit.layernorm.weight'\] are missing"
+    message = r"no ViTForImageClassification: .*\['vit.adapter.weight'\] .*\['vit.layernorm.weight'\] are missing"
     with pytest.raises(ValueError, match=message):
         from_vit(tmp_path)
 
@@ -268,7 +268,7 @@ def test_a_distilled_deit_that_is_declared_another_is_refused(tmp_path):
     save_vit(DeiTForImageClassificationWithTeacher, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": None}))
-    with pytest.raises(ValueError, match=r"\['cls_classifier.bias', .* have no place"):
+    with pytest.raises(ValueError, match=r"\['cls_classifier.bias', "):
         from_vit(tmp_path)
 
 
@@ -302,5 +302,5 @@ def test_presets_are_for_224_pixels_and_can_be_overridden():
     config = IBViTConfig.from_preset("deit-small")
     assert (config.image_size, config.patch_size, config.num_hidden_layers) == (224, 16, 12)
     assert (config.num_attention_heads, config.intermediate_size) == (6, 1536)
-    with pytest.raises(ValueError, match='no preset "deit-huge"; choose one of deit-tiny, deit-small, deit-base'):
+    with pytest.raises(ValueError, match='preset="deit-huge".* deit-tiny, deit-small, deit-base'):
         IBViTConfig.from_preset("deit-huge")

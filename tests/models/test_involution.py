@@ -15,7 +15,7 @@ from hf_ibdistill import IBResNetConfig, IBResNetForImageClassification, involut
 from hf_ibdistill.models.involution import Involution2d, _chunks, _involution, _Matrices, _Taps, _way
 
 
-SCRIPTS = Path(__file__).parent.parent.parent / "scripts"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 # Half a unit in the last place, relative: what one rounding to this type may change.
@@ -147,8 +147,8 @@ def test_chunks_fit_together_and_the_last_may_be_shorter(way, kernel_size, strid
 
 @pytest.mark.parametrize(("size", "batch"), [((28, 28), 50), ((4, 4), 3000)], ids=["taps", "matrices"])
 def test_scratch_memory_does_not_grow_with_the_kernel(size, batch, monkeypatch):
-    monkeypatch.syspath_prepend(SCRIPTS)
-    from benchmark_involution import both, extra_memory, forward
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from involution import both, extra_memory, forward
 
     def measure(mode, operator, kernel_size):
         input, kernel = random_inputs(8, 1, kernel_size, 1, *size, batch)
@@ -248,15 +248,15 @@ def test_an_empty_batch_stays_empty():
 @pytest.mark.parametrize(
     ("input_shape", "kernel_shape", "stride", "message"),
     [
-        ((4, 5, 5), (1, 2, 9, 5, 5), 1, r"takes an input \(N, C, H, W\).* got \(4, 5, 5\) and \(1, 2, 9, 5, 5\)"),
-        ((1, 4, 5, 5), (1, 2, 9, 5), 1, r"takes an input \(N, C, H, W\).* got \(1, 4, 5, 5\) and \(1, 2, 9, 5\)"),
-        ((1, 4, 5, 5), (1, 2, 8, 5, 5), 1, r"third dimension is K·K with K odd; got 8"),
-        ((1, 4, 5, 5), (1, 2, 16, 5, 5), 1, r"third dimension is K·K with K odd; got 16"),
-        ((1, 4, 5, 5), (1, 3, 9, 5, 5), 1, r"groups must divide the number of channels; got 3 and 4"),
-        ((2, 4, 5, 5), (1, 2, 9, 5, 5), 1, r"must be \(2, 2, 9, 5, 5\); got \(1, 2, 9, 5, 5\)"),
-        ((1, 4, 5, 5), (1, 2, 9, 5, 5), 2, r"stride 2 the kernel must be \(1, 2, 9, 3, 3\); got \(1, 2, 9, 5, 5\)"),
-        ((1, 4, 5, 6), (1, 2, 9, 2, 3), 2, r"stride 2 the kernel must be \(1, 2, 9, 3, 3\); got \(1, 2, 9, 2, 3\)"),
-        ((1, 4, 5, 6), (1, 2, 9, 6, 5), 1, r"stride 1 the kernel must be \(1, 2, 9, 5, 6\); got \(1, 2, 9, 6, 5\)"),
+        ((4, 5, 5), (1, 2, 9, 5, 5), 1, r"\(4, 5, 5\) .*\(1, 2, 9, 5, 5\).* \(N, C, H, W\)"),
+        ((1, 4, 5, 5), (1, 2, 9, 5), 1, r"\(1, 4, 5, 5\) .*\(1, 2, 9, 5\).* \(N, C, H, W\)"),
+        ((1, 4, 5, 5), (1, 2, 8, 5, 5), 1, r"third dimension .* 8\. .*K·K"),
+        ((1, 4, 5, 5), (1, 2, 16, 5, 5), 1, r"third dimension .* 16\. .*K·K"),
+        ((1, 4, 5, 5), (1, 3, 9, 5, 5), 1, "3 groups.* 4 channels"),
+        ((2, 4, 5, 5), (1, 2, 9, 5, 5), 1, r"\(1, 2, 9, 5, 5\)\..*must be \(2, 2, 9, 5, 5\)"),
+        ((1, 4, 5, 5), (1, 2, 9, 5, 5), 2, r"\(1, 2, 9, 5, 5\)\..*stride=2 .*must be \(1, 2, 9, 3, 3\)"),
+        ((1, 4, 5, 6), (1, 2, 9, 2, 3), 2, r"\(1, 2, 9, 2, 3\)\..*stride=2 .*must be \(1, 2, 9, 3, 3\)"),
+        ((1, 4, 5, 6), (1, 2, 9, 6, 5), 1, r"\(1, 2, 9, 6, 5\)\..*stride=1 .*must be \(1, 2, 9, 5, 6\)"),
     ],
 )
 def test_shapes_that_do_not_fit_are_named(input_shape, kernel_shape, stride, message):
@@ -283,7 +283,7 @@ def check_compiled(backend, stride, sizes):
     reason="torch.compile needs a C++ compiler",
 )
 def test_compiled_equals_eager():
-    # One stride and one size, since compiling takes ten seconds.
+    # One stride and one size, because compiling takes ten seconds.
     check_compiled("inductor", stride=2, sizes=[(5, 6)])
 
 
@@ -293,8 +293,9 @@ def test_traced_equals_eager_when_the_image_size_changes():
 
 
 def test_the_teacher_compiles_once_a_mode_and_type():
-    # One block a stage, since compiling a block takes a second.
-    config = IBResNetConfig.from_preset("involution-small", depths=(1, 1, 1), num_labels=10)
+    # One block with a stride, because compiling a block takes seconds.
+    shape = {"embedding_size": 16, "hidden_sizes": (32,), "depths": (1,), "downsample_strides": (2,), "num_labels": 10}
+    config = IBResNetConfig(spatial_operator="involution", stem="plain", reduction=2, **shape)
     model = IBResNetForImageClassification(config)
     reference = copy.deepcopy(model)
 
@@ -303,7 +304,8 @@ def test_the_teacher_compiles_once_a_mode_and_type():
             return model(images, labels=labels).loss
 
     # With fullgraph a graph break is an error, and so is one compilation more than torch._dynamo.config.recompile_limit.
-    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    # This is about the number of graphs, so nothing is generated from them.
+    compiled = torch.compile(step, backend="eager", fullgraph=True)
 
     def run(dtype, is_training, batch):
         images, labels, losses = torch.randn(batch, 3, 8, 8), torch.arange(batch) % 10, []
@@ -320,7 +322,7 @@ def test_the_teacher_compiles_once_a_mode_and_type():
     for dtype in (torch.float32, torch.bfloat16):
         for is_training, batch in ((True, 8), (True, 3), (False, 16)):
             run(dtype, is_training, batch)
-    # Evaluation stays at 16 and more, where torch's own convolution compiles again for fewer.
+    # Evaluation stays at 16 and more, because the convolution of torch compiles again for fewer.
     with torch.compiler.set_stance("fail_on_recompile"):
         for dtype in (torch.float32, torch.bfloat16):
             for is_training, batch in ((True, 8), (True, 5), (False, 18)):
@@ -418,9 +420,9 @@ def test_gradients_under_autocast_are_close_to_float32(dtype):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"channels": 16, "kernel_size": 4}, r"odd size; got 4"),
-        ({"channels": 24, "kernel_size": 3}, r"group_channels \(16\) divides.*got 24"),
-        ({"channels": 2, "kernel_size": 3, "group_channels": 2}, r"at least reduction \(4\); got 2"),
+        ({"channels": 16, "kernel_size": 4}, "kernel_size=4"),
+        ({"channels": 24, "kernel_size": 3}, "channels=24 .*group_channels=16"),
+        ({"channels": 2, "kernel_size": 3, "group_channels": 2}, "channels=2 .*reduction=4"),
     ],
 )
 def test_layer_arguments_that_do_not_fit_are_named(arguments, message):

@@ -5,6 +5,7 @@ import torch
 import torchvision
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from torch import nn
+from torchvision.models.resnet import Bottleneck, ResNet
 
 from hf_ibdistill import IBResNetConfig, IBResNetForImageClassification
 
@@ -20,7 +21,7 @@ def small_model(operator="convolution", **overrides):
 
 
 def on_meta_device(model_class, *args, **kwargs):
-    # Counting parameters needs no numbers, and initialising ResNet-152 takes seconds.
+    # Counting parameters needs no numbers, and initializing ResNet-152 takes seconds.
     with torch.device("meta"):
         return model_class(*args, **kwargs)
 
@@ -89,22 +90,22 @@ def test_preset_fields_can_be_overridden():
 
 
 def test_unknown_preset_is_named_with_the_known_ones():
-    with pytest.raises(ValueError, match=r'no preset "resnet18"; choose one of rednet26, .*involution-small') as error:
+    with pytest.raises(ValueError, match='preset="resnet18"') as error:
         IBResNetConfig.from_preset("resnet18")
-    for name in SMALL:
+    for name in ("rednet26", "resnet152", *SMALL):
         assert name in str(error.value)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"spatial_operator": "attention"}, r'spatial_operator is "convolution" or "involution"; got "attention"'),
-        ({"stem": "deep"}, r'stem is "imagenet" or "plain"; got "deep"'),
+        ({"spatial_operator": "attention"}, r'spatial_operator="attention".*"convolution" or "involution"'),
+        ({"stem": "deep"}, r'stem="deep".*"imagenet" or "plain"'),
         (
             {"depths": (1, 1), "hidden_sizes": (32, 64, 128), "downsample_strides": (1, 2)},
-            r"one entry a stage; got \[32, 64, 128\], \[1, 1\] and \[1, 2\]",
+            r"hidden_sizes=\[32, 64, 128\].*depths=\[1, 1\].*downsample_strides=\[1, 2\]",
         ),
-        ({"downsample_strides": (1, 2)}, r"one entry a stage; got .* and \[1, 2\]"),
+        ({"downsample_strides": (1, 2)}, r"downsample_strides=\[1, 2\]"),
     ],
 )
 def test_configuration_errors_name_field_and_value(arguments, message):
@@ -115,7 +116,7 @@ def test_configuration_errors_name_field_and_value(arguments, message):
 @pytest.mark.parametrize("operator", ["convolution", "involution"])
 def test_even_kernel_is_refused_before_the_first_image(operator):
     # An even kernel with padding K/2 gives one position too many, which the residual connection cannot add.
-    with pytest.raises(StrictDataclassClassValidationError, match=r"odd.*4"):
+    with pytest.raises(StrictDataclassClassValidationError, match="kernel_size=4"):
         small_model(operator, kernel_size=4)
 
 
@@ -128,8 +129,8 @@ def test_configuration_survives_saving(tmp_path):
 # Model
 
 
-def test_resnet50_equals_torchvisions():
-    reference = torchvision.models.resnet50(num_classes=10).eval()
+def test_a_resnet_equals_torchvisions():
+    reference = ResNet(Bottleneck, IBResNetConfig.from_preset("resnet26").depths, num_classes=10).eval()
     for module in reference.modules():
         if isinstance(module, nn.BatchNorm2d):
             # Fresh statistics and scales are 0 and 1, and would hide a missing or misplaced norm.
@@ -138,7 +139,7 @@ def test_resnet50_equals_torchvisions():
             nn.init.normal_(module.running_mean, std=0.1)
             nn.init.uniform_(module.running_var, 0.5, 1.5)
 
-    model = IBResNetForImageClassification(IBResNetConfig.from_preset("resnet50", num_labels=10)).eval()
+    model = IBResNetForImageClassification(IBResNetConfig.from_preset("resnet26", num_labels=10)).eval()
     # torchvision registers a block's shortcut after its branch, this model before; all else has the same order.
     in_order = [reference.conv1, reference.bn1]
     for block in [*reference.layer1, *reference.layer2, *reference.layer3, *reference.layer4]:
@@ -235,7 +236,7 @@ def test_bf16_autocast_forward_and_backward(operator):
 
 
 def test_wrong_number_of_channels_is_named():
-    with pytest.raises(ValueError, match=r"takes images of 3 channels; got 1"):
+    with pytest.raises(ValueError, match="1 channels.*num_channels=3"):
         small_model()(torch.randn(2, 1, 8, 8))
     assert small_model(num_channels=1)(torch.randn(2, 1, 8, 8)).logits.shape == (2, 5)
 

@@ -1,15 +1,13 @@
-"""Loading a student for other teachers, images and labels, freezing, layer-wise learning rates, and the loss of all heads."""
+"""Fine-tuning without teachers: freezing, layer-wise learning rates, and the loss of all heads."""
 
 import re
 
 import pytest
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import (
     DeiTConfig,
     DeiTForImageClassification,
-    DeiTForImageClassificationWithTeacher,
     SwinConfig,
     SwinForImageClassification,
     Trainer,
@@ -26,7 +24,6 @@ from hf_ibdistill import (
     all_heads_loss,
     freeze_layers,
     layer_decay_groups,
-    load_student,
 )
 
 
@@ -34,15 +31,13 @@ NUM_LAYERS = 3
 SHAPE = {"image_size": 8, "patch_size": 2, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
 SHAPE["num_hidden_layers"] = NUM_LAYERS
 ANIMALS = {"id2label": {0: "cat", 1: "dog", 2: "owl"}, "label2id": {"cat": 0, "dog": 1, "owl": 2}}
-PLANTS = {"id2label": {0: "oak", 1: "elm", 2: "fir"}, "label2id": {"oak": 0, "elm": 1, "fir": 2}}
 
 
 def build(kind):
     if kind == "vit":
         return ViTForImageClassification(ViTConfig(**SHAPE, **ANIMALS))
-    if kind.startswith("deit"):
-        model = DeiTForImageClassification if kind == "deit" else DeiTForImageClassificationWithTeacher
-        return model(DeiTConfig(**SHAPE, **ANIMALS))
+    if kind == "deit":
+        return DeiTForImageClassification(DeiTConfig(**SHAPE, **ANIMALS))
     names = () if kind == "no teachers" else ("conv", "inv")
     stem = "convolution" if kind == "no teachers" else kind
     config = IBViTConfig(teacher_names=names, patch_embedding=stem, stem_channels=16, **SHAPE, **ANIMALS)
@@ -50,11 +45,10 @@ def build(kind):
 
 
 KINDS = ["linear", "convolution", "bias_stems", "no teachers", "vit", "deit"]
-STUDENTS = KINDS[:4]
 
 
 def depth_by_name(name):
-    """As a reader of the parameters' names would tell it."""
+    """The depth of a parameter, from its name alone."""
     if ".embeddings." in name:
         return 0
     layer = re.search(r"\.layers\.(\d+)\.", name)
@@ -62,7 +56,7 @@ def depth_by_name(name):
 
 
 def settings_of(groups):
-    """Parameter → (learning rate, weight decay); fails where a parameter has two."""
+    """Parameter → (learning rate, weight decay); fails if a parameter is in two groups."""
     settings = {}
     for group in groups:
         for parameter in group["params"]:
@@ -117,7 +111,7 @@ def test_without_decay_they_are_the_trainers_own(kind, tmp_path):
     assert settings_of(layer_decay_groups(model, 3e-4, 1.0, weight_decay=0.1)) == expected
 
 
-def test_the_model_without_heads_has_them_too():
+def test_the_model_without_heads_has_them():
     model = build("bias_stems").ibvit
     settings = settings_of(layer_decay_groups(model, 1.0, 0.5))
     assert settings[model.embeddings.class_token] == (0.0625, 0.0)
@@ -142,7 +136,7 @@ def test_the_trainer_takes_steps_of_these_sizes_and_logs_the_heads_rate(tmp_path
     assert trainer.state.log_history[0]["learning_rate"] == 1e-2
     for name, parameter in model.named_parameters():
         if "k_proj.bias" in name:
-            continue  # It shifts every score alike, so its gradient is rounding error.
+            continue  # It shifts every score by the same number, so its gradient is rounding error.
         # Adam's first step is the learning rate, whatever the gradient.
         step = (parameter - before[name]).abs().max().item()
         assert step == pytest.approx(1e-2 * 0.5 ** (NUM_LAYERS + 1 - depth_by_name(name)), rel=0.02), name
@@ -150,7 +144,7 @@ def test_the_trainer_takes_steps_of_these_sizes_and_logs_the_heads_rate(tmp_path
 
 @pytest.mark.parametrize("layer_decay", [0.0, -0.5, 1.5, float("nan")])
 def test_a_decay_out_of_range(layer_decay):
-    with pytest.raises(ValueError, match=f"layer_decay is above 0 and at most 1; got {layer_decay}"):
+    with pytest.raises(ValueError, match=f"layer_decay={layer_decay}"):
         layer_decay_groups(build("linear"), 1e-3, layer_decay)
 
 
@@ -158,7 +152,7 @@ def test_models_of_another_kind():
     teacher = IBResNetForImageClassification(IBResNetConfig.from_preset("convolution-small"))
     swin = SwinForImageClassification(SwinConfig(image_size=8, patch_size=2, embed_dim=4, depths=[1], num_heads=[1]))
     for model, name in ((teacher, "IBResNet"), (swin, "SwinModel")):
-        message = f"{name}.* has no `embeddings` and `layers`"
+        message = f"{name}.*`embeddings` and `layers`"
         with pytest.raises(ValueError, match=message):
             layer_decay_groups(model, 1e-3, 0.5)
         with pytest.raises(ValueError, match=message):
@@ -180,7 +174,7 @@ def test_which_parameters_are_frozen(num_layers, kind):
 
 @pytest.mark.parametrize("num_layers", [-1, NUM_LAYERS + 1])
 def test_more_layers_than_there_are(num_layers):
-    with pytest.raises(ValueError, match=f"has 3 layers; freeze 0 to 3 of them, not {num_layers}"):
+    with pytest.raises(ValueError, match=f"num_layers={num_layers}.* 3 layers"):
         freeze_layers(build("linear"), num_layers)
 
 
@@ -241,155 +235,3 @@ def test_accumulated_batches_take_the_steps_of_whole_ones(tmp_path):
         weights.append(copy_of(model))
     for name, parameter in weights[0].items():
         torch.testing.assert_close(weights[1][name], parameter, msg=name)
-
-
-# Loading
-
-
-@pytest.mark.parametrize("size", [8, 12, 4])
-@pytest.mark.parametrize("kind", STUDENTS)
-@torch.no_grad()
-def test_another_image_size_predicts_what_interpolation_predicts(kind, size, tmp_path):
-    original, images = build(kind).eval(), torch.randn(2, 3, size, size)
-    original.save_pretrained(tmp_path / "original")
-    model = load_student(tmp_path / "original", image_size=size)
-    assert not model.training and model.config.image_size == size
-    assert model.config.teacher_names == original.config.teacher_names
-    model.save_pretrained(tmp_path / "resized")
-    for student in (model, IBViTForImageClassification.from_pretrained(tmp_path / "resized")):
-        torch.testing.assert_close(student(images).logits, original(images, interpolate_pos_encoding=True).logits)
-
-
-@pytest.mark.parametrize("classes", [PLANTS, {"num_labels": 5}])
-def test_other_classes_get_new_heads_and_the_same_classes_the_old_ones(classes, tmp_path):
-    original = build("convolution")
-    original.save_pretrained(tmp_path)
-    weights = original.state_dict()
-    for fields, is_new in ((classes, True), (ANIMALS, False)):
-        model = load_student(tmp_path, fusion="class_token", **fields)
-        assert model.config.fusion == "class_token" and model.config.num_labels == len(model.config.id2label)
-        for name, tensor in model.state_dict().items():
-            is_kept = tensor.shape == weights[name].shape and torch.equal(tensor, weights[name])
-            # New biases are zero, as the old ones are.
-            assert is_kept != (is_new and "head" in name) or (tensor == 0).all(), name
-    assert load_student(tmp_path, **PLANTS).config.id2label == PLANTS["id2label"]
-
-
-@pytest.mark.parametrize("kind", ["vit", "deit", "deit with teacher"])
-@torch.no_grad()
-def test_it_may_start_as_a_vit_or_deit(kind, tmp_path):
-    original, images = build(kind).eval(), torch.randn(2, 3, 12, 12)
-    original.save_pretrained(tmp_path)
-    model = load_student(tmp_path, image_size=12)
-    assert model.config.teacher_names == ([] if kind == "vit" else ["distillation"])
-    torch.testing.assert_close(model(images).logits, original(images, interpolate_pos_encoding=True).logits)
-    assert load_student(tmp_path, **PLANTS).config.id2label == PLANTS["id2label"]
-
-
-@pytest.mark.parametrize("size", [8, 12])
-@pytest.mark.parametrize("kind", ["linear", "convolution", "bias_stems"])
-@pytest.mark.parametrize("names", [("inv", "conv"), ("inv", "new", "conv"), ("inv",), ("new",), (), ("a", "b")])
-@torch.no_grad()
-def test_tokens_and_heads_go_with_their_teachers_names(names, kind, size, tmp_path):
-    original = build(kind)
-    for parameter in original.parameters():
-        nn.init.normal_(parameter)
-    original.save_pretrained(tmp_path)
-    model = load_student(tmp_path, names, image_size=size)
-    assert model.config.teacher_names == list(names) and not model.training
-
-    def parts(student):
-        """Name → token, position and head."""
-        embeddings, heads = student.ibvit.embeddings, [student.class_head, *student.teacher_heads]
-        tokens = torch.cat((embeddings.class_token, embeddings.teacher_tokens), dim=1)[0]
-        positions = embeddings.position_embeddings[0]
-        found = [(*of_token, head.weight, head.bias) for *of_token, head in zip(tokens, positions, heads)]
-        return dict(zip(["class", *student.config.teacher_names], found, strict=True)), positions[len(heads) :]
-
-    (before, patches), (after, new_patches) = parts(original.eval()), parts(model)
-    for name, tensors in after.items():
-        for found, expected in zip(tensors, before.get(name, before["class"])):
-            assert torch.equal(found, expected), name
-    if size == 8:
-        assert torch.equal(new_patches, patches)
-    shared = {name: tensor for name, tensor in original.state_dict().items() if "embeddings." not in name}
-    for name, tensor in model.state_dict().items():
-        if name in shared and not name.startswith("teacher_heads"):
-            assert torch.equal(tensor, shared[name]), name
-    if len(names) == 2 and "new" not in names and "a" not in names:
-        # The same tokens in another order.
-        images = torch.randn(2, 3, size, size)
-        outputs, expected = model(images), original(images, interpolate_pos_encoding=True)
-        torch.testing.assert_close(outputs.logits, expected.logits)
-        torch.testing.assert_close(outputs.teacher_token_logits.flip(1), expected.teacher_token_logits)
-    # Copies, not the same memory.
-    if "new" in names:
-        model.teacher_heads[names.index("new")].weight.zero_()
-        assert model.class_head.weight.abs().sum() > 0
-
-
-@pytest.mark.parametrize("operators", [None, ["involution", "involution"]])
-def test_a_teachers_token_keeps_its_stem(operators, tmp_path):
-    shape = {"patch_embedding": "bias_stems", "stem_channels": 16, **SHAPE}
-    IBViTForImageClassification(IBViTConfig(teacher_spatial_operators=operators, **shape)).save_pretrained(tmp_path)
-    conv = "convolution" if operators is None else "involution"
-    for names, expected in {
-        ("inv",): ["involution"],
-        ("inv", "conv"): ["involution", conv],
-        ("a", "b"): ["convolution", "involution"],
-        ("conv", "inv", "a"): [conv, "involution", "convolution"],
-        (): [],
-    }.items():
-        assert load_student(tmp_path, names).config.teacher_token_stems == expected
-    given = load_student(tmp_path, ("inv",), teacher_spatial_operators=["convolution"])
-    assert given.config.teacher_token_stems == ["convolution"]
-    assert load_student(tmp_path).config.teacher_spatial_operators == operators
-    with pytest.raises(StrictDataclassError, match="for each teacher; got"):
-        load_student(tmp_path, ("inv",), teacher_spatial_operators=["convolution", "involution"])
-
-
-def test_stems_that_a_student_does_not_have_are_no_obstacle(tmp_path):
-    config = IBViTConfig(teacher_spatial_operators=["involution", "convolution"], **SHAPE)
-    IBViTForImageClassification(config).save_pretrained(tmp_path)
-    assert load_student(tmp_path, ("a",)).config.teacher_spatial_operators is None
-
-
-@pytest.mark.parametrize("kind", ["vit", "deit", "deit with teacher"])
-@torch.no_grad()
-def test_a_vit_or_deit_for_teachers(kind, tmp_path, caplog):
-    build(kind).save_pretrained(tmp_path)
-    expected = IBViTForImageClassification.from_vit(tmp_path, teacher_names=("a", "b"), image_size=12)
-    model = load_student(tmp_path, ("a", "b"), image_size=12)
-    assert model.config.to_dict() == expected.config.to_dict()
-    for name, tensor in expected.state_dict().items():
-        assert torch.equal(model.state_dict()[name], tensor), name
-    # No names are no teachers, also where there was a distillation token.
-    caplog.clear()
-    alone = load_student(tmp_path, ())
-    assert alone.config.teacher_names == [] and alone(torch.randn(2, 3, 8, 8)).teacher_token_logits is None
-    assert "distillation token" not in caplog.text
-
-
-def test_names_that_are_no_list_of_different_names(tmp_path):
-    for kind in ("bias_stems", "vit"):
-        build(kind).save_pretrained(tmp_path / kind)
-        with pytest.raises(StrictDataclassError, match="name of its own"):
-            load_student(tmp_path / kind, ("a", "a"))
-        with pytest.raises(StrictDataclassError, match="teacher_names.*'conv'"):
-            load_student(tmp_path / kind, "conv")
-
-
-def test_a_model_saved_in_half_precision_is_trained_in_float32(tmp_path):
-    build("linear").to(torch.bfloat16).save_pretrained(tmp_path)
-    model = load_student(tmp_path, ("inv", "new"), image_size=12)
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
-
-
-def test_checkpoints_and_sizes_that_do_not_fit(tmp_path):
-    build("linear").save_pretrained(tmp_path / "student")
-    with pytest.raises(StrictDataclassError, match=r"patch_size \(2\) must divide image_size \(9\)"):
-        load_student(tmp_path / "student", image_size=9)
-    teacher = IBResNetForImageClassification(IBResNetConfig.from_preset("convolution-small"))
-    teacher.save_pretrained(tmp_path / "teacher")
-    with pytest.raises(ValueError, match='is of type "ibresnet"'):
-        load_student(tmp_path / "teacher")

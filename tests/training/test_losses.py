@@ -1,4 +1,4 @@
-"""The ensemble distillation loss against its formula, written out number by number, and against its peers."""
+"""The ensemble distillation loss against its formula, written out number by number, and against other libraries."""
 
 import doctest
 import math
@@ -166,12 +166,12 @@ def test_a_soft_term_is_torchs_divergence_times_the_squared_temperature(temperat
         torch.testing.assert_close(result.teacher_losses[i], temperature**2 * divergence(student, teacher))
 
 
-def test_at_high_temperature_it_is_half_the_mean_square_of_centred_logits():
+def test_at_high_temperature_it_is_half_the_mean_square_of_centered_logits():
     # arXiv 1503.02531, section 2.1: what the squared temperature is for.
     z, s, y, t = random_logits(1, num_classes=6)
     result = ensemble_distillation_loss(z, s, y, t, weights=[1.0], temperature=50.0)
-    centred = (s - t) - (s - t).mean(-1, keepdim=True)
-    assert result.teacher_losses.item() == pytest.approx((centred**2).mean(-1).mean().item() / 2, rel=0.05)
+    centered = (s - t) - (s - t).mean(-1, keepdim=True)
+    assert result.teacher_losses.item() == pytest.approx((centered**2).mean(-1).mean().item() / 2, rel=0.05)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.5])
@@ -189,7 +189,7 @@ def test_label_smoothing_is_torchs_and_leaves_the_teachers_alone(mode, smoothing
 # Properties
 
 
-def test_teacher_terms_and_their_gradients_vanish_where_the_student_equals_the_teachers():
+def test_teacher_terms_and_their_gradients_vanish_if_the_student_equals_the_teachers():
     z, _, y, t = random_logits(3)
     s = t.clone().requires_grad_()
     result = ensemble_distillation_loss(z, s, y, t, weights=[1.0, 2.0, 3.0], temperature=[1.0, 4.0, 0.5])
@@ -259,7 +259,7 @@ def test_one_temperature_serves_all_teachers():
     assert torch.equal(one.loss, three.loss) and torch.equal(one.teacher_losses, three.teacher_losses)
 
 
-def test_hard_mode_does_not_look_at_the_temperature():
+def test_hard_mode_does_not_use_the_temperature():
     logits = random_logits(2)
     cold, warm = (
         ensemble_distillation_loss(*logits, weights=[1.0, 1.0], temperature=temperature, mode="hard")
@@ -283,7 +283,7 @@ def test_the_documented_example_runs():
     torch.testing.assert_close(namespace["loss"], terms)
 
 
-# Standardised logits and confidence
+# Standardized logits and confidence
 
 
 def standardized(logits):
@@ -302,7 +302,7 @@ def test_standardized_logits_are_those_of_the_formula():
     assert found.teacher_losses.tolist() == pytest.approx(teacher_losses, rel=1e-4)
 
 
-def test_standardized_logits_forgive_another_scale_and_nothing_else():
+def test_standardized_logits_ignore_another_scale_and_nothing_else():
     z, s, y, _ = random_logits(2)
     settings = {"weights": [1, 1], "standardize_logits": True}
     assert ensemble_distillation_loss(z, s, y, 3 * s + 5, **settings).teacher_losses.max() < 1e-5
@@ -378,17 +378,17 @@ def shapes(z=(5, 4), s=(5, 2, 4), y=(5,), t=(5, 2, 4)):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"s": (5, 3, 4)}, r"the same shape \(N, T, C\); got \(5, 3, 4\) and \(5, 2, 4\)"),
-        ({"t": (5, 2, 3)}, r"the same shape \(N, T, C\); got \(5, 2, 4\) and \(5, 2, 3\)"),
+        ({"s": (5, 3, 4)}, r"teacher_token_logits \(5, 3, 4\).*teacher_logits \(5, 2, 4\)"),
+        ({"t": (5, 2, 3)}, r"teacher_token_logits \(5, 2, 4\).*teacher_logits \(5, 2, 3\)"),
         # Shapes that would broadcast to a wrong result.
-        ({"s": (5, 1, 4)}, r"the same shape \(N, T, C\); got \(5, 1, 4\) and \(5, 2, 4\)"),
-        ({"t": (1, 2, 4)}, r"the same shape \(N, T, C\); got \(5, 2, 4\) and \(1, 2, 4\)"),
-        ({"s": (5, 4), "t": (5, 4)}, r"the same shape \(N, T, C\); got \(5, 4\) and \(5, 4\)"),
-        ({"z": (5, 3)}, r"For teacher logits \(5, 2, 4\), class_logits are \(N, C\).*; got \(5, 3\) and \(5,\)"),
-        ({"z": (4, 4)}, r"For teacher logits \(5, 2, 4\), class_logits are \(N, C\).*; got \(4, 4\) and \(5,\)"),
-        ({"y": (4,)}, r"labels \(N,\); got \(5, 4\) and \(4,\)"),
-        ({"y": (5, 1)}, r"labels \(N,\); got \(5, 4\) and \(5, 1\)"),
-        ({"y": (5, 4)}, r"labels \(N,\); got \(5, 4\) and \(5, 4\)"),
+        ({"s": (5, 1, 4)}, r"teacher_token_logits \(5, 1, 4\).*teacher_logits \(5, 2, 4\)"),
+        ({"t": (1, 2, 4)}, r"teacher_token_logits \(5, 2, 4\).*teacher_logits \(1, 2, 4\)"),
+        ({"s": (5, 4), "t": (5, 4)}, r"teacher_token_logits \(5, 4\).*teacher_logits \(5, 4\)"),
+        ({"z": (5, 3)}, r"class_logits \(5, 3\).*labels \(5,\).*teacher_logits \(5, 2, 4\)"),
+        ({"z": (4, 4)}, r"class_logits \(4, 4\).*labels \(5,\).*teacher_logits \(5, 2, 4\)"),
+        ({"y": (4,)}, r"class_logits \(5, 4\).*labels \(4,\)"),
+        ({"y": (5, 1)}, r"class_logits \(5, 4\).*labels \(5, 1\)"),
+        ({"y": (5, 4)}, r"class_logits \(5, 4\).*labels \(5, 4\)"),
     ],
 )
 def test_shapes_that_do_not_fit_are_named(arguments, message):
@@ -399,11 +399,11 @@ def test_shapes_that_do_not_fit_are_named(arguments, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"weights": [1.0]}, "There are 2 teachers; got 1 weights and 1 temperatures"),
-        ({"weights": [1.0, 1.0, 1.0]}, "There are 2 teachers; got 3 weights and 1 temperatures"),
-        ({"weights": [1.0, 1.0], "temperature": [1.0]}, "There are 2 teachers; got 2 weights and 1 temperatures"),
-        ({"weights": [1.0, 1.0], "temperature": [1.0] * 3}, "There are 2 teachers; got 2 weights and 3 temperatures"),
-        ({"weights": [1.0, 1.0], "mode": "medium"}, 'mode is "soft" or "hard"; got "medium"'),
+        ({"weights": [1.0]}, "1 weights and 1 temperatures .*2 teachers"),
+        ({"weights": [1.0, 1.0, 1.0]}, "3 weights and 1 temperatures .*2 teachers"),
+        ({"weights": [1.0, 1.0], "temperature": [1.0]}, "2 weights and 1 temperatures .*2 teachers"),
+        ({"weights": [1.0, 1.0], "temperature": [1.0] * 3}, "2 weights and 3 temperatures .*2 teachers"),
+        ({"weights": [1.0, 1.0], "mode": "medium"}, 'mode="medium"'),
     ],
 )
 def test_settings_that_do_not_fit_are_named(settings, message):

@@ -1,15 +1,11 @@
-"""The trainers on real tables: what a step computes, what is logged, what is refused before the first step.
-
-Run as a script, this file is one process of a distributed run; see the last section.
-"""
+"""The trainers on real tables: what a step computes, what is logged, what is refused before the first step."""
 
 import copy
 import doctest
-import json
-import os
-import subprocess
+import re
 import sys
-from pathlib import Path
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,12 +15,32 @@ from datasets import (
     ClassLabel,
     Dataset,
     DatasetDict,
+    DatasetInfo,
     Features,
-    Image,
     List,
     Value,
     concatenate_datasets,
     load_from_disk,
+)
+from distilling import (
+    CLASSES,
+    LABEL_WEIGHT,
+    NUM_ROWS,
+    PROCESSOR,
+    SGD,
+    TEMPERATURES,
+    TERMS,
+    WEIGHTS,
+    arguments,
+    assert_same_weights,
+    class_settings,
+    distill,
+    logged,
+    small_images,
+    small_student,
+    small_teacher,
+    small_teachers,
+    with_columns,
 )
 from transformers import (
     ResNetConfig,
@@ -35,89 +51,31 @@ from transformers import (
     ViTForImageClassification,
     ViTImageProcessor,
 )
+from transformers import trainer as transformers_trainer
+from transformers.trainer_utils import BestRun, HPSearchBackend
 
 import hf_ibdistill
 from hf_ibdistill import (
     DistillationArguments,
     EnsembleDistillationTrainer,
-    IBResNetConfig,
-    IBResNetForImageClassification,
-    IBViTConfig,
     IBViTForImageClassification,
     ImageClassificationTrainer,
     ImageTrainingArguments,
+    ViewRecipe,
     load_teachers,
 )
 from hf_ibdistill.logits.encoding import LogitsEncoding
-from hf_ibdistill.logits.provenance import attach_record, build_record, check_columns, describe_teacher
+from hf_ibdistill.logits.provenance import attach_record, build_record, check_columns
+from hf_ibdistill.rows import ImageRows
+from hf_ibdistill.training import trainer as trainer_module
 
 
-CLASSES = ["cat", "dog", "owl", "fox"]
-NUM_ROWS = 16
-PROCESSOR = ViTImageProcessor(size={"height": 8, "width": 8})
-TERMS = ["loss", "label_loss", "conv_loss", "inv_loss"]
-# Every number differs from its neighbours and from 1, so that none can be swapped or forgotten unseen.
-WEIGHTS, TEMPERATURES, LABEL_WEIGHT = [0.5, 2.0], [2.0, 3.0], 0.7
-
-
-def class_settings(names=CLASSES):
-    return {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
-
-
-def small_teacher(operator, names=CLASSES):
-    shape = {"embedding_size": 16, "hidden_sizes": (16,), "depths": (1,), "downsample_strides": (1,), "reduction": 1}
-    config = IBResNetConfig(spatial_operator=operator, stem="plain", kernel_size=3, **shape, **class_settings(names))
-    model = IBResNetForImageClassification(config).eval()
-    # A fresh head would give all images almost the same logits.
-    torch.nn.init.normal_(model.classifier.weight, std=2.0)
-    return model
-
-
-def small_student(seed=1, names=CLASSES, **overrides):
-    torch.manual_seed(seed)
-    shape = {"image_size": 8, "patch_size": 4, "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
-    return IBViTForImageClassification(
-        IBViTConfig(
-            **{**shape, "intermediate_size": 32, "initializer_range": 0.2, **class_settings(names), **overrides}
-        )
-    )
-
-
-def small_images(num_rows=NUM_ROWS, seed=0):
-    """Noise around a colour that tells the class."""
-    rng = np.random.default_rng(seed)
-    labels = rng.permutation(np.arange(num_rows) % len(CLASSES))
-    colours = np.array([(220, 30, 30), (30, 220, 30), (30, 30, 220), (220, 220, 30)])[labels]
-    pixels = (
-        colours[:, None, None]
-        + rng.integers(-30, 31, (num_rows, 8, 8, 3))
-        + rng.integers(-30, 31, (num_rows, 1, 1, 3))
-    )
-    return Dataset.from_dict(
-        {"image": list(pixels.clip(0, 255).astype(np.uint8)), "label": labels},
-        features=Features({"image": Image(), "label": ClassLabel(names=CLASSES)}),
-    )
-
-
-def teacher_logits(teachers, images):
-    """(N, T, C), as the models themselves give them."""
-    pixel_values = PROCESSOR(list(images), return_tensors="pt")["pixel_values"]
-    with torch.no_grad():
-        return torch.stack([model(pixel_values).logits for model, _ in teachers.values()], dim=1)
-
-
-def with_columns(table, teachers, dtype="float32"):
-    logits = teacher_logits(teachers, table["image"]).numpy()
-    for i, name in enumerate(teachers):
-        feature = List(Value(dtype), length=logits.shape[-1])
-        table = table.add_column(f"{name}_logits", list(logits[:, i].astype(dtype)), feature=feature)
-    return table
+BOTH_TRAINERS = pytest.mark.parametrize("trainer_class", [EnsembleDistillationTrainer, ImageClassificationTrainer])
 
 
 @pytest.fixture(scope="module")
 def teachers():
-    torch.manual_seed(0)
-    return {"conv": (small_teacher("convolution"), PROCESSOR), "inv": (small_teacher("involution"), PROCESSOR)}
+    return small_teachers()
 
 
 @pytest.fixture(scope="module")
@@ -133,49 +91,6 @@ def table(plain_table, teachers, tmp_path_factory):
     folder = tmp_path_factory.mktemp("table")
     with_columns(plain_table, teachers).save_to_disk(folder)
     return load_from_disk(folder)
-
-
-SGD = {
-    "optim": "sgd", "learning_rate": 0.5, "lr_scheduler_type": "constant", "warmup_steps": 0, "weight_decay": 0.0,
-    "max_grad_norm": 0.0,
-}  # fmt: skip
-# Compared with float32 formulas, on machines with and without bf16 units.
-QUIET = {
-    "use_cpu": True,
-    "bf16": False,
-    "disable_tqdm": True,
-    "eval_strategy": "no",
-    "logging_strategy": "steps",
-    "logging_steps": 1,
-}
-LOSS = {"teacher_weights": WEIGHTS, "temperature": TEMPERATURES, "label_weight": LABEL_WEIGHT}
-
-
-def arguments(folder, **overrides):
-    return DistillationArguments(str(folder), **{**SGD, **QUIET, **LOSS, "num_train_epochs": 1, **overrides})
-
-
-def distil(folder, table, student=None, trainer_class=EnsembleDistillationTrainer, train=True, **settings):
-    """A trainer after its training. `settings` are its own, or the arguments'."""
-    names = ("teachers", "eval_dataset", "compute_metrics", "callbacks", "image_column", "label_column")
-    own = {name: settings.pop(name) for name in names if name in settings}
-    trainer = trainer_class(
-        model=student or small_student(),
-        args=arguments(folder, **settings),
-        train_dataset=table,
-        processing_class=PROCESSOR,
-        **own,
-    )
-    if train:
-        trainer.train()
-    return trainer
-
-
-def logged(trainer, names=TERMS):
-    """The training log's entries, as rows of numbers."""
-    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
-    assert entries, "nothing was logged"
-    return [[entry[name] for name in names] for entry in entries]
 
 
 def tensors_of(table):
@@ -202,12 +117,6 @@ def weighted(terms):
     return sum(weight * term for weight, term in zip([LABEL_WEIGHT, *WEIGHTS], terms))
 
 
-def assert_same_weights(model, other, **tolerance):
-    expected = other.state_dict()
-    for name, tensor in model.state_dict().items():
-        torch.testing.assert_close(tensor, expected[name], **tolerance, msg=lambda text, name=name: f"{name}: {text}")
-
-
 # What a step computes
 
 
@@ -223,7 +132,7 @@ def assert_same_weights(model, other, **tolerance):
 )
 def test_a_steps_gradient_is_the_formulas_over_all_its_rows(num_rows, batch_size, accumulation, table, tmp_path):
     rows = table.select(range(num_rows))
-    trainer = distil(tmp_path, rows, per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation)
+    trainer = distill(tmp_path, rows, per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation)
     assert trainer.state.global_step == 1
 
     reference = small_student()
@@ -242,8 +151,8 @@ def test_a_steps_gradient_is_the_formulas_over_all_its_rows(num_rows, batch_size
 def test_accumulation_takes_the_same_steps_as_whole_batches(batch_size, accumulation, table, tmp_path):
     # 14 rows: each epoch has a step of 8 rows and one of 6, which 4 × 2 divides into 4 and 2.
     rows, settings = table.select(range(14)), {"num_train_epochs": 2, "learning_rate": 0.2}
-    whole = distil(tmp_path, rows, per_device_train_batch_size=8, **settings)
-    parts = distil(
+    whole = distill(tmp_path, rows, per_device_train_batch_size=8, **settings)
+    parts = distill(
         tmp_path, rows, per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation, **settings
     )
     assert whole.state.global_step == parts.state.global_step == 4
@@ -252,10 +161,10 @@ def test_accumulation_takes_the_same_steps_as_whole_batches(batch_size, accumula
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
-def test_labels_alone_accumulate_too(smoothing, plain_table, tmp_path):
+def test_labels_alone_accumulate_alike(smoothing, plain_table, tmp_path):
     rows, settings = plain_table.select(range(14)), {"label_smoothing_factor": smoothing, "learning_rate": 0.2}
     whole, parts = (
-        distil(
+        distill(
             tmp_path, rows, small_student(teacher_names=()), ImageClassificationTrainer,
             per_device_train_batch_size=8 // steps, gradient_accumulation_steps=steps, **settings,
         )
@@ -268,9 +177,9 @@ def test_labels_alone_accumulate_too(smoothing, plain_table, tmp_path):
 def test_stored_logits_and_online_teachers_take_the_same_steps(plain_table, table, teachers, tmp_path):
     weights_before = {name: copy.deepcopy(model.state_dict()) for name, (model, _) in teachers.items()}
     settings = {"per_device_train_batch_size": 4, "num_train_epochs": 2, "learning_rate": 0.1}
-    stored = distil(tmp_path, table, **settings)
+    stored = distill(tmp_path, table, **settings)
     # In another order than the student's.
-    online = distil(tmp_path, plain_table, teachers=dict(reversed(teachers.items())), **settings)
+    online = distill(tmp_path, plain_table, teachers=dict(reversed(teachers.items())), **settings)
     assert_same_weights(online.model, stored.model, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(logged(online), logged(stored), rtol=1e-4)
     for name, (model, _) in teachers.items():
@@ -290,10 +199,14 @@ def test_stored_logits_and_online_teachers_take_the_same_steps(plain_table, tabl
         ("mean_probabilities", {"label_weight": 0.01}, None),
     ],
 )
-def test_a_head_that_is_counted_but_not_taught_is_told(fusion, settings, untaught, table, tmp_path, caplog):
-    distil(tmp_path, table, small_student(fusion=fusion), train=False, **settings)
-    told = f'The fusion "{fusion}" counts the head of the {untaught} token, which a weight of 0 leaves as it started.'
-    assert told in caplog.text if untaught else "as it started" not in caplog.text
+def test_a_head_that_is_used_but_not_taught_is_warned_of(fusion, settings, untaught, table, tmp_path, caplog):
+    distill(tmp_path, table, small_student(fusion=fusion), train=False, **settings)
+    warning = [record.getMessage() for record in caplog.records if "fusion=" in record.getMessage()]
+    if untaught is None:
+        assert not warning
+    else:
+        (warning,) = warning
+        assert f'fusion="{fusion}"' in warning and f" {untaught} token" in warning
 
 
 def test_an_online_teacher_with_the_classes_in_another_order_is_put_right(plain_table, teachers, tmp_path, caplog):
@@ -302,10 +215,10 @@ def test_an_online_teacher_with_the_classes_in_another_order_is_put_right(plain_
     turned.config.id2label = {i: CLASSES[j] for i, j in enumerate(order)}
     for parameter in turned.classifier.parameters():
         parameter.data = parameter.data[order]
-    expected = distil(tmp_path, plain_table, teachers=teachers, max_steps=3)
-    found = distil(tmp_path, plain_table, teachers={**teachers, "inv": (turned, PROCESSOR)}, max_steps=3)
+    expected = distill(tmp_path, plain_table, teachers=teachers, max_steps=3)
+    found = distill(tmp_path, plain_table, teachers={**teachers, "inv": (turned, PROCESSOR)}, max_steps=3)
     assert_same_weights(found.model, expected.model, rtol=1e-4, atol=1e-6)
-    assert 'The teacher "inv" has the data set\'s classes in another order' in caplog.text
+    assert any('"inv"' in message and "order" in message for message in caplog.messages)
 
 
 def test_online_teachers_see_the_images_through_their_own_processors(plain_table, teachers, tmp_path):
@@ -315,7 +228,7 @@ def test_online_teachers_see_the_images_through_their_own_processors(plain_table
         lambda _, args, kwargs: seen.append(kwargs["pixel_values"]), with_kwargs=True
     )
     online = {"conv": teachers["conv"], "inv": (teachers["inv"][0], other)}
-    distil(tmp_path, plain_table, teachers=online, per_device_train_batch_size=NUM_ROWS)
+    distill(tmp_path, plain_table, teachers=online, per_device_train_batch_size=NUM_ROWS)
     hook.remove()
     expected = other([image.convert("RGB") for image in plain_table["image"]], return_tensors="pt")["pixel_values"]
     (seen,) = seen
@@ -329,7 +242,7 @@ def test_online_teachers_need_no_columns_and_ignore_those_that_are_there(table, 
     zeros = table.map(lambda row: {"conv_logits": [0.0] * len(CLASSES)})
     settings = {"teachers": teachers, "per_device_train_batch_size": 8}
     assert_same_weights(
-        distil(tmp_path, zeros, **settings).model, distil(tmp_path, table, **settings).model, rtol=0, atol=0
+        distill(tmp_path, zeros, **settings).model, distill(tmp_path, table, **settings).model, rtol=0, atol=0
     )
 
 
@@ -337,7 +250,7 @@ def test_online_teachers_need_no_columns_and_ignore_those_that_are_there(table, 
 
 
 class PairingTrainer(EnsembleDistillationTrainer):
-    """Compares, inside each step, the batch's teacher logits with what the teachers say about the batch's images."""
+    """Collects in each step the teacher logits of the batch, and what the teachers predict for the images of the batch."""
 
     reference_teachers = ()
 
@@ -348,7 +261,6 @@ class PairingTrainer(EnsembleDistillationTrainer):
         return super().compute_loss(model, inputs, **kwargs)
 
 
-@pytest.mark.parametrize("remove_unused_columns", [True, False])
 @pytest.mark.parametrize(
     "arrange",
     [
@@ -364,14 +276,13 @@ class PairingTrainer(EnsembleDistillationTrainer):
         pytest.param(lambda table: table.with_format("numpy", columns=["label"]), id="numpy format, one column"),
     ],
 )
-def test_logits_stay_with_their_images(arrange, remove_unused_columns, table, teachers, tmp_path):
-    # Columns that no model knows, between and after the ones that are needed.
+def test_logits_stay_with_their_images(arrange, table, teachers, tmp_path):
+    # Columns that no model takes, between and after the ones that are needed.
     rows = table.select_columns(["inv_logits", "image", "conv_logits", "label"])
     rows = arrange(rows.add_column("note", [f"row {i}" for i in range(len(rows))]))
-    trainer = distil(
-        tmp_path, rows, trainer_class=PairingTrainer, train=False, per_device_train_batch_size=4,
-        remove_unused_columns=remove_unused_columns, num_train_epochs=2,
-    )  # fmt: skip
+    trainer = distill(
+        tmp_path, rows, trainer_class=PairingTrainer, train=False, per_device_train_batch_size=4, num_train_epochs=2
+    )
     trainer.reference_teachers, trainer.compared = teachers, []
     trainer.train()
 
@@ -381,36 +292,229 @@ def test_logits_stay_with_their_images(arrange, remove_unused_columns, table, te
     assert sorted(labels.tolist()) == sorted(2 * [int(label) for label in rows.with_format(None)["label"]])
 
 
+@pytest.mark.parametrize("remove", [True, False])
+def test_columns_stay_whatever_the_arguments_would_remove(remove, table, tmp_path):
+    args = arguments(tmp_path, remove_unused_columns=remove)
+    trainer = EnsembleDistillationTrainer(small_student(), args, train_dataset=table, processing_class=PROCESSOR)
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert batch.keys() == {"pixel_values", "labels", "teacher_logits"}
+
+
 def test_float16_columns(plain_table, teachers, tmp_path):
     with_columns(plain_table, teachers, "float16").save_to_disk(tmp_path / "table")
     table = load_from_disk(tmp_path / "table")
     assert table.features["conv_logits"] == List(Value("float16"), length=len(CLASSES))
-    trainer = distil(tmp_path, table, per_device_train_batch_size=NUM_ROWS)
+    trainer = distill(tmp_path, table, per_device_train_batch_size=NUM_ROWS)
     terms = [term.item() for term in textbook_terms(small_student(), table)]
     assert logged(trainer) == [pytest.approx([weighted(terms), *terms], rel=1e-4)]
 
 
-def test_rows_can_be_told_apart_by_their_logits(table, teachers):
+def test_rows_differ_in_their_logits(table, teachers):
     # A guard of the test above: swapped rows or swapped teachers must show.
     flat = torch.tensor(np.concatenate([np.array(table[f"{name}_logits"]) for name in teachers]))
     distances = torch.cdist(flat, flat) + 10 * torch.eye(len(flat))
     assert distances.min() > 0.01
 
 
-def test_other_column_names(table, tmp_path):
-    renamed = table.rename_columns({"image": "picture", "label": "animal"})
-    expected = distil(tmp_path, table, per_device_train_batch_size=8)
-    found = distil(tmp_path, renamed, per_device_train_batch_size=8)
-    named = distil(tmp_path, renamed, per_device_train_batch_size=8, image_column="picture", label_column="animal")
-    for trainer in (found, named):
-        assert_same_weights(trainer.model, expected.model, rtol=0, atol=0)
+# Tables, given at first and later
 
 
-def test_images_are_decoded_in_worker_processes_too(table, tmp_path):
-    settings = {"per_device_train_batch_size": 4, "eval_dataset": table}
-    here = distil(tmp_path, table, **settings)
-    there = distil(tmp_path, table, dataloader_num_workers=1, **settings)
-    assert_same_weights(there.model, here.model, rtol=0, atol=0)
+def scores(results, prefix="eval_"):
+    """The loss and the accuracies of an evaluation, without the times."""
+    names = [name for name in results if name.startswith(prefix) and name.endswith(("loss", "accuracy"))]
+    assert f"{prefix}loss" in names and f"{prefix}accuracy" in names
+    return {name.removeprefix(prefix): results[name] for name in names}
+
+
+def foreign(table):
+    """The table with other column names, among which the right ones are found."""
+    return table.rename_columns({"image": "picture", "label": "animal"})
+
+
+def ambiguous(table):
+    """The same with more candidates; other images and labels are in the further ones."""
+    table = foreign(table)
+    backward = table.select(range(len(table) - 1, -1, -1)).select_columns(["picture", "animal"])
+    return concatenate_datasets([table, backward.rename_columns({"picture": "mask", "animal": "breed"})], axis=1)
+
+
+@BOTH_TRAINERS
+@pytest.mark.parametrize(
+    "rename, columns",
+    [
+        (foreign, {}),
+        (foreign, {"image_column": "picture", "label_column": "animal"}),
+        (ambiguous, {"image_column": "picture", "label_column": "animal"}),
+    ],
+    ids=["found", "given", "given of several"],
+)
+def test_other_column_names_at_every_entrance(rename, columns, trainer_class, table, tmp_path):
+    settings = {"trainer_class": trainer_class, "per_device_train_batch_size": 8, "learning_rate": 0.1}
+    expected = distill(tmp_path, table, eval_dataset=table, **settings)
+    part, renamed = table.select(range(6)), rename(table)
+    some = renamed.select(range(6))
+    found = distill(tmp_path, renamed, eval_dataset={"day": renamed, "night": some}, **settings, **columns)
+    assert_same_weights(found.model, expected.model, rtol=0, atol=0)
+    whole, of_part = scores(expected.evaluate()), scores(expected.evaluate(part))
+    assert whole != of_part
+    results = found.evaluate()
+    assert scores(results, "eval_day_") == whole and scores(results, "eval_night_") == of_part
+    assert scores(found.evaluate("night"), "eval_") == of_part
+    assert scores(found.evaluate(some)) == of_part
+    assert scores(found.evaluate({"dusk": some}), "eval_dusk_") == of_part
+    predicted, by_name = found.predict(some), expected.predict(part)
+    assert scores(predicted.metrics, "test_") == scores(by_name.metrics, "test_") == of_part
+    np.testing.assert_array_equal(predicted.label_ids, part["label"])
+    for first, second in zip(predicted.predictions, by_name.predictions):
+        np.testing.assert_array_equal(first, second)
+    # Assigned later.
+    found.eval_dataset = some
+    assert scores(found.evaluate()) == of_part
+    found.eval_dataset = {"day": some}
+    assert scores(found.evaluate(), "eval_day_") == of_part
+    for trainer, later in ((expected, part), (found, some)):
+        trainer.train_dataset = later
+        trainer.train()
+    assert_same_weights(found.model, expected.model, rtol=0, atol=0)
+
+
+@BOTH_TRAINERS
+def test_rows_are_made_once_for_each_table(trainer_class, plain_table, table, tmp_path, monkeypatch):
+    made = []
+
+    class CountedRows(ImageRows):
+        def __init__(self, table, *args, **kwargs):
+            made.append(table)
+            super().__init__(table, *args, **kwargs)
+
+    monkeypatch.setattr(trainer_module, "ImageRows", CountedRows)
+    evaluated = {"day": plain_table, "night": table}
+    settings = {"trainer_class": trainer_class, "eval_dataset": evaluated, "eval_strategy": "epoch"}
+    trainer = distill(tmp_path, table, num_train_epochs=2, learning_rate=0.0, **settings)
+    rows, others = trainer.train_dataset, trainer.eval_dataset
+    assert isinstance(rows, CountedRows) and len(rows) == NUM_ROWS and rows.table is table
+    assert {name: one.table for name, one in others.items()} == evaluated
+    trainer.train()
+    trainer.evaluate()
+    trainer.evaluate("night")
+    assert trainer.train_dataset is trainer.get_train_dataloader().dataset is rows
+    for name, one in trainer.eval_dataset.items():
+        assert one is others[name] and trainer.get_eval_dataloader(name).dataset is one
+    assert len(made) == 3
+    # A table that is given later: once for the trainer, however often it trains.
+    trainer.train_dataset, trainer.eval_dataset = (
+        plain_table if trainer_class is ImageClassificationTrainer else (table.select(range(8))),
+        plain_table,
+    )
+    trainer.train()
+    trainer.train()
+    trainer.evaluate()
+    assert len(made) == 5 and trainer.train_dataset.table is made[3] and trainer.eval_dataset.table is plain_table
+
+
+@BOTH_TRAINERS
+def test_a_trainer_may_be_built_without_tables(trainer_class, plain_table, table, tmp_path):
+    trainer = trainer_class(model=small_student(), args=arguments(tmp_path), processing_class=PROCESSOR)
+    pixel_values, labels, _ = tensors_of(plain_table)
+    with torch.no_grad():
+        logits = small_student().eval()(pixel_values).logits
+    accuracy = (logits.argmax(-1) == labels).double().mean().item()
+    assert trainer.evaluate(plain_table)["eval_accuracy"] == pytest.approx(accuracy)
+    predicted = trainer.predict(plain_table)
+    assert predicted.label_ids.tolist() == labels.tolist()
+    np.testing.assert_allclose(predicted.predictions[0], logits, atol=1e-5)
+    trainer.train_dataset = table
+    trainer.train()
+    assert_same_weights(
+        trainer.model, distill(tmp_path, table, trainer_class=trainer_class).model, rtol=1e-5, atol=1e-6
+    )
+
+
+@BOTH_TRAINERS
+def test_tables_given_later_are_checked(trainer_class, plain_table, table, tmp_path):
+    other = with_class_names(plain_table, ["cat", "dog", "owl", "cow"])
+    trainer = distill(tmp_path, table, trainer_class=trainer_class, train=False, callbacks=[NoStep()])
+    for wrong, error, message in (
+        (other, ValueError, r"\['cow'\].*\['fox'\]"),
+        (plain_table.select([]), ValueError, "empty"),
+        (DatasetDict(train=table), TypeError, "DatasetDict"),
+        (table.remove_columns("label"), ValueError, "image, conv_logits, inv_logits"),
+    ):
+        trainer.train_dataset = wrong
+        with pytest.raises(error, match=message):
+            trainer.train()
+        for evaluate in (trainer.get_eval_dataloader, trainer.predict):
+            with pytest.raises(error, match=message):
+                evaluate(wrong)
+        trainer.eval_dataset = {"night": wrong}
+        with pytest.raises(error, match=message):
+            trainer.evaluate("night")
+
+
+def test_rows_for_training_are_evaluated_as_the_images_are(plain_table, table, tmp_path):
+    recipe = ViewRecipe(num_views=2, erasing=1.0)
+    trainer = distill(tmp_path, table, views=recipe, eval_dataset=table, train=False)
+    expected = scores(trainer.evaluate())
+    assert scores(trainer.evaluate(trainer.train_dataset)) == expected
+    assert scores(trainer.predict(trainer.train_dataset).metrics, "test_") == expected
+    # The other way around: rows without logits are trained on with them, after a new check.
+    other = distill(tmp_path, trainer.eval_dataset, views=recipe)
+    trainer.train()
+    assert_same_weights(other.model, trainer.model, rtol=0, atol=0)
+    online = distill(tmp_path, plain_table, eval_dataset=plain_table, teachers=small_teachers(), train=False)
+    with pytest.raises(ValueError, match='"conv_logits"'):
+        distill(tmp_path, online.eval_dataset)
+
+
+def test_a_table_replaces_another_of_other_views(table, tmp_path):
+    def recorded(recipe):
+        values = np.repeat(np.array(table["conv_logits"])[:, None], recipe.num_views, axis=1)
+        feature = LogitsEncoding("float32").feature(len(CLASSES), recipe.num_views)
+        views = table.select_columns(["image", "label"]).add_column("conv_logits", values.tolist(), feature=feature)
+        attach_record(views, build_record([], {}, recipe))
+        return views
+
+    two, three = (recorded(ViewRecipe(num_views=number, seed=number)) for number in (2, 3))
+    one_teacher = {"teacher_weights": 1.0, "temperature": 1.0}
+
+    def trainer_of(table, **settings):
+        return distill(tmp_path, table, small_student(teacher_names=("conv",)), train=False, **one_teacher, **settings)
+
+    trainer = trainer_of(two)
+    assert trainer.views == trainer.train_dataset.views == ViewRecipe(num_views=2, seed=2)
+    trainer.train_dataset = three
+    trainer.train()
+    assert trainer.views == trainer.train_dataset.views == ViewRecipe(num_views=3, seed=3)
+    expected = trainer_of(three)
+    expected.train()
+    assert_same_weights(trainer.model, expected.model, rtol=0, atol=0)
+    trainer.train_dataset = table
+    trainer.train()
+    assert trainer.views is None and trainer.train_dataset.views is None
+    # Views that were given stay a demand.
+    trainer = trainer_of(two, views=ViewRecipe(num_views=2, seed=2))
+    trainer.train_dataset = three
+    with pytest.raises(ValueError, match="views=ViewRecipe.num_views=2.*num_views=3"):
+        trainer.train()
+
+
+def test_persistent_workers_do_not_mix_up_tables(table, tmp_path):
+    # `Trainer` keeps the workers of an evaluation, and with them its table.
+    settings = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True, "learning_rate": 0.0}
+    trainer = distill(tmp_path, table, eval_dataset=table, train=False, **settings)
+    parts = [table.select(range(4)), table.select(range(4, 8)), table.select(range(8, 11))]
+    quiet = distill(tmp_path, table, eval_dataset=table, train=False)
+    expected = [scores(quiet.evaluate(part)) for part in (table, *parts)]
+    assert len({tuple(result.values()) for result in expected}) == 4
+    assert scores(trainer.evaluate()) == expected[0]
+    assert scores(trainer.evaluate(parts[0])) == expected[1]
+    assert scores(trainer.evaluate(parts[1])) == expected[2]
+    assert scores(trainer.evaluate()) == expected[0]
+    trainer.eval_dataset = parts[2]
+    assert scores(trainer.evaluate()) == expected[3]
+    # Garbage collection would wait for each of them.
+    for loader in trainer.accelerator._dataloaders:
+        loader._iterator._shutdown_workers()
 
 
 # Logs
@@ -420,7 +524,7 @@ def test_images_are_decoded_in_worker_processes_too(table, tmp_path):
 @pytest.mark.parametrize("log", [{"logging_steps": 1}, {"logging_steps": 2}, {"logging_strategy": "epoch"}])
 def test_logged_terms_are_the_means_over_the_rows(log, accumulation, table, tmp_path):
     # Without learning every step sees the same student, so an epoch's means are known.
-    trainer = distil(
+    trainer = distill(
         tmp_path, table, learning_rate=0.0, per_device_train_batch_size=4 // accumulation,
         gradient_accumulation_steps=accumulation, num_train_epochs=2, **log,
     )  # fmt: skip
@@ -441,7 +545,7 @@ def test_logged_terms_are_the_means_over_the_rows(log, accumulation, table, tmp_
     ],
 )
 def test_the_logged_loss_is_the_weighted_sum_of_its_logged_terms(num_rows, log, mode, table, tmp_path):
-    trainer = distil(
+    trainer = distill(
         tmp_path, table.select(range(num_rows)), per_device_train_batch_size=4, num_train_epochs=3,
         distillation_mode=mode, learning_rate=0.1, **log,
     )  # fmt: skip
@@ -452,16 +556,16 @@ def test_the_logged_loss_is_the_weighted_sum_of_its_logged_terms(num_rows, log, 
 def test_evaluation_between_steps_does_not_enter_the_training_log(table, tmp_path):
     other = table.filter(lambda row: row["label"] == 0)
     settings = {"learning_rate": 0.0, "per_device_train_batch_size": 4, "logging_steps": 4}
-    trainer = distil(tmp_path, table, eval_dataset=other, eval_strategy="steps", eval_steps=1, **settings)
+    trainer = distill(tmp_path, table, eval_dataset=other, eval_strategy="steps", eval_steps=1, **settings)
     assert sum("eval_loss" in entry for entry in trainer.state.log_history) == 4
     terms = [term.item() for term in textbook_terms(small_student(), table)]
     assert logged(trainer) == [pytest.approx([weighted(terms), *terms], rel=1e-4)]
 
 
-def test_a_second_training_starts_its_log_anew(table, tmp_path):
+def test_a_second_training_starts_a_new_log(table, tmp_path):
     # The first stops between two logs.
     settings = {"max_steps": 3, "logging_steps": 2, "per_device_train_batch_size": 4}
-    trainer = distil(tmp_path, table, **settings)
+    trainer = distill(tmp_path, table, **settings)
     trainer.train()
     entries = logged(trainer)
     assert len(entries) == 1
@@ -470,7 +574,7 @@ def test_a_second_training_starts_its_log_anew(table, tmp_path):
 
 
 def test_plain_training_logs_no_teachers(plain_table, tmp_path):
-    trainer = distil(tmp_path, plain_table, small_student(teacher_names=()), ImageClassificationTrainer)
+    trainer = distill(tmp_path, plain_table, small_student(teacher_names=()), ImageClassificationTrainer)
     entries = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert entries and not any("label_loss" in entry for entry in entries)
 
@@ -480,7 +584,7 @@ def test_plain_training_logs_no_teachers(plain_table, tmp_path):
 
 @pytest.mark.parametrize("mode", ["soft", "hard"])
 def test_every_term_falls(mode, table, tmp_path):
-    trainer = distil(
+    trainer = distill(
         tmp_path, table, distillation_mode=mode, optim="adamw_torch", learning_rate=1e-2, num_train_epochs=25,
         per_device_train_batch_size=8, logging_strategy="epoch", max_grad_norm=1.0,
     )  # fmt: skip
@@ -489,7 +593,7 @@ def test_every_term_falls(mode, table, tmp_path):
 
 
 def test_hard_mode_learns_the_teachers_choices(table, tmp_path):
-    trainer = distil(tmp_path, table, learning_rate=0.0, distillation_mode="hard", per_device_train_batch_size=8)
+    trainer = distill(tmp_path, table, learning_rate=0.0, distillation_mode="hard", per_device_train_batch_size=8)
     _, _, logits = tensors_of(table)
     with torch.no_grad():
         tokens = small_student()(tensors_of(table)[0]).teacher_token_logits
@@ -499,7 +603,7 @@ def test_hard_mode_learns_the_teachers_choices(table, tmp_path):
 
 def test_label_smoothing_smooths_training_only(table, tmp_path):
     settings = {"label_smoothing_factor": 0.2, "learning_rate": 0.0, "per_device_train_batch_size": NUM_ROWS}
-    trainer = distil(tmp_path, table, eval_dataset=table, **settings)
+    trainer = distill(tmp_path, table, eval_dataset=table, **settings)
     smooth = [term.item() for term in textbook_terms(small_student(), table, smoothing=0.2)]
     plain = [term.item() for term in textbook_terms(small_student(), table)]
     assert logged(trainer) == [pytest.approx([weighted(smooth), *smooth], rel=1e-4)]
@@ -515,9 +619,9 @@ def state_of_its_own():
 
 def test_bf16_runs_the_student_in_bf16_and_keeps_its_weights(state_of_its_own, table, teachers, tmp_path):
     settings = {"per_device_train_batch_size": 8, "learning_rate": 0.1, "eval_dataset": table}
-    full = distil(tmp_path, table, **settings)
-    half = distil(tmp_path, table, bf16=True, **settings)
-    online = distil(tmp_path, table, bf16=True, teachers=teachers, **settings)
+    full = distill(tmp_path, table, **settings)
+    half = distill(tmp_path, table, bf16=True, **settings)
+    online = distill(tmp_path, table, bf16=True, teachers=teachers, **settings)
     assert all(parameter.dtype == torch.float32 for parameter in half.model.parameters())
     for trainer in (half, online):
         # Close to float32, but not the same: else nothing ran in bf16.
@@ -527,8 +631,8 @@ def test_bf16_runs_the_student_in_bf16_and_keeps_its_weights(state_of_its_own, t
 
 
 def test_one_weight_and_one_temperature_serve_all_teachers(table, tmp_path):
-    one = distil(tmp_path, table, teacher_weights=0.5, temperature=3.0)
-    each = distil(tmp_path, table, teacher_weights=[0.5, 0.5], temperature=[3.0, 3.0])
+    one = distill(tmp_path, table, teacher_weights=0.5, temperature=3.0)
+    each = distill(tmp_path, table, teacher_weights=[0.5, 0.5], temperature=[3.0, 3.0])
     assert_same_weights(one.model, each.model, rtol=0, atol=0)
 
 
@@ -537,7 +641,7 @@ def test_settings_follow_the_students_order_of_teachers(names, table, tmp_path):
     weights = [WEIGHTS[["conv", "inv"].index(name)] for name in names]
     temperatures = [TEMPERATURES[["conv", "inv"].index(name)] for name in names]
     student = small_student(teacher_names=names)
-    trainer = distil(
+    trainer = distill(
         tmp_path, table, student, learning_rate=0.0, teacher_weights=weights, temperature=temperatures,
         per_device_train_batch_size=NUM_ROWS,
     )  # fmt: skip
@@ -564,9 +668,9 @@ def test_a_resumed_run_ends_bit_identical(accumulation, bf16, table, tmp_path):
         "gradient_accumulation_steps": accumulation, "save_strategy": "steps", "save_steps": 6, "bf16": bf16,
     }  # fmt: skip
     rows, dropout = table.select(range(14)), {"hidden_dropout_prob": 0.2}
-    whole = distil(tmp_path / "whole", rows, small_student(**dropout), **settings)
+    whole = distill(tmp_path / "whole", rows, small_student(**dropout), **settings)
     assert whole.state.global_step == 12
-    resumed = distil(tmp_path / "resumed", rows, small_student(seed=2, **dropout), train=False, **settings)
+    resumed = distill(tmp_path / "resumed", rows, small_student(seed=2, **dropout), train=False, **settings)
     torch.rand(100)  # a new process's random numbers have come to another place
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-6"))
 
@@ -577,7 +681,7 @@ def test_a_resumed_run_ends_bit_identical(accumulation, bf16, table, tmp_path):
         assert all(torch.equal(tensor, second[number][key]) for key, tensor in state.items())
     assert logged(resumed) == logged(whole) and len(logged(resumed)) == 12
     # And it was resumed, not run again.
-    untouched = distil(tmp_path / "other", rows, small_student(seed=2, **dropout), **settings)
+    untouched = distill(tmp_path / "other", rows, small_student(seed=2, **dropout), **settings)
     assert logged(untouched) != logged(whole)
 
 
@@ -587,7 +691,7 @@ def test_a_resumed_run_ends_bit_identical(accumulation, bf16, table, tmp_path):
 @pytest.mark.parametrize("batch_size", [16, 5])
 def test_evaluation_with_and_without_columns(batch_size, plain_table, table, teachers, tmp_path):
     settings = {"per_device_eval_batch_size": batch_size, "learning_rate": 0.0}
-    trainer = distil(tmp_path, table, eval_dataset={"with": table, "without": plain_table}, **settings)
+    trainer = distill(tmp_path, table, eval_dataset={"with": table, "without": plain_table}, **settings)
     terms = [term.item() for term in textbook_terms(small_student(), table)]
     results = trainer.evaluate()
     assert results["eval_with_loss"] == pytest.approx(weighted(terms), rel=1e-4)
@@ -596,12 +700,12 @@ def test_evaluation_with_and_without_columns(batch_size, plain_table, table, tea
     # One of two columns is not enough.
     partial = trainer.evaluate(table.remove_columns("inv_logits"))
     assert partial["eval_loss"] == pytest.approx(LABEL_WEIGHT * terms[0], rel=1e-4)
-    online = distil(tmp_path, plain_table, eval_dataset=table, teachers=teachers, **settings)
+    online = distill(tmp_path, plain_table, eval_dataset=table, teachers=teachers, **settings)
     assert online.evaluate()["eval_loss"] == pytest.approx(LABEL_WEIGHT * terms[0], rel=1e-4)
 
 
 def test_default_metrics_look_at_each_token(plain_table, table, tmp_path):
-    trainer = distil(tmp_path, table, eval_dataset=plain_table, learning_rate=0.1, per_device_eval_batch_size=5)
+    trainer = distill(tmp_path, table, eval_dataset=plain_table, learning_rate=0.1, per_device_eval_batch_size=5)
     results = trainer.evaluate()
     pixel_values, labels, _ = tensors_of(plain_table)
     with torch.no_grad():
@@ -613,7 +717,7 @@ def test_default_metrics_look_at_each_token(plain_table, table, tmp_path):
         assert results[f"eval_{name}"] == pytest.approx((logits.argmax(-1) == labels).double().mean().item()), name
 
 
-@pytest.mark.parametrize("trainer_class", [EnsembleDistillationTrainer, ImageClassificationTrainer])
+@BOTH_TRAINERS
 def test_own_metrics_see_plain_logits(trainer_class, plain_table, table, tmp_path):
     seen = []
 
@@ -621,7 +725,7 @@ def test_own_metrics_see_plain_logits(trainer_class, plain_table, table, tmp_pat
         seen.append(prediction)
         return {"largest": float(prediction.predictions.max())}
 
-    trainer = distil(
+    trainer = distill(
         tmp_path, table, trainer_class=trainer_class, eval_dataset=plain_table, compute_metrics=own_metrics,
         per_device_eval_batch_size=5,
     )  # fmt: skip
@@ -651,7 +755,7 @@ def test_any_classifier_learns_from_labels(kind, plain_table, tmp_path):
         shape = {"image_size": 8, "patch_size": 4, "hidden_size": 16, "num_attention_heads": 2}
         config = ViTConfig(num_hidden_layers=1, intermediate_size=32, **shape, **class_settings())
         model = ViTForImageClassification(config)
-    trainer = distil(
+    trainer = distill(
         tmp_path, plain_table, model, ImageClassificationTrainer, eval_dataset=plain_table, optim="adamw_torch",
         learning_rate=1e-2, num_train_epochs=20, per_device_train_batch_size=8, max_grad_norm=1.0,
     )  # fmt: skip
@@ -663,13 +767,13 @@ def test_any_classifier_learns_from_labels(kind, plain_table, tmp_path):
 
 
 def test_a_student_with_teacher_tokens_can_train_on_labels_alone(table, tmp_path):
-    trainer = distil(tmp_path, table, trainer_class=ImageClassificationTrainer, per_device_train_batch_size=NUM_ROWS)
+    trainer = distill(tmp_path, table, trainer_class=ImageClassificationTrainer, per_device_train_batch_size=NUM_ROWS)
     expected = textbook_terms(small_student(), table)[0].item()
     assert logged(trainer, ["loss"]) == [[pytest.approx(expected, rel=1e-4)]]
 
 
 def test_the_image_processor_is_saved_with_every_checkpoint(table, tmp_path):
-    distil(tmp_path, table, per_device_train_batch_size=8, save_strategy="steps", save_steps=1)
+    distill(tmp_path, table, per_device_train_batch_size=8, save_strategy="steps", save_steps=1)
     for step in (1, 2):
         processor = ViTImageProcessor.from_pretrained(tmp_path / f"checkpoint-{step}")
         assert processor.to_dict()["size"] == PROCESSOR.to_dict()["size"]
@@ -679,16 +783,86 @@ def test_the_image_processor_is_saved_with_every_checkpoint(table, tmp_path):
 # As any other `Trainer`
 
 
-@pytest.mark.parametrize("trainer_class", [EnsembleDistillationTrainer, ImageClassificationTrainer])
-def test_tables_can_be_given_to_evaluate_and_predict_later(trainer_class, plain_table, tmp_path):
-    trainer = trainer_class(model=small_student(), args=arguments(tmp_path), processing_class=PROCESSOR)
-    pixel_values, labels, _ = tensors_of(plain_table)
-    with torch.no_grad():
-        logits = small_student().eval()(pixel_values).logits
-    accuracy = (logits.argmax(-1) == labels).double().mean().item()
-    assert trainer.evaluate(plain_table)["eval_accuracy"] == pytest.approx(accuracy)
-    predicted = trainer.predict(plain_table)
-    assert predicted.label_ids.tolist() == labels.tolist()
+@pytest.mark.parametrize("average", [True, False])
+def test_data_parallel_takes_the_same_steps(average, table, tmp_path):
+    # Two devices in one process. There are none here, so the model runs on the whole batch, which is what it gathers.
+    expected = distill(tmp_path, table, per_device_train_batch_size=8, num_train_epochs=2, learning_rate=0.1)
+    settings = {"gradient_accumulation_steps": 2, "average_tokens_across_devices": average}
+    args = arguments(tmp_path, per_device_train_batch_size=2, num_train_epochs=2, learning_rate=0.1, **settings)
+    args._n_gpu = 2
+    trainer = EnsembleDistillationTrainer(small_student(), args, train_dataset=table, processing_class=PROCESSOR)
+    trainer.train()
+    assert trainer.state.global_step == expected.state.global_step == 4
+    assert_same_weights(trainer.model, expected.model, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(logged(trainer), logged(expected), rtol=1e-4)
+
+
+def test_the_best_model_is_loaded_at_the_end(plain_table, table, tmp_path):
+    # The rate is so high that the first steps are better than the last.
+    trainer = distill(
+        tmp_path, table, eval_dataset=plain_table, per_device_train_batch_size=8, num_train_epochs=3, learning_rate=2.0,
+        eval_strategy="epoch", save_strategy="epoch", load_best_model_at_end=True, metric_for_best_model="loss",
+    )  # fmt: skip
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    best = int(np.argmin(losses))
+    assert len(losses) == 3 and best < 2
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(losses[best], rel=1e-6)
+    saved = IBViTForImageClassification.from_pretrained(tmp_path / f"checkpoint-{2 * (best + 1)}")
+    assert_same_weights(trainer.model, saved, rtol=0, atol=0)
+
+
+class Search:
+    """A search over given values, in the place of one that is installed."""
+
+    trials, histories, default_hp_space = (), [], None
+
+    def ensure_available(self):
+        pass
+
+    def run(self, trainer, num_trials, direction):
+        objectives = []
+        for trial in self.trials:
+            trainer.train(trial=trial)
+            self.histories.append(logged(trainer))
+            objectives.append(trainer.compute_objective(trainer.evaluate()))
+        best = int(np.argmin(objectives))
+        return BestRun(str(best), objectives[best], self.trials[best])
+
+
+def test_a_hyperparameter_search_equals_separate_trainings(table, tmp_path, monkeypatch):
+    # Of the two largest logits: what the others add up to depends on the temperature.
+    columns = {f"{name}_logits": np.array(table[f"{name}_logits"], np.float32) for name in ("conv", "inv")}
+    encoding = LogitsEncoding("float32", top_k=2)
+    features, data = table.select_columns(["image", "label"]).features, table.data.table.select(["image", "label"])
+    for name, logits in columns.items():
+        features[name] = encoding.feature(len(CLASSES), None)
+        data = data.append_column(name, encoding.encode(logits))
+    stored = Dataset(data, info=DatasetInfo(features=features))
+    trials = [
+        {"temperature": [6.0, 8.0], "learning_rate": 0.1},
+        {"temperature": [1.0, 2.0], "learning_rate": 0.2, "per_device_train_batch_size": 4},
+    ]
+    monkeypatch.setattr(Search, "trials", trials)
+    monkeypatch.setattr(Search, "histories", [])
+    monkeypatch.setitem(transformers_trainer.ALL_HYPERPARAMETER_SEARCH_BACKENDS, HPSearchBackend.WANDB, Search)
+    monkeypatch.setattr("transformers.integrations.hp_params", dict)
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(run=SimpleNamespace(id="search")))
+
+    def trainer_of(**settings):
+        return EnsembleDistillationTrainer(
+            model_init=lambda: small_student(), args=arguments(tmp_path, **settings), train_dataset=stored,
+            eval_dataset=stored, processing_class=PROCESSOR,
+        )  # fmt: skip
+
+    trainer = trainer_of(per_device_train_batch_size=8)
+    best = trainer.hyperparameter_search(backend="wandb", n_trials=2)
+    objectives = []
+    for trial, history in zip(trials, Search.histories, strict=True):
+        expected = trainer_of(**{"per_device_train_batch_size": 8, **trial})
+        expected.train()
+        np.testing.assert_allclose(history, logged(expected), rtol=1e-6)
+        objectives.append(trainer.compute_objective(expected.evaluate()))
+    assert best.run_id == str(np.argmin(objectives)) and best.objective == pytest.approx(min(objectives))
 
 
 def test_the_model_can_be_built_by_the_trainer(table, tmp_path):
@@ -698,13 +872,15 @@ def test_the_model_can_be_built_by_the_trainer(table, tmp_path):
     )
     trainer.train()
     # One batch of all rows, whose order may differ.
-    assert_same_weights(trainer.model, distil(tmp_path, table).model, rtol=1e-4, atol=1e-5)
+    assert_same_weights(trainer.model, distill(tmp_path, table).model, rtol=1e-4, atol=1e-5)
 
 
 def test_the_documented_example_runs(table, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace = {"student": small_student(), "table": table, "validation": table, "image_processor": PROCESSOR}
     namespace |= {name: getattr(hf_ibdistill, name) for name in hf_ibdistill.__all__}
+    # As written, but for fewer epochs.
+    namespace["DistillationArguments"] = partial(DistillationArguments, num_train_epochs=1)
     for example in doctest.DocTestParser().get_examples(EnsembleDistillationTrainer.__doc__):
         exec(example.source, namespace)
     assert namespace["trainer"].state.global_step > 0
@@ -720,7 +896,7 @@ class NoStep(TrainerCallback):
 
 def refuse(folder, table, message, student=None, error=ValueError, **settings):
     with pytest.raises(error, match=message):
-        distil(folder, table, student, callbacks=[NoStep()], num_train_epochs=1, **settings)
+        distill(folder, table, student, callbacks=[NoStep()], num_train_epochs=1, **settings)
 
 
 def with_logits(table, name, logits):
@@ -729,28 +905,22 @@ def with_logits(table, name, logits):
     return table.remove_columns(name).add_column(name, logits, feature=feature)
 
 
-@pytest.mark.parametrize("trainer_class", [EnsembleDistillationTrainer, ImageClassificationTrainer])
+@BOTH_TRAINERS
 def test_no_image_processor(trainer_class, table, tmp_path):
-    with pytest.raises(ValueError, match="needs the model's image processor: processing_class=image_processor"):
+    with pytest.raises(ValueError, match="processing_class=None"):
         trainer_class(model=small_student(), args=arguments(tmp_path), train_dataset=table)
 
 
 @pytest.mark.parametrize("student", [{"teacher_names": ()}, None])
 def test_no_teacher_tokens(student, table, tmp_path):
     model = small_teacher("convolution") if student is None else small_student(**student)
-    refuse(
-        tmp_path,
-        table,
-        "The student has no teacher tokens; build it with IBViTConfig.*ImageClassificationTrainer",
-        model,
-    )
+    refuse(tmp_path, table, f"{type(model).__name__}.* no teacher tokens.*ImageClassificationTrainer", model)
 
 
 @pytest.mark.parametrize("name", ["teacher_weights", "temperature"])
 @pytest.mark.parametrize("values", [[1.0, 2.0, 3.0], [0.5] * 5])
 def test_wrong_number_of_settings(name, values, table, tmp_path):
-    message = rf"{name} is one number or one for each teacher \(conv, inv\); got \[{values[0]}, {values[1]}"
-    refuse(tmp_path, table, message, **{name: values})
+    refuse(tmp_path, table, rf"{re.escape(f'{name}={values}')} .*{len(values)} .*conv, inv", **{name: values})
 
 
 def test_arguments_without_distillation(table, tmp_path):
@@ -765,29 +935,25 @@ def test_arguments_without_distillation(table, tmp_path):
 @pytest.mark.parametrize("names", [("conv",), ("conv", "involution"), ("conv", "inv", "third"), ()])
 def test_online_teachers_have_the_students_names(names, table, teachers, tmp_path):
     given = dict(zip(names, [*teachers.values(), teachers["conv"]]))
-    message = rf"The student's teachers are \['conv', 'inv'\]; got teachers \[{', '.join(map(repr, sorted(names)))}\]"
-    refuse(tmp_path, table, message, teachers=given)
+    refuse(tmp_path, table, re.escape(f"teachers={sorted(names)}") + r".*\['conv', 'inv'\]", teachers=given)
 
 
 def test_missing_column(table, plain_table, teachers, tmp_path):
-    message = (
-        r'teacher "third", but the table has no column "third_logits" \(logits columns: conv_logits, inv_logits\)'
-    )
+    message = 'training set.*"third".* no column "third_logits".*conv_logits, inv_logits'
     refuse(tmp_path, table, message, small_student(teacher_names=("conv", "third")), teacher_weights=1.0)
-    message = r'has no column "conv_logits" \(logits columns: none\).*record_teacher_logits, or pass teachers='
-    refuse(tmp_path, plain_table, message)
+    refuse(tmp_path, plain_table, 'no column "conv_logits".*none.*record_teacher_logits.*teachers=')
 
 
 def test_column_of_another_number_of_classes(table, tmp_path):
     wrong = with_logits(table, "inv_logits", np.zeros((NUM_ROWS, 7)))
-    refuse(tmp_path, wrong, '"inv_logits" holds logits of 7 classes; logits of the student\'s 4 classes are needed')
+    refuse(tmp_path, wrong, '"inv_logits".* 7 .* 4 classes')
 
 
 @pytest.mark.parametrize("feature", [List(Value("float32")), Value("float32"), Value("string")])
 def test_column_that_is_no_list_of_numbers(feature, plain_table, table, tmp_path):
     value = [0.0] * 4 if isinstance(feature, List) else 0.0 if feature.dtype == "float32" else "0"
     wrong = table.remove_columns("conv_logits").add_column("conv_logits", [value] * NUM_ROWS, feature=feature)
-    refuse(tmp_path, wrong, '"conv_logits" holds not a list .*; logits of the student\'s 4 classes are needed')
+    refuse(tmp_path, wrong, '"conv_logits".* not a list .* 4 classes')
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), None])
@@ -795,10 +961,10 @@ def test_logits_that_are_not_finite(bad, table, tmp_path):
     logits = np.array(table["inv_logits"]).tolist()
     logits[5][0] = logits[9][3] = bad
     wrong = with_logits(table, "inv_logits", logits)
-    refuse(tmp_path, wrong, r'"inv_logits" has missing, NaN or infinite logits in 2 rows \(first \[5, 9\]\)')
+    refuse(tmp_path, wrong, r'"inv_logits" .*2 rows.*\[5, 9\]')
     # Rows are those of the table as it was given.
-    refuse(tmp_path, wrong.select([9, 0, 1, 5, 2]), r"in 2 rows \(first \[0, 3\]\)")
-    assert distil(tmp_path, wrong.select([0, 1, 2, 3]), max_steps=1).state.global_step == 1
+    refuse(tmp_path, wrong.select([9, 0, 1, 5, 2]), r"2 rows.*\[0, 3\]")
+    assert distill(tmp_path, wrong.select([0, 1, 2, 3]), max_steps=1).state.global_step == 1
 
 
 def test_rows_without_logits(table, tmp_path):
@@ -806,241 +972,149 @@ def test_rows_without_logits(table, tmp_path):
     feature = List(Value("float32"), length=4)
     logits[7] = None
     wrong = table.remove_columns("inv_logits").add_column("inv_logits", logits, feature=feature)
-    refuse(tmp_path, wrong, r'"inv_logits" has missing, NaN or infinite logits in 1 rows \(first \[7\]\)')
+    refuse(tmp_path, wrong, r'"inv_logits" .*1 rows.*\[7\]')
 
 
-def test_rows_are_named_in_long_tables_too():
+def test_rows_are_named_in_long_tables():
     logits = np.zeros((10_000, 2), dtype=np.float16)
     logits[[3, 4095, 4096, 9_999], 1] = np.nan
     table = Dataset.from_dict(
         {"conv_logits": list(logits)}, features=Features({"conv_logits": List(Value("float16"), length=2)})
     )
-    with pytest.raises(ValueError, match=r"in 4 rows \(first \[3, 4095, 4096, 9999\]\)"):
+    with pytest.raises(ValueError, match=r"4 rows.*\[3, 4095, 4096, 9999\]"):
         check_columns(table, ["conv"], ["cat", "dog"])
-    with pytest.raises(ValueError, match=r"in 2 rows \(first \[0, 1\]\)"):
+    with pytest.raises(ValueError, match=r"2 rows.*\[0, 1\]"):
         check_columns(table.select([4096, 3, 5, 6]), ["conv"], ["cat", "dog"])
 
 
 def recorded_by(table, teachers):
     """The table with the record that recording attaches, from and to the disk."""
     table = table.select(range(len(table)))
-    attach_record(
-        table, build_record([describe_teacher(one, LogitsEncoding()) for one in load_teachers(teachers)], {}, None)
-    )
+    attach_record(table, build_record([one.describe(LogitsEncoding()) for one in load_teachers(teachers)], {}, None))
     return table
 
 
 def test_the_teachers_other_classes_are_found_in_the_record(table, teachers, tmp_path):
     recorded_by(table, teachers).save_to_disk(tmp_path / "right")
     right = load_from_disk(tmp_path / "right")
-    assert distil(tmp_path, right, max_steps=1).state.global_step == 1
+    assert distill(tmp_path, right, max_steps=1).state.global_step == 1
 
     reordered = {**teachers, "inv": (small_teacher("involution", ["dog", "cat", "owl", "fox"]), PROCESSOR)}
     recorded_by(table, reordered).save_to_disk(tmp_path / "wrong")
     wrong = load_from_disk(tmp_path / "wrong")
-    message = 'classes and those of the teacher "inv" differ: the same names in another order.*position'
+    message = 'teacher "inv".*another order.*dog.*cat'
     refuse(tmp_path, wrong, message)
     refuse(tmp_path, wrong.shuffle(seed=0).select(range(5)), message)
-    # Two recordings joined: the second is looked at too.
+    # Two recordings joined: the second is checked as well.
     refuse(tmp_path, concatenate_datasets([right, wrong]), message)
-    # A teacher that the student does not listen to does not matter.
-    listener = small_student(teacher_names=("conv",))
-    assert distil(tmp_path, wrong, listener, max_steps=1, teacher_weights=1.0, temperature=1.0).state.global_step == 1
+    # A teacher that the student does not have does not matter.
+    other = small_student(teacher_names=("conv",))
+    assert distill(tmp_path, wrong, other, max_steps=1, teacher_weights=1.0, temperature=1.0).state.global_step == 1
 
 
 def test_teachers_without_class_names_pass_by_their_number(table, teachers, tmp_path):
     unnamed = {**teachers, "inv": (small_teacher("involution", [f"LABEL_{i}" for i in range(4)]), PROCESSOR)}
-    assert distil(tmp_path, recorded_by(table, unnamed), max_steps=1).state.global_step == 1
+    assert distill(tmp_path, recorded_by(table, unnamed), max_steps=1).state.global_step == 1
 
 
 def test_online_teachers_of_other_classes(plain_table, teachers, tmp_path):
     other = {**teachers, "inv": (small_teacher("involution", ["cat", "dog", "owl", "cow"]), PROCESSOR)}
-    refuse(
-        tmp_path, plain_table, r'the teacher "inv" differ: \[\'fox\'\] only in the first, \[\'cow\'\]', teachers=other
-    )
+    refuse(tmp_path, plain_table, r"""teacher "inv".*\['fox'\].*\['cow'\]""", teachers=other)
     other = {**teachers, "conv": (small_teacher("convolution", CLASSES[:3]), PROCESSOR)}
-    refuse(tmp_path, plain_table, 'the teacher "conv" has 3 classes; the data set has 4', teachers=other)
+    refuse(tmp_path, plain_table, 'teacher "conv".* 3 .* 4', teachers=other)
 
 
-@pytest.mark.parametrize("trainer_class", [EnsembleDistillationTrainer, ImageClassificationTrainer])
+@BOTH_TRAINERS
 def test_a_student_of_other_classes(trainer_class, table, tmp_path):
     student = small_student(names=["cat", "dog", "owl", "cow"])
-    refuse(
-        tmp_path, table, r"classes and those of the model .* differ: \['fox'\]", student, trainer_class=trainer_class
-    )
+    refuse(tmp_path, table, r"training set.*model.*\['fox'\].*\['cow'\]", student, trainer_class=trainer_class)
     student = small_student(names=["fox", "cat", "dog", "owl"])
-    refuse(tmp_path, table, "the same names in another order", student, trainer_class=trainer_class)
+    refuse(tmp_path, table, "training set.*model.*another order", student, trainer_class=trainer_class)
     student = small_student(names=[*CLASSES, "cow"])
-    refuse(tmp_path, table, "the model .* has 5 classes; the data set has 4", student, trainer_class=trainer_class)
+    refuse(tmp_path, table, "training set.*model.* 5 .* 4", student, trainer_class=trainer_class)
 
 
 def with_class_names(table, names):
     return table.cast_column("label", ClassLabel(names=names))
 
 
-@pytest.mark.parametrize("trainer_class", [EnsembleDistillationTrainer, ImageClassificationTrainer])
+@BOTH_TRAINERS
 def test_an_evaluation_set_of_other_classes(trainer_class, plain_table, table, tmp_path):
     other = with_class_names(plain_table, ["cat", "dog", "owl", "cow"])
     settings = {"trainer_class": trainer_class, "eval_strategy": "epoch"}
-    refuse(tmp_path, table, r"beside the evaluation set\) differ: .*cow", eval_dataset=other, **settings)
-    message = r"beside the night set\) differ: .*cow"
-    refuse(tmp_path, table, message, eval_dataset={"day": plain_table, "night": other}, **settings)
-    # Nor when it comes later.
-    trainer = distil(tmp_path, table, trainer_class=trainer_class, max_steps=1)
-    with pytest.raises(ValueError, match="differ: .*cow"):
-        trainer.evaluate(other)
+    refuse(tmp_path, table, "evaluation set: .*cow.*fox", eval_dataset=other, **settings)
+    sets = {"day": plain_table, "night": other}
+    refuse(tmp_path, table, 'evaluation set "night": .*cow.*fox', eval_dataset=sets, **settings)
 
 
-@pytest.mark.parametrize("trainer_class", [EnsembleDistillationTrainer, ImageClassificationTrainer])
+@BOTH_TRAINERS
 def test_empty_tables(trainer_class, plain_table, table, tmp_path):
     empty, settings = plain_table.select([]), {"trainer_class": trainer_class, "eval_strategy": "epoch"}
-    refuse(tmp_path, table.select([]), "The training set is empty", trainer_class=trainer_class)
-    refuse(tmp_path, table, "The evaluation set is empty", eval_dataset=empty, **settings)
+    refuse(tmp_path, table.select([]), "training set is empty", trainer_class=trainer_class)
+    refuse(tmp_path, table, "evaluation set is empty", eval_dataset=empty, **settings)
     sets = {"day": plain_table, "night": empty}
-    refuse(tmp_path, table, "The night set is empty", eval_dataset=sets, **settings)
+    refuse(tmp_path, table, 'evaluation set "night" is empty', eval_dataset=sets, **settings)
 
 
-@pytest.mark.parametrize("trainer_class", [EnsembleDistillationTrainer, ImageClassificationTrainer])
+@BOTH_TRAINERS
 def test_tables_that_are_no_tables(trainer_class, table, tmp_path):
     settings = {"trainer_class": trainer_class, "error": TypeError}
-    for wrong, name in (
-        (DatasetDict(train=table), "DatasetDict"),
-        ([table[0]], "list"),
-    ):
-        refuse(tmp_path, wrong, f"The training set is a datasets.Dataset; got {name}", **settings)
+    for wrong, name in ((DatasetDict(train=table), "DatasetDict"), ([table[0]], "list")):
+        refuse(tmp_path, wrong, f"training set .*{name}", **settings)
     evaluated = {"eval_dataset": table.to_iterable_dataset(), "eval_strategy": "epoch"}
-    refuse(tmp_path, table, "The evaluation set is a datasets.Dataset; got IterableDataset", **settings, **evaluated)
+    refuse(tmp_path, table, "evaluation set .*IterableDataset", **settings, **evaluated)
 
 
-@pytest.mark.parametrize("trainer_class", [EnsembleDistillationTrainer, ImageClassificationTrainer])
+@BOTH_TRAINERS
 def test_tables_with_a_transform(trainer_class, plain_table, table, tmp_path):
     def transform(rows):
         return rows
 
-    message = r"has a transform of its own. Remove it \(dataset.reset_format\(\)\)"
-    refuse(tmp_path, table.with_transform(transform), message, trainer_class=trainer_class)
+    refuse(tmp_path, table.with_transform(transform), "training set.*reset_format", trainer_class=trainer_class)
     evaluated = {"eval_dataset": plain_table.with_transform(transform), "eval_strategy": "epoch"}
-    refuse(tmp_path, table, message, trainer_class=trainer_class, **evaluated)
+    refuse(tmp_path, table, "evaluation set.*reset_format", trainer_class=trainer_class, **evaluated)
 
 
-@pytest.mark.parametrize("trainer_class", [EnsembleDistillationTrainer, ImageClassificationTrainer])
+@BOTH_TRAINERS
 def test_tables_without_the_columns(trainer_class, plain_table, table, tmp_path):
     settings = {"trainer_class": trainer_class}
-    refuse(tmp_path, table.remove_columns("image"), "There is no image column; the columns are label", **settings)
-    refuse(tmp_path, table.remove_columns("label"), "There is no label column; the columns are image", **settings)
-    refuse(tmp_path, table, 'There is no column "photo"; the columns are image', image_column="photo", **settings)
+    refuse(tmp_path, table.remove_columns("image"), "training set.* image column.* label, conv_logits", **settings)
+    refuse(tmp_path, table.remove_columns("label"), "training set.* label column.* image, conv_logits", **settings)
+    refuse(tmp_path, table, 'training set.*image_column="photo".* image, label', image_column="photo", **settings)
     renamed = plain_table.rename_column("label", "animal")
     evaluated = {"eval_dataset": renamed, "eval_strategy": "epoch", "label_column": "label"}
-    refuse(tmp_path, table, 'There is no column "label"; the columns are image, animal', **settings, **evaluated)
+    refuse(tmp_path, table, 'evaluation set.*label_column="label".* image, animal', **settings, **evaluated)
     numbers = table.cast_column("label", Value("int64"))
-    refuse(tmp_path, numbers, '"label" is .*int64.*without class names', **settings)
+    refuse(tmp_path, numbers, "training set.*int64.*class_encode_column", **settings)
 
 
 def test_logits_columns_of_the_evaluation_set(table, tmp_path):
-    # They enter its loss, so they are held to the same; and an epoch is a lot of time.
+    # They are part of its loss, so they are checked likewise, before the first epoch.
     wrong = with_logits(table, "inv_logits", np.zeros((NUM_ROWS, 7)))
-    refuse(tmp_path, table, '"inv_logits" holds logits of 7 classes', eval_dataset=wrong, eval_strategy="epoch")
+    refuse(tmp_path, table, 'evaluation set.*"inv_logits".* 7 .* 4 ', eval_dataset=wrong, eval_strategy="epoch")
     logits = np.array(table["inv_logits"])
     logits[5, 0] = np.nan
     wrong = with_logits(table, "inv_logits", logits)
-    refuse(tmp_path, table, r'"inv_logits" has .*first \[5\]', eval_dataset=wrong, eval_strategy="epoch")
-
-
-# Several processes
-
-LAUNCH = [
-    sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-    "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
-]  # fmt: skip
-# Settings of a process of two; 8 rows a step in all.
-SCENARIOS = {
-    "plain": {"per_device_train_batch_size": 4},
-    "accumulated": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
-    "averaged by process": {"per_device_train_batch_size": 4, "average_tokens_across_devices": False},
-    "hard": {"per_device_train_batch_size": 4, "distillation_mode": "hard", "label_smoothing_factor": 0.1},
-    "online": {"per_device_train_batch_size": 4, "online": True},
-}
-
-
-def run_scenario(folder, output_dir, online=False, **settings):
-    """Train from what is saved in the folder: 2 steps, then an evaluation."""
-    table = load_from_disk(folder / "table")
-    if online:
-        names = ("conv", "inv")
-        settings["teachers"] = {
-            name: (IBResNetForImageClassification.from_pretrained(folder / name), PROCESSOR) for name in names
-        }
-    student = IBViTForImageClassification.from_pretrained(folder / "student")
-    settings = {"learning_rate": 0.1, "eval_dataset": table, "per_device_eval_batch_size": 4, **settings}
-    trainer = distil(output_dir, table, student, **settings)
-    return trainer, trainer.evaluate()
-
-
-@pytest.fixture(scope="module")
-def two_processes(table, teachers, tmp_path_factory):
-    """The folder in which two processes have run all scenarios."""
-    folder = tmp_path_factory.mktemp("two_processes")
-    table.save_to_disk(folder / "table")
-    small_student().save_pretrained(folder / "student")
-    for name, (model, _) in teachers.items():
-        model.save_pretrained(folder / name)
-    root = Path(hf_ibdistill.__file__).parents[1]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(root), environment.get("PYTHONPATH", "")])
-    command = [*LAUNCH, __file__, str(folder)]
-    completed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert completed.returncode == 0, completed.stderr[-4000:]
-    return folder
-
-
-@pytest.mark.parametrize("name", SCENARIOS)
-def test_two_processes_take_the_steps_of_one(name, two_processes, tmp_path):
-    settings = {**SCENARIOS[name], "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
-    trainer, results = run_scenario(two_processes, tmp_path, **settings)
-    distributed = json.loads((two_processes / name / "logs.json").read_text())
-    assert distributed["processes"] == 2 and trainer.args.world_size == 1
-    assert trainer.state.global_step == distributed["steps"] == 2
-    model = IBViTForImageClassification.from_pretrained(two_processes / name)
-    assert_same_weights(model, trainer.model, rtol=1e-4, atol=1e-5)
-    start = IBViTForImageClassification.from_pretrained(two_processes / "student").state_dict()
-    assert max((tensor - start[key]).abs().max() for key, tensor in model.state_dict().items()) > 0.01
-    np.testing.assert_allclose(distributed["logged"], logged(trainer), rtol=1e-4)
-    assert distributed["results"]["eval_loss"] == pytest.approx(results["eval_loss"], rel=1e-4)
-    for metric in ("eval_accuracy", "eval_conv_token_accuracy"):
-        assert distributed["results"][metric] == results[metric]
-
-
-def main():
-    folder = Path(sys.argv[1])
-    for name, settings in SCENARIOS.items():
-        trainer, results = run_scenario(folder, folder / name, **settings)
-        if trainer.is_world_process_zero():
-            trainer.accelerator.unwrap_model(trainer.model).save_pretrained(folder / name)
-            logs = {"processes": trainer.args.world_size, "steps": trainer.state.global_step}
-            logs |= {"logged": logged(trainer), "results": results}
-            (folder / name / "logs.json").write_text(json.dumps(logs))
-
-
-if __name__ == "__main__":
-    main()
+    refuse(tmp_path, table, r'evaluation set.*"inv_logits".*\[5\]', eval_dataset=wrong, eval_strategy="epoch")
 
 
 # torch.compile
 
 
-@pytest.mark.parametrize("online", [False, True])
-def test_compiled_training_equals_eager(online, table, teachers, tmp_path):
-    # 30 rows in batches of 8: the last one is short, and evaluation has another size, mode and no gradient.
+def test_compiled_training_equals_eager(plain_table, table, teachers, tmp_path):
+    # 14 rows in batches of 8: the last one is short, and evaluation has another size, mode and no gradient.
     settings = {"per_device_train_batch_size": 8, "per_device_eval_batch_size": 5, "num_train_epochs": 2}
-    settings |= {"eval_strategy": "epoch", "eval_dataset": table} | ({"teachers": teachers} if online else {})
-    expected = distil(tmp_path / "a", table, **settings)
+    settings |= {"eval_strategy": "epoch", "eval_dataset": table, "teachers": teachers}
+    rows = plain_table.select(range(14))
+    expected = distill(tmp_path / "eager", rows, **settings)
     torch.compiler.reset()
     # Tracing alone: what a backend generates is torch's. At the limit the model would silently run uncompiled.
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
-        compiled = distil(tmp_path / "b", table, torch_compile=True, torch_compile_backend="aot_eager", **settings)
+        compiled = distill(
+            tmp_path / "compiled", rows, torch_compile=True, torch_compile_backend="aot_eager", **settings
+        )
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     np.testing.assert_allclose(logged(compiled), logged(expected), rtol=1e-4)
     compiled.save_model(tmp_path / "saved")
     loaded = IBViTForImageClassification.from_pretrained(tmp_path / "saved")
-    for name, value in expected.model.state_dict().items():
-        torch.testing.assert_close(loaded.state_dict()[name], value, rtol=1e-4, atol=1e-5)
+    assert_same_weights(loaded, expected.model, rtol=1e-4, atol=1e-5)

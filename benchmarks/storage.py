@@ -1,0 +1,252 @@
+"""The size of stored logits on disk, and the loss of top-k, for a trained teacher of 1,000 classes.
+
+    python benchmarks/storage.py
+    python benchmarks/storage.py --rows 1000 --teacher_steps 300
+
+The images are three of scikit-learn's handwritten digits side by side (8×24 pixels), the classes the numbers 000 to 999.
+A convolution teacher is trained on random triples of the training digits; triples of the test digits are recorded.
+
+Bytes are those of the folder that `save_to_disk` writes of the recorded table without its images and labels, including the
+row key and the provenance, divided by rows × views. The provenance names every class and so weighs the same for one row
+as for a million: "each further view" is the difference between the folders of all rows and of half of them.
+
+p is the softmax, at a temperature, of the logits in float32. Three ways to rebuild it from the k stored classes:
+
+    ours          the decoded columns: the rest of the mass is spread evenly over the other classes
+    dropped       p of the stored classes, zero elsewhere (its sum is below 1)
+    renormalized  the same divided by its sum: what a student trained on the dropped one converges to
+
+The last two are computed from p itself, without rounding and with the exact mass at every temperature, which is the best
+that storing could give them. Of each, means over rows and views, in nats:
+
+    KL(p‖q) = Σ p log(p/q)              the direction of the distillation loss; infinite if q is zero and p is not
+    KL(q‖p) = Σ q log(q/p) − Σ q + Σ p  finite for all; the last two terms cancel unless q was dropped
+    TV      = ½ Σ |p − q|               total variation
+"""
+
+import shutil
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import ClassLabel, Dataset, Features, Image
+from timing import check, check_table, write_results
+from transformers import HfArgumentParser, ViTImageProcessor, set_seed
+
+from hf_ibdistill import (
+    IBResNetConfig,
+    IBResNetForImageClassification,
+    ImageClassificationTrainer,
+    ImageTrainingArguments,
+    ViewRecipe,
+    class_config,
+    evaluate_model,
+    load_image_dataset,
+    record_teacher_logits,
+)
+from hf_ibdistill.logits.encoding import column_name, decode
+from hf_ibdistill.publishing.cards import markdown_table
+from hf_ibdistill.rows import ImageRows
+
+
+TEACHER = "conv"
+NUM_CLASSES = 1000
+ALLOWED_BYTES = 42  # at k = 10
+
+
+@dataclass
+class StorageArguments:
+    output_file: str = field(default="outputs/benchmark_storage.json", metadata={"help": "Where the results go."})
+    rows: int = field(default=10_000, metadata={"help": "Held-out images to record."})
+    num_views: int = field(default=10, metadata={"help": "Views of each."})
+    top_k: list[int] = field(default_factory=lambda: [5, 10, 20, 50], metadata={"help": "The k to compare."})
+    temperatures: list[float] = field(
+        default_factory=lambda: [1.0, 2.0, 4.0], metadata={"help": "Temperatures of the distributions."}
+    )
+    teacher_steps: int = field(default=1000, metadata={"help": "Training steps of the teacher."})
+    teacher_images: int = field(default=25600, metadata={"help": "Different images to train it on."})
+    batch_size: int = field(default=128, metadata={"help": "Images a step."})
+    learning_rate: float = field(default=1e-2, metadata={"help": "Peak learning rate of the teacher."})
+    seed: int = field(default=0, metadata={"help": "Seed of the images, the teacher's weights and the views."})
+
+
+def side_by_side(digits: Dataset, count: int, seed: int) -> Dataset:
+    """`count` random triples of digits as images of three digits and numbers of three places."""
+    rows = ImageRows(digits, ["label"]).__getitems__(range(len(digits)))
+    pixels = np.stack([np.asarray(row["image"].convert("L")) for row in rows])
+    labels = np.array([row["label"] for row in rows])
+    triples = np.random.default_rng(seed).integers(len(rows), size=(count, 3))
+    features = Features({"image": Image(), "label": ClassLabel(names=[f"{i:03d}" for i in range(NUM_CLASSES)])})
+    images = np.concatenate([pixels[triples[:, place]] for place in range(3)], axis=2)
+    return Dataset.from_dict(
+        {"image": list(images), "label": (labels[triples] * (100, 10, 1)).sum(axis=1)}, features=features
+    )
+
+
+def train_teacher(table: Dataset, processor: ViTImageProcessor, bench: StorageArguments, folder: Path):
+    set_seed(bench.seed)
+    model = IBResNetForImageClassification(IBResNetConfig.from_preset("convolution-small", **class_config(table)))
+    epochs = -(-bench.teacher_steps * bench.batch_size // bench.teacher_images)
+    trainer = ImageClassificationTrainer(
+        model,
+        ImageTrainingArguments(
+            output_dir=str(folder),
+            seed=bench.seed,
+            max_steps=bench.teacher_steps,
+            learning_rate=bench.learning_rate,
+            per_device_train_batch_size=bench.batch_size,
+            eval_strategy="no",
+            logging_strategy="steps",
+            logging_steps=max(1, bench.teacher_steps // 10),
+        ),
+        train_dataset=table,
+        processing_class=processor,
+        # Of another seed than the recorded ones. Without views, the teacher would fail on shifted images.
+        views=ViewRecipe(num_views=epochs, seed=bench.seed + 1),
+    )
+    trainer.train()
+    return trainer.model
+
+
+def saved_bytes(table: Dataset, folder: Path) -> int:
+    shutil.rmtree(folder, ignore_errors=True)
+    table.save_to_disk(folder)
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def measure_bytes(table: Dataset, num_views: int, folder: Path) -> dict:
+    table = table.remove_columns(["image", "label"])
+    half = table.select(range(len(table) // 2))
+    total, total_half = saved_bytes(table, folder), saved_bytes(half, folder)
+    return {
+        "folder_bytes": total,
+        "bytes_per_view": total / (len(table) * num_views),
+        "bytes_per_further_view": (total - total_half) / ((len(table) - len(half)) * num_views),
+    }
+
+
+def distances(dense: np.ndarray, decoded: np.ndarray, top_k: int | None, temperature: float) -> dict[str, float]:
+    """The distances of the rebuilt distributions from the dense one; (N, C) logits, means over the rows."""
+    log_p, log_q = (
+        (torch.tensor(x, dtype=torch.float64) / temperature).log_softmax(-1).numpy() for x in (dense, decoded)
+    )
+    p, q = np.exp(log_p), np.exp(log_q)
+    result = {
+        "kl_p_ours": (p * (log_p - log_q)).sum(-1).mean(),
+        "kl_ours_p": (q * (log_q - log_p)).sum(-1).mean(),
+        "tv_ours": 0.5 * np.abs(p - q).sum(-1).mean(),
+    }
+    if top_k is not None:
+        tail = p.copy()
+        np.put_along_axis(tail, np.argpartition(-dense, top_k - 1, axis=-1)[:, :top_k], 0, axis=-1)
+        tail = tail.sum(-1)
+        # With q = p on the stored classes and 0 elsewhere, the formulas above come down to the tail's mass.
+        result |= {
+            "tail_mass": tail.mean(),
+            "kl_dropped_p": tail.mean(),
+            "kl_renormalized_p": -np.log1p(-tail).mean(),
+            "tv_dropped": 0.5 * tail.mean(),
+            "tv_renormalized": tail.mean(),
+        }
+    return {name: float(value) for name, value in result.items()}
+
+
+def measure_distances(truth: Dataset, table: Dataset, top_k: int | None, bench: StorageArguments) -> dict:
+    """temperature → distances, means over rows and views."""
+    columns = [dataset.with_format("arrow")[:][column_name(TEACHER)].combine_chunks() for dataset in (truth, table)]
+    results = {temperature: [] for temperature in bench.temperatures}
+    for view in range(bench.num_views):
+        for temperature in bench.temperatures:
+            dense, decoded = (decode(column, NUM_CLASSES, view, temperature) for column in columns)
+            results[temperature].append(distances(dense, decoded, top_k, temperature))
+    return {t: {name: float(np.mean([r[name] for r in of_t])) for name in of_t[0]} for t, of_t in results.items()}
+
+
+def report(bench: StorageArguments, results: dict) -> str:
+    header = ["encoding", "bytes a view and teacher", "each further view"]
+    sizes = [
+        [name, f"{entry['bytes_per_view']:.1f}", f"{entry['bytes_per_further_view']:.1f}"]
+        for name, entry in results["encodings"].items()
+    ]
+    losses = []
+    for temperature in bench.temperatures:
+        for name, entry in results["encodings"].items():
+            values = entry.get("distances", {}).get(temperature)
+            if values is not None:
+                inf = "∞" if "tail_mass" in values else "–"
+                keys = ("kl_ours_p", "kl_dropped_p", "kl_renormalized_p", "tv_ours", "tv_dropped", "tv_renormalized")
+                cells = [f"{values[key]:.2e}" if key in values else "–" for key in keys]
+                losses.append([f"{temperature:g}", name, f"{values['kl_p_ours']:.2e}", inf, *cells])
+    columns = ["temperature", "encoding", "KL(p‖ours)", "KL(p‖dropped), KL(p‖renormalized)"]
+    columns += [f"KL({q}‖p)" for q in ("ours", "dropped", "renormalized")]
+    columns += [f"TV {q}" for q in ("ours", "dropped", "renormalized")]
+    teacher = results["teacher"]
+    return (
+        f"{bench.rows} held-out images × {bench.num_views} views, {NUM_CLASSES} classes; the teacher is right on "
+        f"{100 * teacher['accuracy']:.1f} % of the held-out images (−log p {teacher['negative_log_likelihood']:.3f} nats)."
+        f"\n\n{markdown_table(header, sizes)}\n\n{markdown_table(columns, losses)}\n\n{check_table(results['checks'])}\n"
+    )
+
+
+def check_all(encodings: dict) -> list[dict]:
+    entry = encodings.get("top-10")
+    if entry is None:
+        return []
+    checks = []
+    for name, size in (
+        ("whole folder", entry["bytes_per_view"]),
+        ("each further view", entry["bytes_per_further_view"]),
+    ):
+        what = f"top-10: at most {ALLOWED_BYTES} bytes a view and teacher ({name})"
+        checks.append(check(what, size, size <= ALLOWED_BYTES))
+    for temperature, values in entry["distances"].items():
+        forward, backward = values["kl_p_ours"], values["kl_ours_p"]
+        what = f"top-10, temperature {temperature:g}: KL"
+        checks.append(check(f"{what}(p‖ours) finite, unlike KL(p‖dropped)", forward, np.isfinite(forward)))
+        checks.append(check(f"{what}(ours‖p) at most KL(dropped‖p)", backward, backward <= values["kl_dropped_p"]))
+    return checks
+
+
+def main():
+    (bench,) = HfArgumentParser(StorageArguments, description=__doc__.splitlines()[0]).parse_args_into_dataclasses()
+    begin = time.perf_counter()
+    splits = load_image_dataset("digits", seed=bench.seed)
+    train = side_by_side(splits["train"], bench.teacher_images, bench.seed)
+    held_out = side_by_side(splits["test"], bench.rows, bench.seed)
+    processor = ViTImageProcessor(size={"height": 8, "width": 24})
+    views = ViewRecipe(num_views=bench.num_views, seed=bench.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        teacher = train_teacher(train, processor, bench, work / "teacher")
+        train_seconds = time.perf_counter() - begin
+        metrics = evaluate_model(teacher, processor, held_out)
+
+        def record(name, **encoding):
+            return record_teacher_logits(
+                held_out, {TEACHER: (teacher, processor)}, output_dir=work / name, views=views, **encoding
+            )
+
+        truth = record("dense float32", dtype="float32")
+        encodings = {"dense float32": measure_bytes(truth, bench.num_views, work / "saved")}
+        for name, top_k in {"dense float16": None, **{f"top-{k}": k for k in bench.top_k}}.items():
+            table = record(name, top_k=top_k)
+            encodings[name] = {
+                **measure_bytes(table, bench.num_views, work / "saved"),
+                "distances": measure_distances(truth, table, top_k, bench),
+            }
+    results = {
+        "arguments": asdict(bench),
+        "teacher": {**metrics, "train_seconds": train_seconds},
+        "encodings": encodings,
+        "checks": check_all(encodings),
+        "seconds": time.perf_counter() - begin,
+    }
+    write_results(bench.output_file, **results)
+    print(f"\n{report(bench, results)}")
+
+
+if __name__ == "__main__":
+    main()

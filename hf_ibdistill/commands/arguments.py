@@ -1,0 +1,290 @@
+"""The arguments that commands share, and how they are read: flags, or `--config file.yaml` with flags on top."""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import logging
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from datasets import DatasetDict
+from huggingface_hub.errors import StrictDataclassError
+from transformers import HfArgumentParser, TrainingArguments
+from transformers.hf_argparser import string_to_bool
+
+from ..data.loading import load_image_dataset
+from ..data.splits import select_per_class
+from ..images.views import ViewRecipe
+
+
+@dataclass
+class DataArguments:
+    _argument_group_name = "data"
+
+    dataset: str = field(
+        default="digits",
+        metadata={
+            "help": 'The images: "digits" (8×8, bundled), a folder of class folders, a save_to_disk folder, a Parquet file '
+            "or folder, a folder of IDX files, or a Hub id."
+        },
+    )
+    image_column: str | None = field(default=None, metadata={"help": "Image column; found if not given."})
+    label_column: str | None = field(default=None, metadata={"help": "Label column; found if not given."})
+    validation_fraction: float = field(
+        default=0.1, metadata={"help": "Share of the training images to hold out if there is no validation split."}
+    )
+    images_per_class: int | None = field(
+        default=None, metadata={"help": "Train on a random subset with this many images of each class."}
+    )
+    split_seed: int = field(default=0, metadata={"help": "Seed of the validation split and of the subset."})
+
+    def load(self) -> DatasetDict:
+        """The splits, with the columns "image" and "label"."""
+        splits = load_image_dataset(
+            self.dataset,
+            image_column=self.image_column,
+            label_column=self.label_column,
+            validation_fraction=self.validation_fraction,
+            seed=self.split_seed,
+        )
+        if self.images_per_class is not None:
+            splits["train"] = select_per_class(splits["train"], self.images_per_class, seed=self.split_seed)
+        return splits
+
+
+@dataclass
+class ViewArguments:
+    _argument_group_name = "views"
+
+    num_views: int = field(
+        default=0,
+        metadata={"help": "Augmented views of each image; 0 takes the images as they are."},
+    )
+    crop: str = field(default="pad", metadata={"help": "pad (shift), resized (cut out and resize) or none."})
+    padding: float = field(default=0.125, metadata={"help": "For pad, the largest shift, as a share of the side."})
+    min_scale: float = field(default=0.5, metadata={"help": "For resized, the smallest share of the area."})
+    horizontal_flip: float = field(default=0.0, metadata={"help": "Probability of a mirrored view."})
+    photometric_ops: int = field(default=0, metadata={"help": "Color operations on each view."})
+    magnitude: float = field(default=5.0, metadata={"help": "Strength of the color operations, 0 to 10."})
+    erasing: float = field(default=0.0, metadata={"help": "Probability of a gray rectangle in a view."})
+    view_size: int | None = field(default=None, metadata={"help": "Side of a view; that of the image if not given."})
+    view_seed: int = field(default=0, metadata={"help": "Another seed makes other views."})
+
+    def recipe(self) -> ViewRecipe | None:
+        """The view recipe; `None` without views."""
+        if self.num_views == 0:
+            return None
+        return ViewRecipe(
+            num_views=self.num_views,
+            image_size=self.view_size,
+            crop=self.crop,
+            padding=self.padding,
+            scale=(self.min_scale, 1.0),
+            horizontal_flip=self.horizontal_flip,
+            photometric_ops=self.photometric_ops,
+            magnitude=self.magnitude,
+            erasing=self.erasing,
+            seed=self.view_seed,
+        )
+
+
+# The arguments of transformers that its users set most often. `--help` shows these, `--help_all` shows all.
+_COMMON_TRAINING_ARGUMENTS = {
+    "output_dir": "Folder of checkpoints, and of the trained model.",
+    "max_steps": "Training steps; above 0 they replace the epochs.",
+    "gradient_accumulation_steps": "Batches that make one step.",
+    "label_smoothing_factor": "Share of the weight of a label that is spread over all classes.",
+    "seed": "Seed of the first weights and of the order of the images.",
+    "eval_steps": 'Steps between evaluations, for eval_strategy "steps".',
+    "save_steps": 'Steps between checkpoints, for save_strategy "steps".',
+    "load_best_model_at_end": "End with the best checkpoint on the validation split instead of the last.",
+    "resume_from_checkpoint": "Folder of a checkpoint to resume from, or true for the last in output_dir.",
+    "report_to": "Where to log: trackio, tensorboard, wandb, …, or none.",
+    "push_to_hub": "Publish the model at the end.",
+    "hub_model_id": "Repository to publish to; by default the name of output_dir.",
+}
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """One spelling of each argument, and each default once."""
+
+    def _format_action_invocation(self, action):
+        if not action.option_strings or action.nargs == 0:
+            return ", ".join(action.option_strings)
+        name = action.option_strings[0]
+        if action.type is string_to_bool:
+            # Without a value it is true, so only one that is not false already needs a value.
+            return name if action.default is False else f"{name} [true|false]"
+        value = action.metavar or {int: "N", float: "X"}.get(action.type, "VALUE")
+        return f"{name} {value} …" if action.nargs == "+" else f"{name} {value}"
+
+    def _get_help_string(self, action):
+        is_plain = action.default is False or action.default in (None, argparse.SUPPRESS, "", [])
+        return action.help if is_plain or "default" in action.help else f"{action.help} (default: %(default)s)"
+
+
+class _Parser(HfArgumentParser):
+    """A parser that raises `ValueError` instead of printing its usage."""
+
+    def error(self, message: str):
+        raise ValueError(f"{message}. Run {self.prog} --help for the arguments.")
+
+    def reject(self, name: str, known: Sequence[str], place: str = "") -> None:
+        """Raise an error about an argument that does not exist."""
+        similar = difflib.get_close_matches(name, known, n=1)
+        self.error(f"{place}unknown argument {name}{f'; the nearest is {similar[0]}' if similar else ''}")
+
+
+def parse(command: str, description: str, arguments: Sequence[str], *types: type) -> tuple:
+    """Read the arguments of a command into dataclasses.
+
+    The entries of a file given by `--config` become flags in front of those of the command line, which therefore win.
+
+    Args:
+        command: name of the command.
+        description: the text above the help.
+        arguments: the command line after the name.
+        types: dataclasses.
+
+    Returns:
+        An instance of each dataclass.
+
+    Raises:
+        ValueError: an argument is unknown, missing or malformed, or the file cannot be read.
+        SystemExit: help was asked for.
+    """
+    arguments = list(arguments)
+    width = min(120, shutil.get_terminal_size().columns)
+    parser = _Parser(
+        types,
+        prog=f"hf-ibdistill {command}",
+        description=description,
+        formatter_class=lambda prog: _HelpFormatter(prog, max_help_position=34, width=width),
+        allow_abbrev=False,
+        usage="%(prog)s [--config FILE] [--ARGUMENT VALUE …]",
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML or JSON file of arguments; flags on top of it win.")
+    parser.add_argument("--traceback", action="store_true", help="Show where an error comes from.")
+    if any(issubclass(kind, TrainingArguments) for kind in types):
+        parser.add_argument("--help_all", action="help", help="Show every argument of the Trainer of transformers.")
+        _arrange_help(parser, types, command, hides_rare="--help_all" not in arguments)
+    for action in parser._actions:
+        if action.type is string_to_bool:
+            # transformers lets only some booleans go without a value.
+            action.nargs, action.const = "?", True
+    known = parser._option_string_actions
+    unknown = [name for flag in arguments if flag.startswith("--") and (name := flag.partition("=")[0]) not in known]
+    # Looked for first: the parser would complain about a required argument whose name was misspelled.
+    flags = [] if unknown else _read_config(parser, arguments) + arguments
+    unknown = unknown or parser.parse_known_args(flags)[1]
+    if unknown:
+        parser.reject(unknown[0], [name for name in known if "-" not in name[2:]])
+    *parsed, _ = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
+    return tuple(parsed)
+
+
+def _arrange_help(parser, types, command, hides_rare):
+    """Hide what is rarely needed, and give the arguments of this command alone a group of their own."""
+    classes = [base for kind in types for base in kind.__mro__ if base.__module__.startswith("hf_ibdistill")]
+    ours = {name for base in classes for name in vars(base).get("__annotations__", {})}
+    inherited = {field.name for field in dataclasses.fields(TrainingArguments)} - ours
+    (kind,) = (kind for kind in types if issubclass(kind, TrainingArguments))
+    added = {field.name for field in dataclasses.fields(kind)}
+    added -= {field.name for field in dataclasses.fields(kind.__base__)}
+    group = parser.add_argument_group(command)
+    for action in parser._actions:
+        if action.dest in {*inherited, "dataloader_persistent_workers"}:
+            action.help = _COMMON_TRAINING_ARGUMENTS.get(action.dest, argparse.SUPPRESS if hides_rare else action.help)
+        if action.dest == "output_dir":
+            # transformers falls back on one folder for all models.
+            action.required = True
+        if action.dest in added:
+            next(other for other in parser._action_groups if action in other._group_actions)._group_actions.remove(
+                action
+            )
+            group._group_actions.append(action)
+
+
+def _read_config(parser, arguments) -> list[str]:
+    """The entries of the file that `--config` names, as flags."""
+    finder = _Parser(prog=parser.prog, add_help=False, allow_abbrev=False)
+    finder.add_argument("--config")
+    path = finder.parse_known_args(arguments)[0].config
+    if path is None:
+        return []
+    try:
+        # Every JSON file is YAML.
+        entries = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        parser.error(f"--config {path} cannot be read: {' '.join(str(error).split())}")
+    if not isinstance(entries, dict):
+        parser.error(f"--config {path} holds a {type(entries).__name__}; it must map arguments to values")
+    known = [field.name for kind in parser.dataclass_types for field in dataclasses.fields(kind) if field.init]
+    flags = []
+    for name, value in entries.items():
+        if name not in known:
+            parser.reject(str(name), known, f"--config {path}: ")
+        is_boolean = parser._option_string_actions[f"--{name}"].type is string_to_bool
+        if isinstance(value, list):
+            flags += [f"--{name}", *map(str, value)]
+        elif isinstance(value, bool) and not is_boolean:
+            # YAML reads the word "no" of eval_strategy, and "yes", as booleans.
+            flags.append(f"--{name}={'true' if value else 'no'}")
+        elif value is not None:
+            flags.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
+    return flags
+
+
+def last_checkpoint(args: TrainingArguments) -> str | bool | None:
+    """What `Trainer.train` resumes from: a folder, `True` for the last checkpoint in `output_dir`, or `None`."""
+    words = {"true": True, "yes": True, "false": None, "no": None}
+    return words.get(str(args.resume_from_checkpoint).lower(), args.resume_from_checkpoint)
+
+
+def name_folders(pairs: Sequence[str]) -> dict[str, str]:
+    """`["conv=outputs/conv", …]` → name → folder or Hub id.
+
+    Raises:
+        ValueError: a pair has no "=", or a name is given twice.
+    """
+    named = {}
+    for pair in pairs:
+        name, _, folder = pair.partition("=")
+        if not folder:
+            raise ValueError(
+                f"teachers={pair} is not of the form NAME=FOLDER or NAME=HUB_ID. Write for example conv=outputs/conv."
+            )
+        if name in named:
+            raise ValueError(
+                f'Two teachers have the name "{name}": {named[name]} and {folder}. Give each another name.'
+            )
+        named[name] = folder
+    return named
+
+
+def result_split(splits: DatasetDict) -> str:
+    """The split that final results are measured on."""
+    return "test" if "test" in splits else "validation"
+
+
+def run(command: str, main: Callable[[Sequence[str]], None], arguments: Sequence[str] | None = None) -> None:
+    """Run a command. A mistake in its input ends in one sentence, or with `--traceback` in a traceback.
+
+    Args:
+        command: its name.
+        main: takes the arguments.
+        arguments: the command line after the name; that of this process if not given.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    try:
+        main(arguments)
+    except (ValueError, OSError, ImportError, StrictDataclassError) as error:
+        if "--traceback" in arguments:
+            raise
+        sys.exit(f"hf-ibdistill {command}: {' '.join(str(error).split())}")

@@ -1,0 +1,51 @@
+"""Measure the accuracy, likelihood and calibration of an image classifier on a split.
+
+hf-ibdistill evaluate --model outputs/student --dataset outputs/table --split test
+
+For a student, it measures each token as well.
+"""
+
+import json
+from dataclasses import dataclass, field
+
+from accelerate import PartialState
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+from ..evaluation import evaluate_model
+from ..files import write_text
+from .arguments import DataArguments, parse, result_split, run
+
+
+@dataclass
+class EvaluationArguments:
+    _argument_group_name = "evaluation"
+
+    model: str = field(metadata={"help": "Folder or Hub id of the model."})
+    split: str | None = field(default=None, metadata={"help": "By default test, otherwise validation."})
+    batch_size: int = field(default=256, metadata={"help": "Images per forward pass."})
+    output_file: str | None = field(default=None, metadata={"help": "Write the metrics to this file, as JSON."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run the code of the model repository."})
+
+
+def main(arguments):
+    data, evaluation = parse("evaluate", __doc__, arguments, DataArguments, EvaluationArguments)
+    splits = data.load()
+    split = evaluation.split or result_split(splits)
+    if split not in splits:
+        raise ValueError(f"split={split} does not exist. Choose one of {', '.join(splits)}.")
+    trust = {"trust_remote_code": evaluation.trust_remote_code}
+    metrics = evaluate_model(
+        AutoModelForImageClassification.from_pretrained(evaluation.model, **trust),
+        AutoImageProcessor.from_pretrained(evaluation.model, **trust),
+        splits[split],
+        batch_size=evaluation.batch_size,
+    )
+    text = json.dumps({"model": evaluation.model, "data": data.dataset, "split": split, "metrics": metrics}, indent=2)
+    if PartialState().is_main_process:
+        print(text)
+        if evaluation.output_file is not None:
+            write_text(evaluation.output_file, text + "\n")
+
+
+if __name__ == "__main__":
+    run("evaluate", main)

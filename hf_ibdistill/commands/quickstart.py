@@ -1,0 +1,268 @@
+"""Run the whole method on bundled images: teachers, recorded logits, students, card and picture.
+
+hf-ibdistill quickstart
+hf-ibdistill quickstart --images_per_class 50 --seeds 0 1 2
+hf-ibdistill quickstart --dataset my_images/ --images_per_class 100 --output_dir outputs/mine
+
+It trains students with and without teachers. It ends with a table, a picture, and a student in
+OUTPUT_DIR/seed_N/student for `from_pretrained` and `pipeline`.
+"""
+
+import json
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import AutoImageProcessor, AutoModelForImageClassification, set_seed
+
+from ..data.classes import class_config, class_names
+from ..data.columns import IMAGE
+from ..evaluation import predict
+from ..files import write_text
+from ..images.preprocessing import build_image_processor
+from ..models.configuration_ibresnet import IBResNetConfig
+from ..models.configuration_ibvit import IBViTConfig
+from ..models.modeling_ibresnet import IBResNetForImageClassification
+from ..models.modeling_ibvit import IBViTForImageClassification
+from ..publishing.cards import markdown_table, mean_and_spread
+from ..publishing.picture import plot_run
+from ..publishing.results import evaluate_and_save
+from ..recording.recorder import record_teacher_logits
+from ..rows import ImageRows
+from ..students import default_patch_size
+from ..training.arguments import DistillationArguments, ImageTrainingArguments
+from ..training.trainer import EnsembleDistillationTrainer, ImageClassificationTrainer
+from .arguments import DataArguments, ViewArguments, parse, result_split, run
+
+
+PRESETS = {"conv": "convolution-small", "inv": "involution-small"}
+PICTURE = "quickstart.png"
+
+
+@dataclass
+class QuickstartData(DataArguments):
+    images_per_class: int | None = field(
+        default=20, metadata={"help": "Training images of each class; 0 takes all. The method suits few images."}
+    )
+
+    def __post_init__(self):
+        self.images_per_class = self.images_per_class or None
+
+
+@dataclass
+class QuickstartViews(ViewArguments):
+    num_views: int = field(
+        default=50,
+        metadata={"help": "Stored views of each image; 0 stores the logits of the image as it is, as in the paper."},
+    )
+
+
+@dataclass
+class QuickstartArguments:
+    _argument_group_name = "quickstart"
+
+    output_dir: str = field(
+        default="outputs/quickstart", metadata={"help": "Folder of everything that this command writes."}
+    )
+    seeds: list[int] = field(
+        default_factory=lambda: [0],
+        metadata={"help": "One run for each seed of the subset, the first weights and the order of the images."},
+    )
+    teacher_steps: int = field(default=400, metadata={"help": "Training steps of each teacher."})
+    student_steps: int = field(default=1000, metadata={"help": "Training steps of each student."})
+    batch_size: int = field(default=50, metadata={"help": "Images per step."})
+    teacher_learning_rate: float = field(default=1e-2, metadata={"help": "Peak learning rate of the teachers."})
+    student_learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of the students."})
+    temperature: float = field(default=4.0, metadata={"help": "Softens the distributions of the teachers."})
+    teacher_weight: float = field(default=1.0, metadata={"help": "Weight of the term of each teacher in the loss."})
+
+
+def train(
+    model, folder: Path, seed: int, quick: QuickstartArguments, train_dataset, eval_dataset, processor, **kwargs
+):
+    """Train a teacher or student; `kwargs` are those of the trainer, which is returned."""
+    is_student = isinstance(model, IBViTForImageClassification)
+    is_distilled = is_student and bool(model.config.teacher_names)
+    steps = quick.student_steps if is_student else quick.teacher_steps
+    loss = {"temperature": [quick.temperature], "teacher_weights": [quick.teacher_weight]} if is_distilled else {}
+    args = (DistillationArguments if is_distilled else ImageTrainingArguments)(
+        output_dir=str(folder),
+        seed=seed,
+        max_steps=steps,
+        learning_rate=quick.student_learning_rate if is_student else quick.teacher_learning_rate,
+        per_device_train_batch_size=quick.batch_size,
+        eval_strategy="steps",
+        eval_steps=max(1, steps // 10),
+        logging_strategy="steps",
+        logging_steps=max(1, steps // 10),
+        **loss,
+    )
+    trainer = (EnsembleDistillationTrainer if is_distilled else ImageClassificationTrainer)(
+        model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, processing_class=processor, **kwargs
+    )
+    trainer.train()
+    return trainer
+
+
+def build_teacher(name: str, classes: dict, seed: int) -> IBResNetForImageClassification:
+    """An untrained teacher of `PRESETS`."""
+    set_seed(seed)
+    return IBResNetForImageClassification(IBResNetConfig.from_preset(PRESETS[name], **classes))
+
+
+def build_student(teacher_names, processor, classes: dict, seed: int) -> IBViTForImageClassification:
+    """An untrained student for these teachers."""
+    set_seed(seed)
+    size = processor.size["height"]
+    config = IBViTConfig(
+        teacher_names=teacher_names,
+        patch_embedding="convolution",
+        image_size=size,
+        patch_size=default_patch_size(size),
+        hidden_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=192,
+        **classes,
+    )
+    return IBViTForImageClassification(config)
+
+
+def run_seed(data: QuickstartData, views: QuickstartViews, quick: QuickstartArguments, seed: int, folder: Path):
+    """One run.
+
+    Returns:
+        The metrics of each model, and the seconds of each step.
+    """
+    metrics, seconds, start = {}, {}, time.perf_counter()
+
+    def lap(step):
+        nonlocal start
+        seconds[step], start = time.perf_counter() - start, time.perf_counter()
+
+    data.split_seed = seed
+    splits = data.load()
+    split = result_split(splits)
+    classes, processor = class_config(splits["train"]), build_image_processor(splits["train"])
+    shared = {
+        "seed": seed,
+        "quick": quick,
+        "eval_dataset": splits["validation"],
+        "processor": processor,
+        "views": views.recipe(),
+    }
+    lap("load the images")
+
+    for name, preset in PRESETS.items():
+        teacher = train(build_teacher(name, classes, seed), folder / name, train_dataset=splits["train"], **shared)
+        metrics[name] = evaluate_and_save(teacher, splits[split], split, title=preset, data_name=data.dataset)
+        lap(f"train the teacher {name}")
+
+    # The table of an earlier run belongs to other teachers.
+    shutil.rmtree(folder / "table", ignore_errors=True)
+    table = record_teacher_logits(
+        splits,
+        {name: str(folder / name) for name in PRESETS},
+        output_dir=folder / "table",
+        views=views.recipe(),
+    )
+    lap("record their logits")
+
+    student = build_student((), processor, classes, seed)
+    alone = train(student, folder / "student_alone", train_dataset=splits["train"], **shared)
+    metrics["student without teachers"] = evaluate_and_save(
+        alone, splits[split], split, title="Student without teachers", data_name=data.dataset
+    )
+    lap("train the student without teachers")
+
+    student = build_student(tuple(PRESETS), processor, classes, seed)
+    distilled = train(student, folder / "student", train_dataset=table["train"], **shared)
+    metrics["student with both teachers"] = evaluate_and_save(
+        distilled,
+        table[split],
+        split,
+        title="Distilled student",
+        data_name=data.dataset,
+        teacher_metrics={name: metrics[name] for name in PRESETS},
+        picture=PICTURE,
+    )
+    lap("distill the student")
+
+    sample = splits[split].shuffle(seed=seed).select(range(min(8, len(splits[split]))))
+    draw({"without teachers": alone, "with both teachers": distilled}, sample, folder / "student" / PICTURE)
+    check_reloaded(distilled, folder / "student", splits[split])
+    lap("draw and reload")
+    return metrics, seconds
+
+
+def draw(trainers: dict, sample, path: Path) -> None:
+    """Draw the learning curves of both students, and the prediction of each token for a few images."""
+    student = trainers["with both teachers"]
+    outputs = predict(student.model, student.processing_class, sample)
+    names = class_names(sample)
+    tokens = {"fused": outputs["logits"], "class": outputs["class_logits"]}
+    tokens |= {name: outputs["teacher_token_logits"][:, i] for i, name in enumerate(PRESETS)}
+    plot_run(
+        path,
+        {name: trainer.state.log_history for name, trainer in trainers.items()},
+        [row[IMAGE] for row in ImageRows(sample).__getitems__(range(len(sample)))],
+        [names[label] for label in outputs["labels"]],
+        {token: [names[i] for i in logits.argmax(-1)] for token, logits in tokens.items()},
+    )
+
+
+def check_reloaded(trainer, folder: Path, dataset) -> None:
+    """Raise `RuntimeError` unless the saved student predicts what the trained one predicts."""
+    reloaded = AutoModelForImageClassification.from_pretrained(folder)
+    processor = AutoImageProcessor.from_pretrained(folder)
+    before = predict(trainer.model, trainer.processing_class, dataset)["logits"]
+    if not (before == predict(reloaded, processor, dataset)["logits"]).all():
+        raise RuntimeError(f"The student in {folder} does not predict what the trained one predicts.")
+
+
+def summarize(data: QuickstartData, views: QuickstartViews, seeds: list[int], results: list, seconds: list) -> str:
+    """The tables of accuracies and times, means over the seeds."""
+    rows = []
+    for name in results[0]:
+        accuracy = mean_and_spread([metrics[name]["accuracy"] for metrics in results])
+        likelihood = sum(metrics[name]["negative_log_likelihood"] for metrics in results) / len(results)
+        rows.append([name, accuracy, f"{likelihood:.3f}"])
+    times = [[step, f"{sum(lap[step] for lap in seconds) / len(seconds):.1f}"] for step in seconds[0]]
+    images = "all training images" if data.images_per_class is None else f"{data.images_per_class} images a class"
+    images += f", {views.num_views} views" if views.num_views else ", no views"
+    return (
+        f"{data.dataset}, {images}, seeds {seeds}, {torch.get_num_threads()} threads\n\n"
+        f"{markdown_table(['model', 'test accuracy (%)', 'test −log p'], rows)}\n\n"
+        f"{markdown_table(['step', 'seconds'], times)}\n"
+    )
+
+
+def main(arguments):
+    data, views, quick = parse("quickstart", __doc__, arguments, QuickstartData, QuickstartViews, QuickstartArguments)
+    output_dir = Path(quick.output_dir)
+    results, seconds = [], []
+    for seed in quick.seeds:
+        metrics, laps = run_seed(data, views, quick, seed, output_dir / f"seed_{seed}")
+        results.append(metrics)
+        seconds.append(laps)
+    summary = summarize(data, views, quick.seeds, results, seconds)
+    facts = {
+        "images_per_class": data.images_per_class,
+        "num_views": views.num_views,
+        "seeds": quick.seeds,
+        "metrics": results,
+        "seconds": seconds,
+    }
+    write_text(output_dir / "summary.md", summary)
+    write_text(output_dir / "summary.json", json.dumps(facts, indent=2))
+    student = output_dir / f"seed_{quick.seeds[-1]}" / "student"
+    print(f"\n{summary}\nStudent, card and picture: {student}\nTry it:\n")
+    print(
+        f"  python -c \"import hf_ibdistill, transformers; print(transformers.pipeline('image-classification', '{student}'))\""
+    )
+
+
+if __name__ == "__main__":
+    run("quickstart", main)

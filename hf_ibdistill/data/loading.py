@@ -1,0 +1,49 @@
+"""Open a dataset of labelled images: source, splits, columns, classes."""
+
+import os
+
+from datasets import DatasetDict
+
+from .classes import encode_labels
+from .columns import as_image_table
+from .sources import open_source
+from .splits import drop_unlabelled_test, hold_out_validation, name_splits
+
+
+def load_image_dataset(
+    source: str | os.PathLike,
+    *,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    validation_fraction: float = 0.1,
+    seed: int = 0,
+    **load_kwargs,
+) -> DatasetDict:
+    """Open a dataset of labelled images with a train and a validation split, and a test split if the source has one.
+
+    Every split has the columns `image` (`datasets.Image`) and `label` (`datasets.ClassLabel`); other columns are kept.
+    Without a validation split, a stratified part of the training split becomes one, and a warning reports it. A test
+    split is never trained on.
+
+    Args:
+        source: one of
+            - `"digits"`: the 1,797 handwritten digits of scikit-learn, 8×8 pixels, bundled;
+            - a `save_to_disk` folder;
+            - a folder of class folders, with or without split folders above them;
+            - a Parquet file, or a folder of them;
+            - a folder of IDX files as MNIST and Fashion-MNIST have them (`train-images-idx3-ubyte`, …, also gzipped);
+            - the id of a dataset on the Hub.
+        image_column: the image column; found if not given.
+        label_column: the label column; found if not given.
+        validation_fraction: share of the training split that becomes the validation split if there is none.
+        seed: seed of that split.
+        load_kwargs: passed to `datasets.load_dataset`, for example the `name` of a configuration or a `revision`.
+
+    Raises:
+        FileNotFoundError: `source` looks like a path and nothing is there.
+        ValueError: a column cannot be found, a split is empty or missing, or labels do not fit their names.
+    """
+    splits = name_splits(open_source(source, load_kwargs), source)
+    splits = as_image_table(splits, image_column, label_column)
+    splits = encode_labels(drop_unlabelled_test(splits))
+    return hold_out_validation(splits, validation_fraction, seed, source)

@@ -1,0 +1,124 @@
+"""Splits: their names, a held-out validation split, and subsets."""
+
+import logging
+from collections.abc import Mapping
+
+import numpy as np
+from datasets import Dataset, DatasetDict
+from datasets.utils.stratify import stratified_shuffle_split_generate_indices
+
+from .classes import class_names, label_ids
+from .columns import LABEL, as_image_table
+from .folders import split_of
+
+
+logger = logging.getLogger(__name__)
+
+
+def name_splits(splits: Mapping[str, Dataset], source: object) -> DatasetDict:
+    """The splits under the names "train", "validation" and "test". The last two are optional.
+
+    Raises:
+        ValueError: there is no training split, or a split is empty.
+    """
+    named, others = {}, []
+    for name, split in splits.items():
+        standard = split_of(name)
+        if standard is None:
+            others.append(name)
+        elif standard in named:
+            raise ValueError(f'{source} has several splits for "{standard}": {", ".join(splits)}. Rename one.')
+        else:
+            named[standard] = split
+    if "train" not in named:
+        if len(others) != 1:
+            raise ValueError(f'{source} has no split "train"; its splits are {", ".join(splits)}.')
+        logger.warning('%s has no split "train": training on "%s".', source, others[0])
+        named["train"] = splits[others.pop()]
+    for name in others:
+        logger.warning('%s: the split "%s" with %d rows is left out.', source, name, len(splits[name]))
+    for name, split in named.items():
+        if len(split) == 0:
+            raise ValueError(f'The split "{name}" of {source} is empty; every split needs at least one row.')
+    return DatasetDict(named)
+
+
+def drop_unlabelled_test(splits: DatasetDict) -> DatasetDict:
+    """Leave out a test split whose labels are all −1, as benchmarks publish whose test labels are secret."""
+    if "test" in splits and splits["test"].with_format("arrow")[:][LABEL].unique().to_pylist() == [-1]:
+        logger.warning("The test split has no labels and is left out.")
+        return DatasetDict({name: split for name, split in splits.items() if name != "test"})
+    return splits
+
+
+def hold_out_validation(splits: DatasetDict, fraction: float, seed: int, source: object) -> DatasetDict:
+    """Make part of the training split the validation split, if there is none. The part is stratified by class if every
+    class has enough images.
+
+    Raises:
+        ValueError: `fraction` is not between 0 and 1, or there is only one training image.
+    """
+    if "validation" in splits:
+        return splits
+    if not 0 < fraction < 1:
+        raise ValueError(f"validation_fraction={fraction} is not between 0 and 1.")
+    train = splits["train"]
+    if len(train) < 2:
+        raise ValueError("A training split of one image cannot be divided; add a validation split to the data.")
+    smallest = np.unique(label_ids(train), return_counts=True)[1].min()
+    held_out = min(max(1, round(len(train) * fraction)), len(train) - 1)
+    is_stratified = smallest >= 2 and min(held_out, len(train) - held_out) >= train.features[LABEL].num_classes
+    if is_stratified:
+        parts = stratified_split(train, held_out, seed)
+    else:
+        parts = train.train_test_split(test_size=held_out, seed=seed).values()
+    logger.warning(
+        "%s has no validation split: %s %d of its %d training images become one (seed %d).",
+        source,
+        "a stratified" if is_stratified else "a random (there are too few images to split by class)",
+        held_out,
+        len(train),
+        seed,
+    )
+    return DatasetDict({**splits, **dict(zip(("train", "validation"), parts))})
+
+
+def stratified_split(table: Dataset, held_out: int, seed: int) -> tuple[Dataset, Dataset]:
+    """Hold out rows at random, with the same share of every class. Returns the other rows and the held-out rows.
+
+    The result is that of `train_test_split(stratify_by_column="label")`, which reads the labels one by one.
+    """
+    random = np.random.default_rng(seed)
+    parts = stratified_shuffle_split_generate_indices(label_ids(table), len(table) - held_out, held_out, rng=random)
+    rest, chosen = next(parts)
+    return table.select(rest), table.select(chosen)
+
+
+def select_per_class(
+    dataset: Dataset, images_per_class: int, label_column: str | None = None, seed: int = 0
+) -> Dataset:
+    """A random subset with this many images of each class. Subsets of one seed are nested: the smaller is part of the
+    larger.
+
+    Args:
+        dataset: a table with a `ClassLabel` column.
+        images_per_class: images of each class.
+        label_column: the label column; found if not given.
+        seed: seed of the choice.
+
+    Raises:
+        ValueError: the column cannot be found or is not a `ClassLabel`, or a class has fewer images.
+    """
+    dataset = as_image_table(dataset, label_column=label_column, needs_image=False)
+    names, labels = class_names(dataset), label_ids(dataset)
+    order = np.random.default_rng(seed).permutation(len(labels))
+    chosen = []
+    for class_id, name in enumerate(names):
+        rows = order[labels[order] == class_id]
+        if images_per_class < 1 or len(rows) < images_per_class:
+            raise ValueError(
+                f'images_per_class={images_per_class}, but the class "{name}" has {len(rows)} images. Choose at least 1 '
+                "and at most the size of the smallest class."
+            )
+        chosen.extend(rows[:images_per_class])
+    return dataset.select(sorted(chosen))

@@ -1,0 +1,199 @@
+"""Cards of models and of recorded tables, filled from measured results and provenance only."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset, Image
+from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
+from transformers import PreTrainedModel
+
+from ..data.sources import public_name
+from ..logits.encoding import column_name, recorded_teachers
+from ..logits.provenance import read_records
+
+
+# Stands for the name of the repository until there is one.
+UNPUBLISHED = "path/to/this/folder"
+_TEMPLATES = Path(__file__).parent / "templates"
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+
+
+def mean_and_spread(values: Sequence[float]) -> str:
+    """Mean ± standard deviation over runs, in percent."""
+    spread = f" ± {100 * np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+    return f"{100 * np.mean(values):.1f}{spread}"
+
+
+def create_model_card(
+    model: PreTrainedModel, results: Mapping[str, object], *, repo_id: str | None = None
+) -> ModelCard:
+    """A card for a student or a teacher, with its results as `model-index` metadata. Facts that are not given are left out.
+
+    Args:
+        model: the model; its configuration gives its kind and size.
+        results: the facts of the run, the content of `results.json` in the folder of a trained model. Only `title` is
+            required:
+            - `title`: name of the model;
+            - `data`, `split`: dataset and split that `metrics` were measured on;
+            - `metrics`: name → measured value, as `evaluate_model` returns them;
+            - `recipe`: hyperparameters, name → value;
+            - `teachers`: for a student, name → `{"source": Hub id or folder, "metrics": …}`, both optional;
+            - `online`: whether the teachers ran in every step; `None` if there were none;
+            - `base_model`: Hub id or folder of the checkpoint that this model started as;
+            - `picture`: file name of a picture beside the card;
+            - `machine`, `train_seconds`: what it was trained on, and for how long;
+            - `notes`: a paragraph on this run.
+        repo_id: the repository, for the example; by default a placeholder that [`push_folder_to_hub`] replaces.
+    """
+    metrics, base_model = results.get("metrics") or {}, results.get("base_model")
+    data_name, split = results.get("data") and public_name(results["data"]), results.get("split")
+    online, teachers = results.get("online"), results.get("teachers") or {}
+    has_results = bool(metrics and data_name)
+    data = ModelCardData(
+        license="apache-2.0",
+        library_name="transformers",
+        pipeline_tag="image-classification",
+        tags=["hf_ibdistill", "knowledge-distillation", model.config.model_type],
+        datasets=[data_name] if _is_hub_id(data_name) else None,
+        base_model=base_model if _is_hub_id(base_model) else None,
+        model_name=results["title"] if has_results else None,
+        eval_results=[
+            EvalResult(
+                task_type="image-classification",
+                task_name="Image Classification",
+                dataset_type=data_name,
+                dataset_name=data_name,
+                dataset_split=split,
+                metric_type=name,
+                metric_name=name.replace("_", " "),
+                metric_value=round(float(value), 6),
+            )
+            for name, value in metrics.items()
+        ]
+        if has_results
+        else None,
+    )
+    names = getattr(model.config, "teacher_names", [])
+    seconds = results.get("train_seconds")
+    hardware = {} if seconds is None else {"training": f"{seconds:.1f} s"}
+    hardware |= {name: _in_a_line(value) for name, value in (results.get("machine") or {}).items()}
+    return ModelCard.from_template(
+        data,
+        template_path=str(_TEMPLATES / "model_card.md"),
+        title=results["title"],
+        is_taught=bool(names) and (base_model is None or online is not None),
+        base_model=_link(base_model),
+        teacher_names=", ".join(names),
+        online=online,
+        fuses=getattr(model.config, "fusion", None) != "class_token",
+        is_involution=getattr(model.config, "spatial_operator", None) == "involution",
+        num_parameters=f"{model.num_parameters():,}",
+        num_classes=model.config.num_labels,
+        data_name=data_name,
+        split=split,
+        repo_id=repo_id or UNPUBLISHED,
+        has_own_code=not type(model).__module__.startswith("transformers."),
+        metrics_table=_table(["metric", split or "value"], {name: f"{value:.4f}" for name, value in metrics.items()}),
+        teachers_table=_teachers_table({name: teachers[name] for name in names if name in teachers}, split),
+        recipe_table=_table(
+            ["setting", "value"], {name: f"`{value}`" for name, value in (results.get("recipe") or {}).items()}
+        ),
+        machine_table=_table(["", ""], hardware),
+        picture=results.get("picture"),
+        notes=results.get("notes", ""),
+    )
+
+
+def _table(header, rows):
+    return markdown_table(header, list(rows.items())) if rows else ""
+
+
+def _in_a_line(value):
+    """A mapping, such as the versions of libraries, in one line."""
+    return ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, Mapping) else value
+
+
+def _teachers_table(teachers, split):
+    columns = {
+        "from": {name: _link(teacher["source"]) for name, teacher in teachers.items() if teacher.get("source")},
+        f"accuracy ({split or 'same data'})": {
+            name: f"{100 * teacher['metrics']['accuracy']:.2f} %"
+            for name, teacher in teachers.items()
+            if teacher.get("metrics")
+        },
+    }
+    columns = {title: cells for title, cells in columns.items() if cells}
+    rows = [[name, *(cells.get(name, "") for cells in columns.values())] for name in teachers]
+    return markdown_table(["teacher", *columns], rows) if columns else ""
+
+
+def _link(source):
+    """The origin of a model: a link to the Hub, or only the name of the folder, because its path describes a machine."""
+    if not source:
+        return ""
+    return f"[{source}](https://huggingface.co/{source})" if _is_hub_id(source) else public_name(source)
+
+
+def _is_hub_id(name):
+    """Whether this is a "user/name" of the Hub and no folder."""
+    return bool(name) and re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
+
+
+def create_logits_card(table: Dataset, *, repo_id: str | None = None) -> DatasetCard:
+    """A card for a recorded table: its teachers, views, encoding and data, from its provenance.
+
+    Args:
+        table: what [`record_teacher_logits`] returned, with or without its images, and one provenance record.
+        repo_id: as for [`create_model_card`].
+
+    Raises:
+        ValueError: the table has no logits.
+    """
+    (record,) = read_records(table)
+    if not recorded_teachers(table):
+        raise ValueError(
+            f"The table has no logits; its columns are {', '.join(table.column_names)}. record_teacher_logits adds them."
+        )
+    has_images = any(isinstance(feature, Image) for feature in table.features.values())
+    teachers = [teacher for teacher in record["teachers"] if teacher["name"] in recorded_teachers(table)]
+    names = [teacher["name"] for teacher in teachers]
+    source, views = record["dataset"], record["views"]
+    data = DatasetCardData(
+        # The publisher of logits cannot license the images of others.
+        license=None if has_images else "apache-2.0",
+        task_categories=["image-classification"],
+        tags=["hf_ibdistill", "knowledge-distillation", "logits"],
+        pretty_name=f"Logits of {', '.join(names)}",
+    )
+    rows = []
+    for teacher in teachers:
+        encoding = teacher["encoding"]
+        top_k = encoding["top_k"]
+        kept = "all" if top_k is None else f"the {top_k} largest and the log-sum-exp of the rest"
+        origin = _link(teacher["source"]) + (f" @ {teacher['revision'][:12]}" if teacher["revision"] else "")
+        rows.append([f"`{column_name(teacher['name'])}`", teacher["config"].get("model_type", ""), origin,
+                     f"{kept}, {encoding['dtype']}", f"`{teacher['weights_sha256'][:16]}`"])  # fmt: skip
+    label_names = teachers[0]["label_names"]
+    others = f" and {len(label_names) - 20} more" if len(label_names) > 20 else ""
+    known = {name: value for name, value in source.items() if value not in (None, "None")}
+    return DatasetCard.from_template(
+        data,
+        template_path=str(_TEMPLATES / "logits_card.md"),
+        title=data.pretty_name,
+        teacher_names=", ".join(names),
+        num_rows=f"{len(table):,}",
+        about="as they are" if views is None else f"{views['num_views']} augmented views of each",
+        has_images=has_images,
+        repo_id=repo_id or UNPUBLISHED,
+        teachers_table=markdown_table(["column", "model", "from", "logits", "sha256 of the weights"], rows),
+        label_names=", ".join(label_names[:20]) + others,
+        views_table=_table(["setting", "value"], {name: f"`{value}`" for name, value in (views or {}).items()}),
+        data_table=_table(["", ""], {**known, "versions": _in_a_line(record["versions"])}),
+    )

@@ -1,0 +1,138 @@
+"""Save the results of a training run: model, image processor, `results.json` and a card made of it."""
+
+import json
+from collections.abc import Mapping, Sized
+from pathlib import Path
+
+from datasets import Dataset
+from transformers import Trainer
+
+from ..data.sources import public_name
+from ..evaluation import classification_metrics, predict
+from ..files import write_text
+from ..logits.provenance import read_records
+from .cards import create_model_card
+from .machine import describe_machine
+
+
+RESULTS = "results.json"
+_RECIPE = (
+    "learning_rate", "weight_decay", "lr_scheduler_type", "warmup_steps", "per_device_train_batch_size",
+    "gradient_accumulation_steps", "label_smoothing_factor", "max_grad_norm", "optim", "adam_beta1", "adam_beta2",
+    "adam_epsilon", "bf16", "fp16", "seed", "layer_decay", "freeze_layers", "linear_probe",
+    "distillation_mode", "temperature", "teacher_weights", "label_weight", "standardize_logits",
+    "confidence_weighting",
+)  # fmt: skip
+# Fields of a configuration that do not describe the shape of the model.
+_NO_SHAPE = {"id2label", "label2id", "auto_map", "architectures", "transformers_version", "dtype", "problem_type"}
+
+
+def evaluate_and_save(
+    trainer: Trainer,
+    dataset: Dataset,
+    split: str,
+    *,
+    title: str,
+    data_name: str,
+    teacher_metrics: Mapping[str, Mapping[str, float]] | None = None,
+    picture: str | None = None,
+    base_model: str | None = None,
+    notes: str = "",
+) -> dict[str, float]:
+    """Measure the trained model on a split and save it with a card to `trainer.args.output_dir`.
+
+    The folder holds the model (safetensors) and its image processor, for `from_pretrained` and `pipeline`;
+    `results.json`, the one record of facts: metrics, data, teachers, recipe, learning curve and machine; and `README.md`,
+    the card that [`create_model_card`] makes of it.
+
+    Args:
+        trainer: a trainer of this package after `train()`.
+        dataset: the rows to measure on, a table with the same column names as those of the trainer.
+        split: the name of their split, for the card.
+        title: name of the model.
+        data_name: name of the dataset.
+        teacher_metrics: for a student, teacher → its metrics on the same split. `None` measures the teachers by the logits
+            of un-augmented images that `dataset` holds, if it holds them.
+        picture: file name, in the same folder, of a picture for the card.
+        base_model: Hub id or folder of the checkpoint that this model started as, for the card.
+        notes: a paragraph for the card.
+
+    Returns:
+        The metrics, as [`classification_metrics`] names them.
+
+    Raises:
+        TypeError, ValueError: as from [`predict`]. The model is saved all the same.
+    """
+    args = trainer.args
+    folder = Path(args.output_dir)
+    # As `from_pretrained` will load it.
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    if trainer.is_world_process_zero():
+        # Before anything that may fail. Not `trainer.save_model`, which adds the arguments as a pickle.
+        model.save_pretrained(folder)
+        trainer.processing_class.save_pretrained(folder)
+    outputs = predict(
+        model,
+        trainer.processing_class,
+        dataset,
+        batch_size=args.per_device_eval_batch_size,
+        image_column=trainer.image_column,
+        label_column=trainer.label_column,
+    )
+    teacher_names = getattr(model.config, "teacher_names", None)
+    metrics = classification_metrics(**outputs, teacher_names=teacher_names)
+    if teacher_metrics is None and "teacher_logits" in outputs:
+        # These logits belong to the images as they are, so they measure the teachers.
+        recorded = dict(zip(teacher_names, outputs["teacher_logits"].swapaxes(0, 1)))
+        teacher_metrics = {
+            name: classification_metrics(logits, outputs["labels"]) for name, logits in recorded.items()
+        }
+    if trainer.is_world_process_zero():
+        seconds = [entry["train_runtime"] for entry in trainer.state.log_history if "train_runtime" in entry]
+        results = {
+            "title": title,
+            "data": public_name(data_name),
+            "split": split,
+            "metrics": metrics,
+            "teachers": _describe_teachers(trainer, teacher_metrics or {}),
+            "online": bool(trainer.teachers) if hasattr(trainer, "teachers") else None,
+            "base_model": base_model and public_name(base_model),
+            "picture": picture,
+            "notes": notes,
+            "recipe": _describe_recipe(trainer, model),
+            "log_history": trainer.state.log_history,
+            "train_seconds": seconds[0] if seconds else None,
+            "machine": describe_machine(),
+        }
+        write_text(folder / RESULTS, json.dumps(results, indent=2))
+        create_model_card(model, results, repo_id=args.hub_model_id).save(folder / "README.md")
+    trainer.accelerator.wait_for_everyone()
+    return metrics
+
+
+def _describe_recipe(trainer, model) -> dict:
+    args, rows = trainer.args, trainer.train_dataset
+    return {
+        # A stream has no length.
+        "training images": len(rows) if isinstance(rows, Sized) else "streamed",
+        "steps": trainer.state.global_step,
+        "epochs": round(trainer.state.epoch, 2),
+        "processes": args.world_size,
+        **{name: value for name, value in args.to_dict().items() if name in _RECIPE},
+        "views": None if trainer.views is None else trainer.views.to_dict(),
+        "model": {name: value for name, value in model.config.to_diff_dict().items() if name not in _NO_SHAPE},
+    }
+
+
+def _describe_teachers(trainer, metrics) -> dict[str, dict]:
+    """Teacher → its source and metrics; `None` and {} if they are not known."""
+    sources = {teacher.name: teacher.model.config.name_or_path for teacher in getattr(trainer, "teachers", [])}
+    for record in read_records(trainer.train_dataset.table):
+        sources |= {teacher["name"]: teacher["source"] for teacher in record["teachers"]}
+    return {
+        name: {
+            "source": public_name(sources[name]) if sources.get(name) else None,
+            "metrics": dict(metrics.get(name, {})),
+        }
+        for name in dict.fromkeys([*sources, *metrics])
+    }

@@ -1,0 +1,1 @@
+"""Record the logits of teachers, attach published ones, verify and assess them."""

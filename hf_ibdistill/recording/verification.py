@@ -1,0 +1,137 @@
+"""Run the teachers again on a sample of a recorded table and compare."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from datasets import Dataset
+
+from ..data.columns import IMAGE, as_image_table, require_table
+from ..images.preprocessing import pixel_values
+from ..images.views import make_view, row_key
+from ..logits.encoding import ROW_KEY, LogitsEncoding, StoredLogits, column_name, decode, describe_column
+from ..logits.provenance import read_records, stored_views, teacher_differences
+from ..rows import ImageRows
+from ..teachers import TeacherLike, load_teachers
+from .shards import damaged_files
+
+
+@dataclass
+class Verification:
+    """The result of a check. `problems` is empty if the table is as recording wrote it."""
+
+    num_rows: int
+    largest_differences: dict[str, float]
+    problems: list[str]
+
+
+def verify_teacher_logits(
+    dataset: Dataset,
+    teachers: Mapping[str, TeacherLike],
+    *,
+    num_rows: int = 256,
+    seed: int = 0,
+    tolerance: float = 0.02,
+    image_column: str | None = None,
+    trust_remote_code: bool = False,
+) -> Verification:
+    """Run the teachers on a random sample of rows, each on one random view, and compare with the recorded logits.
+
+    The check compares the teachers with the provenance of the table, and the row keys with the images. If the table was
+    loaded from the folder that recording wrote, it compares the files with their checksums.
+
+    Args:
+        dataset: a recorded table.
+        teachers: name → Hub id, folder, model or (model, image processor), for each column to verify.
+        num_rows: rows in the sample.
+        seed: seed of the sample.
+        tolerance: largest difference of a log-probability that rounding may explain, relative to the range of the row's
+            logits (at least 1).
+        image_column: the image column; found if not given.
+        trust_remote_code: run the code that a Hub repository or folder contains.
+
+    Raises:
+        TypeError: `dataset` is not one table.
+        ValueError: a teacher without a column, a table without provenance, or an image that cannot be decoded.
+    """
+    require_table(dataset, "dataset")
+    dataset = as_image_table(dataset, image_column, needs_label=False)
+    loaded = load_teachers(teachers, trust_remote_code=trust_remote_code)
+    described = {teacher["name"]: teacher for record in read_records(dataset) for teacher in record["teachers"]}
+    problems = [f"The file {name} is not the one that recording wrote." for name in damaged_files(dataset)]
+    for teacher in loaded:
+        column = column_name(teacher.name)
+        if column not in dataset.column_names or teacher.name not in described:
+            raise ValueError(
+                f'The table has no column "{column}", or no provenance of it; its columns are '
+                f"{', '.join(dataset.column_names)}. Verify teachers that record_teacher_logits ran for this table."
+            )
+        encoding = LogitsEncoding(**described[teacher.name]["encoding"])
+        teacher.bf16 = described[teacher.name].get("bf16", False)
+        label_names = described[teacher.name]["label_names"]
+        if sorted(teacher.class_names) == sorted(label_names):
+            teacher.match_classes(label_names)
+        differing = teacher_differences(described[teacher.name], teacher.describe(encoding))
+        if differing:
+            problems.append(f'The teacher "{teacher.name}" is not the one that was recorded: {", ".join(differing)}.')
+
+    random = np.random.default_rng(seed)
+    sample = np.sort(random.choice(len(dataset), size=min(num_rows, len(dataset)), replace=False)).tolist()
+    recipe = stored_views(dataset)
+    views = random.integers(1 if recipe is None else recipe.num_views, size=len(sample)).tolist()
+    images = [row[IMAGE] for row in ImageRows(dataset).__getitems__(sample)]
+    keys = [row_key(image) for image in images]
+    if ROW_KEY in dataset.column_names:
+        recorded_keys = dataset.select_columns([ROW_KEY])[sample][ROW_KEY]
+        wrong = [row for row, key, other in zip(sample, keys, recorded_keys) if key != other]
+        if wrong:
+            problems.append(
+                f"The images of {len(wrong)} rows are not the ones that were recorded (first {wrong[:10]})."
+            )
+    if recipe is not None:
+        images = [make_view(image, recipe, key, view) for image, key, view in zip(images, keys, views)]
+
+    largest = {}
+    for teacher in loaded:
+        if len(teacher.class_names) != len(described[teacher.name]["label_names"]):
+            largest[teacher.name] = float("inf")
+            continue
+        fresh = teacher.logits(pixel_values(images, {"": teacher.image_processor})[""]).numpy()
+        column = column_name(teacher.name)
+        encoding, num_views, _ = describe_column(dataset.features[column])
+        # Encoded and decoded, so that what top-k leaves out is missing on both sides.
+        fresh = decode(LogitsEncoding("float32", encoding.top_k).encode(fresh), fresh.shape[1])
+        stored = StoredLogits(dataset, column)
+        recorded = np.concatenate(
+            [
+                stored.read([row], fresh.shape[1], None if num_views is None else view)
+                for row, view in zip(sample, views)
+            ]
+        )
+        differences = _largest_differences(_log_probabilities(fresh), _log_probabilities(recorded), encoding.top_k)
+        allowed = tolerance * np.maximum(1, np.ptp(fresh, axis=1))
+        wrong = [row for row, is_wrong in zip(sample, ~(differences <= allowed)) if is_wrong]
+        largest[teacher.name] = float(differences.max())
+        if wrong:
+            problems.append(
+                f'"{column}" differs from what the teacher predicts in {len(wrong)} of {len(sample)} rows (first {wrong[:10]}).'
+            )
+    return Verification(len(sample), largest, problems)
+
+
+def _log_probabilities(logits):
+    logits = logits.astype(np.float64)
+    return logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+
+
+def _largest_differences(first, second, top_k):
+    """Log-probabilities (N, C) twice → the largest difference in each row, (N,)."""
+    differences = np.abs(first - second)
+    if top_k is not None:
+        # Two classes of almost the same logit may change places at the end of the k. A class that only one side stores
+        # differs at least by its distance from the smallest one that the other side stores.
+        ends = [np.sort(values, axis=1)[:, [-top_k]] for values in (first, second)]
+        is_in_first, is_in_second = first >= ends[0], second >= ends[1]
+        differences = np.where(is_in_first & ~is_in_second, np.maximum(0, first - ends[1]), differences)
+        differences = np.where(is_in_second & ~is_in_first, np.maximum(0, second - ends[0]), differences)
+    return differences.max(axis=1)

@@ -1,0 +1,1 @@
+"""How many images does a student need, with no teacher, with one, or with both? `study` trains, `report` writes."""

@@ -1,0 +1,134 @@
+"""The pictures of the study."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, LogLocator
+
+
+def plot_accuracy(
+    path: str | Path,
+    panels: Mapping[str, Mapping[str, Mapping[float, Sequence[float]]]],
+    xlabel: str,
+    highlight: str | None = None,
+) -> None:
+    """Draw accuracy against a quantity on a logarithmic axis: one line a method, with the standard deviation over seeds.
+    Points of several methods at one quantity stand side by side. Two panels make a row.
+
+    Args:
+        path: the PNG file to write.
+        panels: title → method → quantity → accuracies (0 … 1), one a seed. A method keeps its color in all panels, also
+            if it has no quantities in some.
+        xlabel: the quantity and its unit.
+        highlight: a method to draw with a thicker line.
+    """
+    methods = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    rows, panels_a_row = -(-len(panels) // 2), min(2, len(panels))
+    width = 6.5 * panels_a_row
+    columns = max(2, int(width / 3.2))
+    figure = _figure(width, 4.8 * rows + 0.22 * -(-len(methods) // columns))
+    every_axes = figure.subplots(rows, panels_a_row, squeeze=False).flat
+    for axes in every_axes[len(panels) :]:
+        axes.remove()
+    drawn = {}
+    for axes, (title, lines) in zip(every_axes, panels.items()):
+        counts = Counter(place for points in lines.values() for place in points)
+        # A two-hundredth of the axis.
+        step = (max(counts) / min(counts)) ** 0.005 if len(counts) > 1 else 1.01
+        for i, name in enumerate(methods):
+            places = sorted(lines.get(name, {}))
+            if not places:
+                continue
+            values = [100 * np.asarray(lines[name][place]) for place in places]
+            spreads = [value.std(ddof=1) if len(value) > 1 else 0.0 for value in values]
+            beside = step ** (i - (len(methods) - 1) / 2)
+            places = [place * beside if counts[place] > 1 else place for place in places]
+            style = {"color": f"C{i}" if i < 10 else ("black", "gold")[i % 2], "zorder": 3 if name == highlight else 2}
+            style |= {"linewidth": 3 if name == highlight else 1.2, "marker": "o", "markersize": 4, "capsize": 3}
+            drawn[name] = axes.errorbar(places, [value.mean() for value in values], spreads, **style)
+        axes.set(xscale="log", xlabel=xlabel, ylabel="test accuracy (%)", title=title)
+        axes.xaxis.set_major_locator(
+            FixedLocator(sorted(counts)) if max(counts.values()) > 1 else LogLocator(subs=(1, 2, 5))
+        )
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.xaxis.set_minor_formatter("")
+        axes.grid(alpha=0.3, which="both")
+    names = [name for name in methods if name in drawn]
+    figure.legend([drawn[name] for name in names], names, loc="outside lower center", ncols=columns, fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def plot_attention(
+    path: str | Path,
+    images: Sequence[PIL.Image.Image],
+    captions: Sequence[str],
+    maps: Mapping[str, np.ndarray],
+) -> None:
+    """Draw the attention of each token: one row of images, below it one row for each token. Each map has its own scale.
+
+    Args:
+        path: the PNG file to write.
+        images: N images.
+        captions: N captions.
+        maps: token → (N, height, width), its attention to the patches.
+    """
+    figure = _figure(1.5 * len(images), 1.5 * (1 + len(maps)))
+    grid = figure.subplots(1 + len(maps), len(images), squeeze=False)
+    for axes in grid.flat:
+        axes.set(xticks=[], yticks=[])
+    for i, image in enumerate(images):
+        pixels = np.asarray(image.convert("RGB"))
+        grid[0, i].imshow(pixels)
+        grid[0, i].set_title(captions[i], fontsize=8)
+        for axes, attention in zip(grid[1:, i], maps.values()):
+            axes.imshow(pixels.mean(-1), cmap="gray", extent=(0, 1, 0, 1))
+            axes.imshow(attention[i], cmap="inferno", alpha=0.7, extent=(0, 1, 0, 1), interpolation="bilinear")
+    for axes, name in zip(grid[:, 0], ["image", *maps]):
+        axes.set_ylabel(name, fontsize=9)
+    figure.savefig(path, dpi=110)
+
+
+def plot_corrections(
+    path: str | Path,
+    labels: np.ndarray,
+    before: Sequence[np.ndarray],
+    after: Sequence[np.ndarray],
+    names: Sequence[str],
+) -> None:
+    """Draw how confusions change from one method to another.
+
+    Each true (row) and predicted (column) class has the change of the number of images, mean over seeds. Blue is better:
+    fewer confusions off the diagonal, more right ones on it.
+
+    Args:
+        path: the PNG file to write.
+        labels: (N,) class ids.
+        before, after: predicted class ids (N,), one array a seed.
+        names: C class names.
+    """
+
+    def confusion(predictions):
+        return np.bincount(labels * len(names) + predictions, minlength=len(names) ** 2).reshape(len(names), -1)
+
+    change = np.mean([confusion(p) for p in after], axis=0) - np.mean([confusion(p) for p in before], axis=0)
+    gain = np.where(np.eye(len(names), dtype=bool), change, -change)
+    figure = _figure(7.5, 6.5)
+    axes = figure.subplots()
+    limit = max(1.0, np.abs(gain).max())
+    axes.imshow(gain, cmap="RdBu", vmin=-limit, vmax=limit)
+    for (i, j), value in np.ndenumerate(change):
+        if abs(value) >= 1:
+            color = "white" if abs(value) > 0.6 * limit else "black"
+            axes.text(j, i, f"{value:+.0f}", ha="center", va="center", fontsize=8, color=color)
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
+    axes.set_yticks(range(len(names)), names)
+    axes.set(xlabel="predicted", ylabel="true")
+    figure.savefig(path, dpi=110)
+
+
+def _figure(width, height):
+    return Figure(figsize=(width, height), layout="constrained")

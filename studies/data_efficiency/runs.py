@@ -1,0 +1,283 @@
+"""Train the models of the study: one cell is one model, and one JSON file with its recipe, metrics and predictions."""
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import ClassLabel, Dataset, concatenate_datasets
+from transformers import set_seed
+
+from hf_ibdistill import (
+    DistillationArguments,
+    EnsembleDistillationTrainer,
+    IBResNetConfig,
+    IBResNetForImageClassification,
+    IBViTConfig,
+    IBViTForImageClassification,
+    ImageClassificationTrainer,
+    ImageTrainingArguments,
+    build_image_processor,
+    class_config,
+    load_image_dataset,
+    logits_metrics,
+    predict,
+    record_teacher_logits,
+    select_per_class,
+)
+from hf_ibdistill.evaluation import classification_metrics
+from hf_ibdistill.files import write_text
+from hf_ibdistill.models.configuration_ibvit import FUSIONS
+from hf_ibdistill.publishing.machine import describe_machine
+from hf_ibdistill.training.arguments import has_bf16_units
+
+from .recipes import CLASSES, MAX_STORED_VIEWS, METHODS, SEARCH_STEPS, STEPS, TEACHER_STEPS, TEACHERS, Recipe
+
+
+@dataclass
+class Study:
+    """The images, the cells and the models.
+
+    Args:
+        dataset: the source of the images; 10 classes.
+        results_dir: folder of the cells.
+        work_dir: folder of the models and the tables.
+        is_search: hold out a fifth of the training images and measure on it; the test images stay closed.
+        teacher_steps, student_steps: other steps than those of the study, to try it out.
+    """
+
+    dataset: str
+    results_dir: Path
+    work_dir: Path
+    is_search: bool = False
+    teacher_steps: int | None = None
+    student_steps: int | None = None
+
+    @cached_property
+    def _splits(self) -> dict[str, Dataset]:
+        # Opened when the first cell needs images, because most starts of a study only read cells.
+        splits = load_image_dataset(self.dataset)
+        return {name: rows.cast_column("label", ClassLabel(names=CLASSES)) for name, rows in splits.items()}
+
+    @cached_property
+    def train(self) -> Dataset:
+        """All training images; the study takes its own splits out of them."""
+        return concatenate_datasets([self._splits["train"], self._splits["validation"]])
+
+    @property
+    def recipes_path(self) -> Path:
+        return self.results_dir / "recipes.json"
+
+    @property
+    def labels_path(self) -> Path:
+        return self.results_dir / "test_labels.json"
+
+    def recipe(self, method: str, images: int, seed: int, changes: dict) -> Recipe:
+        """The recipe of the study, changed by that of the method, then by `changes`."""
+        is_teacher = method in TEACHERS
+        if is_teacher:
+            steps = self.teacher_steps or TEACHER_STEPS[images]
+        else:
+            steps = self.student_steps or (SEARCH_STEPS if self.is_search else STEPS[images])
+            steps *= 3 if method == "undistilled_long" else 1
+        values = {**({"learning_rate": 1e-2} if is_teacher else {}), **METHODS[method].recipe, **changes}
+        steps = round(steps * values.pop("patience", 1))
+        # A view of each image for every epoch; but to store a view costs more than the step that it saves.
+        views = math.ceil(steps * Recipe.batch_size / (images * 4 // 5 if self.is_search else images))
+        if METHODS[method].logits == "views":
+            views = min(views, MAX_STORED_VIEWS)
+        return Recipe(method, images, seed, self.is_search, steps, **{"num_views": views, **values})
+
+    def chosen(self, method: str) -> dict:
+        """The changes that the search chose for a method. In the search itself there are none.
+
+        Raises:
+            ValueError: the recipes are not fixed yet.
+        """
+        if self.is_search:
+            return {}
+        if not self.recipes_path.exists():
+            raise ValueError(f"There is no {self.recipes_path}. Run --stage search, then --stage choose.")
+        return json.loads(self.recipes_path.read_text())[method]
+
+    def rows(self, recipe: Recipe) -> tuple[Dataset, Dataset | None]:
+        """The rows to train on and, in a search, the held-out rows."""
+        train = select_per_class(self.train, recipe.images // len(CLASSES), seed=recipe.seed)
+        if not recipe.held_out:
+            return train, None
+        parts = train.train_test_split(test_size=0.2, stratify_by_column="label", seed=recipe.seed)
+        return parts["train"], parts["test"]
+
+    def test_rows(self) -> Dataset:
+        """The test images.
+
+        Raises:
+            ValueError: the recipes are not fixed yet.
+        """
+        if not self.recipes_path.exists():
+            raise ValueError(f"The test images stay closed until the recipes are fixed in {self.recipes_path}.")
+        return self._splits["test"]
+
+    def folder(self, recipe: Recipe) -> Path:
+        """Folder of the models and tables of this subset."""
+        return self.work_dir / f"{recipe.images}_{recipe.seed}{'_held_out' if recipe.held_out else ''}"
+
+    def run_cell(self, recipe: Recipe, variation: str) -> dict:
+        """The results of a cell, from its file if there is one.
+
+        Raises:
+            ValueError: the file was made by another recipe.
+        """
+        stage = "search" if recipe.held_out else "grid"
+        path = self.results_dir / stage / f"{recipe.images}_{recipe.method}_{variation}_{recipe.seed}.json"
+        model_folder = self.folder(recipe) / f"{recipe.method}_{variation}"
+        if path.exists():
+            cell = json.loads(path.read_text())
+            if Recipe(**cell["recipe"]) != recipe:
+                raise ValueError(f"{path} was made by another recipe: {cell['recipe']} instead of {asdict(recipe)}.")
+            # Students need the weights of a teacher, which are not part of its cell.
+            if recipe.method not in TEACHERS or model_folder.exists():
+                return cell
+        train, held_out = self.rows(recipe)
+        processor, classes = build_image_processor(train), class_config(train)
+        recording, logits = {}, {}
+        if recipe.method in TEACHERS:
+            trainer = self._trainer(recipe, build_teacher(recipe, classes), processor, train)
+        else:
+            student = build_student(recipe, classes, processor.size["height"])
+            trainer, recording, logits = self._student_trainer(recipe, student, processor, train)
+        seconds = stopwatch()
+        trainer.train()
+        seconds = seconds()
+        outputs = predict(trainer.model, processor, self.test_rows() if held_out is None else held_out, batch_size=256)
+        cell = {
+            "recipe": asdict(recipe),
+            "variation": variation,
+            "split": "test" if held_out is None else "held out",
+            "rows": len(train),
+            "parameters": trainer.model.num_parameters(),
+            "metrics": classification_metrics(**outputs, teacher_names=METHODS[recipe.method].teachers),
+            "fusions": fusion_accuracies(trainer.model, outputs),
+            "logits": logits,
+            "seconds": {"training": seconds, **recording},
+            "losses": [entry for entry in trainer.state.log_history if "loss" in entry],
+            # One digit an image, in the order of the split.
+            "predictions": digits(outputs["logits"].argmax(-1)),
+            "bf16": trainer.args.bf16,
+            "machine": describe_machine(),
+        }
+        if held_out is None and not self.labels_path.exists():
+            write(self.labels_path, digits(outputs["labels"]))
+        trainer.model.save_pretrained(model_folder)
+        processor.save_pretrained(model_folder)
+        write(path, cell)
+        print(f"{path.name}: {100 * cell['metrics']['accuracy']:.2f} % in {seconds['wall']:.0f} s", flush=True)
+        return cell
+
+    def _student_trainer(self, recipe, student, processor, train):
+        """The trainer, the seconds of recording, and the metrics of the recorded logits."""
+        method = METHODS[recipe.method]
+        teachers = {}
+        for name in method.teachers:
+            self.run_cell(self.recipe(name, recipe.images, recipe.seed, self.chosen(name)), "base")
+            teachers[name] = str(self.folder(recipe) / f"{name}_base")
+        if method.logits is None:
+            return self._trainer(recipe, student, processor, train), {}, {}
+        if method.logits == "online":
+            return self._trainer(recipe, student, processor, train, teachers=teachers), {}, {}
+        views = recipe.views() if method.logits == "views" else None
+        table, seconds = self._record(recipe, train, teachers, views)
+        logits = logits_metrics(table, temperature=recipe.temperature)
+        return self._trainer(recipe, student, processor, table), {"recording": seconds}, logits
+
+    def _record(self, recipe, train, teachers, views):
+        kind = "row"
+        if views is not None:
+            kind = hashlib.sha256(json.dumps(views.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
+        folder = self.folder(recipe) / "tables" / "_".join([*teachers, kind])
+        path = folder.with_suffix(".json")
+        seconds = stopwatch()
+        bf16 = has_bf16_units(use_cpu=not torch.accelerator.is_available())
+        table = record_teacher_logits(train, teachers, output_dir=folder, views=views, bf16=bf16)
+        if not path.exists():
+            write(path, seconds())
+        return table, json.loads(path.read_text())
+
+    def _trainer(self, recipe, model, processor, train, **kwargs):
+        is_distilled = bool(getattr(model.config, "teacher_names", []))
+        args = (DistillationArguments if is_distilled else ImageTrainingArguments)(
+            output_dir=str(self.folder(recipe) / "trainer"),
+            seed=recipe.seed,
+            max_steps=recipe.steps,
+            learning_rate=recipe.learning_rate,
+            weight_decay=recipe.weight_decay,
+            per_device_train_batch_size=recipe.batch_size,
+            label_smoothing_factor=recipe.label_smoothing,
+            eval_strategy="no",
+            logging_strategy="steps",
+            logging_steps=max(1, recipe.steps // 10),
+            disable_tqdm=True,
+            **(recipe.loss() if is_distilled else {}),
+        )
+        return (EnsembleDistillationTrainer if is_distilled else ImageClassificationTrainer)(
+            model, args, train_dataset=train, processing_class=processor, views=recipe.views(), **kwargs
+        )
+
+
+def build_teacher(recipe: Recipe, classes: dict) -> IBResNetForImageClassification:
+    """An untrained teacher."""
+    set_seed(recipe.seed)
+    return IBResNetForImageClassification(IBResNetConfig.from_preset(TEACHERS[recipe.method], **classes))
+
+
+def build_student(recipe: Recipe, classes: dict, image_size: int) -> IBViTForImageClassification:
+    """An untrained student."""
+    set_seed(recipe.seed)
+    config = IBViTConfig(
+        teacher_names=METHODS[recipe.method].teachers,
+        fusion=recipe.fusion,
+        patch_embedding=recipe.patch_embedding,
+        image_size=image_size,
+        patch_size=recipe.patch_size,
+        hidden_size=recipe.hidden_size,
+        num_hidden_layers=recipe.num_hidden_layers,
+        num_attention_heads=recipe.num_attention_heads,
+        intermediate_size=2 * recipe.hidden_size,
+        **classes,
+    )
+    return IBViTForImageClassification(config)
+
+
+def fusion_accuracies(model: IBViTForImageClassification, outputs: dict[str, np.ndarray]) -> dict[str, float]:
+    """Accuracy by each kind of fusion. One training serves all kinds, because the loss does not depend on fusion."""
+    if "teacher_token_logits" not in outputs:
+        return {}
+    heads = [torch.from_numpy(outputs[name]) for name in ("class_logits", "teacher_token_logits")]
+    chosen, accuracies = model.config.fusion, {}
+    for fusion in FUSIONS:
+        model.config.fusion = fusion
+        accuracies[fusion] = float((model.fuse(*heads).argmax(-1).numpy() == outputs["labels"]).mean())
+    model.config.fusion = chosen
+    return accuracies
+
+
+def stopwatch() -> Callable[[], dict[str, float]]:
+    """A function that returns the seconds from now to its call: on the wall, and of processor time, which other
+    processes on the machine do not lengthen."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    return lambda: {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+
+
+def digits(classes) -> str:
+    """One digit for each class id."""
+    return "".join(map(str, classes))
+
+
+def write(path: Path, content) -> None:
+    write_text(path, json.dumps(content, indent=1))

@@ -1,0 +1,109 @@
+"""How many images does a student need, with no teacher, with one, or with both? Fashion-MNIST, nested subsets.
+
+    python -m studies.data_efficiency.study --dataset FOLDER --stage search --methods both_views --variations trials
+    python -m studies.data_efficiency.study --dataset FOLDER --stage search --methods both_views --variations finalists
+    python -m studies.data_efficiency.study --dataset FOLDER --stage choose
+    python -m studies.data_efficiency.study --dataset FOLDER --stage grid --images 3000 --methods both_views --seeds 0
+
+A cell is one model: a subset, a method, a seed and a recipe. Its JSON file in RESULTS_DIR holds the recipe, versions,
+metrics, predictions and time. A cell with a file is not run again, so a stopped study resumes. Several processes can share
+a study: give each its own `--seeds` or `--images`.
+
+`--stage search` trains on four fifths of a subset and measures on the held-out fifth. `--stage choose` fixes the best recipe
+of each method in RESULTS_DIR/recipes.json. `--stage grid` trains on the whole subset by these recipes, and only then opens
+the test images. `python -m studies.data_efficiency.report` turns the cells into tables, pictures and model cards.
+"""
+
+import json
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+
+from transformers import HfArgumentParser
+
+from .recipes import METHODS, SAME_RECIPE, STEPS, TEACHERS, TRIALS, VARIATIONS, combine
+from .runs import Study, write
+
+
+@dataclass
+class StudyArguments:
+    dataset: str = field(metadata={"help": "Fashion-MNIST: a folder of its IDX files, or its Hub id."})
+    stage: str = field(default="grid", metadata={"help": "search, choose or grid."})
+    images: list[int] = field(default_factory=lambda: [3000], metadata={"help": "Sizes of the training subset."})
+    methods: list[str] = field(default_factory=lambda: list(METHODS), metadata={"help": ", ".join(METHODS)})
+    variations: list[str] = field(
+        default_factory=lambda: ["base"],
+        metadata={"help": f"trials, finalists, or any of {', '.join(VARIATIONS)}; + joins several."},
+    )
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "One cell each."})
+    teacher_steps: int | None = field(default=None, metadata={"help": "Other steps than the study's, to try it out."})
+    student_steps: int | None = field(default=None, metadata={"help": "Other steps than the study's, to try it out."})
+    results_dir: str = field(default="results/data_efficiency", metadata={"help": "Folder of the cells."})
+    work_dir: str = field(default="outputs/data_efficiency", metadata={"help": "Folder of models and tables."})
+
+    def __post_init__(self):
+        is_round = self.stage == "search" and self.variations in (["trials"], ["finalists"])
+        names = [] if is_round else [name for variation in self.variations for name in variation.split("+")]
+        sizes = [] if self.student_steps and self.teacher_steps else self.images
+        for argument, given, known in (
+            ("stage", [self.stage], ["search", "choose", "grid"]),
+            ("methods", self.methods, METHODS),
+            ("variations", names, VARIATIONS),
+            ("images", sizes, STEPS),
+        ):
+            for value in given:
+                if value not in known:
+                    raise ValueError(f"{argument}={value} is unknown. Choose from {', '.join(map(str, known))}.")
+
+
+def search_accuracy(study: Study, method: str, variation: str) -> float:
+    """Accuracy on held-out images, mean over the seeds.
+
+    Raises:
+        ValueError: there is no such cell.
+    """
+    paths = (study.results_dir / "search").glob(f"*_{method}_{variation}_[0-9].json")
+    values = [json.loads(path.read_text())["metrics"]["accuracy"] for path in paths]
+    if not values:
+        raise ValueError(f'The method {method} has no cell of the trial "{variation}". Run --stage search first.')
+    return sum(values) / len(values)
+
+
+def finalists(study: Study, method: str) -> list[str]:
+    """The trials of the second round: the best two of the first, with twice the steps."""
+    ranking = sorted(TRIALS[method], key=lambda variation: search_accuracy(study, method, variation), reverse=True)
+    return [f"{variation}+patience_2" for variation in ranking[:2]]
+
+
+def choose(study: Study) -> None:
+    """Fix the recipe of each method: the better of its finalists."""
+    recipes = dict.fromkeys(TEACHERS, {})
+    for method in TRIALS:
+        accuracies = {name: search_accuracy(study, method, name) for name in finalists(study, method)}
+        best = max(accuracies, key=accuracies.get)
+        recipes[method] = combine(best.removesuffix("+patience_2"))
+        print(method, {name: round(100 * value, 2) for name, value in accuracies.items()}, recipes[method])
+    recipes |= {method: recipes[other] for method, other in SAME_RECIPE.items()}
+    write(study.recipes_path, recipes)
+
+
+def main(arguments=None):
+    parser = HfArgumentParser(StudyArguments, description=__doc__.splitlines()[0])
+    (args,) = parser.parse_args_into_dataclasses(arguments)
+    folders = Path(args.results_dir), Path(args.work_dir)
+    study = Study(args.dataset, *folders, args.stage == "search", args.teacher_steps, args.student_steps)
+    if args.stage == "choose":
+        return choose(study)
+    for images, seed, method in product(args.images, args.seeds, args.methods):
+        variations = args.variations
+        if variations == ["trials"]:
+            variations = TRIALS[method]
+        elif variations == ["finalists"]:
+            variations = finalists(study, method)
+        for variation in variations:
+            changes = {**study.chosen(method), **combine(variation)}
+            study.run_cell(study.recipe(method, images, seed, changes), variation)
+
+
+if __name__ == "__main__":
+    main()

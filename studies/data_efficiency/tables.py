@@ -1,0 +1,250 @@
+"""Cells → Markdown tables. Cells are grouped by method, number of images and seed."""
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from hf_ibdistill.models.configuration_ibvit import FUSIONS
+from hf_ibdistill.publishing.cards import markdown_table, mean_and_spread
+
+from ..intervals import paired_difference
+from .recipes import METHODS, TEACHERS
+
+
+OURS = "both_views"
+# The methods that ours is compared with, pair by pair; the teachers last.
+RIVALS = (*(name for name in METHODS if name not in (OURS, *TEACHERS)), *TEACHERS)
+
+
+def read_cells(folder: Path) -> dict:
+    """Variation → method → images → seed → cell; the chosen recipes are the variation "base"."""
+    cells = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
+    for path in sorted(folder.glob("*.json")):
+        cell = json.loads(path.read_text())
+        recipe = cell["recipe"]
+        cells[cell["variation"]][recipe["method"]][recipe["images"]][recipe["seed"]] = cell
+    return {
+        variation: {method: dict(by_method[method]) for method in METHODS if method in by_method}
+        for variation, by_method in cells.items()
+    }
+
+
+def walk(cells: dict) -> Iterator[tuple[str, int, dict]]:
+    """Method, images, and the cells of all seeds."""
+    for name, by_size in cells.items():
+        for images, by_seed in sorted(by_size.items()):
+            yield name, images, by_seed
+
+
+def accuracies(by_seed: dict) -> list[float]:
+    return [by_seed[seed]["metrics"]["accuracy"] for seed in sorted(by_seed)]
+
+
+def undigits(text: str) -> np.ndarray:
+    """Class ids from one digit each."""
+    return np.array([int(digit) for digit in text])
+
+
+def predicted(cell: dict) -> np.ndarray:
+    """The predicted class of each test image."""
+    return undigits(cell["predictions"])
+
+
+def accuracy_table(cells: dict) -> str:
+    sizes = sorted({images for _, images, _ in walk(cells)})
+    rows = [
+        [METHODS[name].title, *(_accuracy(by_size.get(images)) for images in sizes)] for name, by_size in cells.items()
+    ]
+    return markdown_table(["method", *(f"{images:,} images" for images in sizes)], rows)
+
+
+def _accuracy(by_seed):
+    if not by_seed:
+        return "–"
+    return mean_and_spread(accuracies(by_seed)) + (f" ({len(by_seed)} seeds)" if len(by_seed) > 1 else " (1 seed)")
+
+
+def difference_table(cells: dict, labels: np.ndarray, ours: str = OURS, rivals: tuple = RIVALS) -> str:
+    """Ours against each rival at each size, and over all sizes that both have, because few seeds leave wide intervals. The
+    subsets of a seed are nested, so the pairs of several sizes are not wholly independent."""
+    sizes, rows = sorted(cells.get(ours, {})), []
+    groups = [[images] for images in sizes] + ([sizes] if len(sizes) > 1 else [])
+    for group in groups:
+        for name in rivals:
+            common = [
+                images for images in group if set(cells[ours][images]) & set(cells.get(name, {}).get(images, {}))
+            ]
+            if not common or (len(group) > 1 and len(common) == 1):
+                continue
+            pooled = [
+                {(images, seed): cell for images in common for seed, cell in cells[method][images].items()}
+                for method in (ours, name)
+            ]
+            title = " + ".join(f"{images:,}" for images in common)
+            rows.append([title, METHODS[name].title, *_difference(*pooled, labels)])
+    return markdown_table(["images", "against", *_DIFFERENCE], rows)
+
+
+def ablation_table(cells: dict, labels: np.ndarray) -> str:
+    """The effect of one change of a recipe on test accuracy, over the seeds that have both."""
+    rows = []
+    for variation, changed in sorted(cells.items()):
+        for name, images, by_seed in walk(changed):
+            unchanged = cells["base"].get(name, {}).get(images, {})
+            if variation != "base" and by_seed.keys() & unchanged.keys():
+                difference = _difference(by_seed, unchanged, labels)
+                rows.append([f"{images:,}", METHODS[name].title, variation, *difference])
+    return markdown_table(["images", "method", "change", *_DIFFERENCE], rows)
+
+
+_DIFFERENCE = ["pairs", "points", "95 % interval over seeds", "95 % interval over test images"]
+
+
+def _difference(first: dict, second: dict, labels: np.ndarray) -> list:
+    """Of two methods' cells by seed, over the seeds that both have."""
+    seeds = sorted(set(first) & set(second))
+    pairs = [[cells[seed] for seed in seeds] for cells in (first, second)]
+    over_seeds = paired_difference(*([cell["metrics"]["accuracy"] for cell in side] for side in pairs))
+    over_images = paired_difference(*(np.mean([predicted(cell) == labels for cell in side], axis=0) for side in pairs))
+    return [len(seeds), _points(over_seeds[:1]), _interval(over_seeds), _interval(over_images)]
+
+
+def _points(values):
+    return " … ".join(f"{100 * value:+.2f}" for value in values)
+
+
+def _interval(difference):
+    return "–" if np.isnan(difference[1]) else _points(difference[1:])
+
+
+def gap_table(cells: dict) -> str:
+    """The share of the distance from the undistilled student to the better teacher that each method closes."""
+    students = [name for name in cells if name not in (*TEACHERS, "undistilled")]
+    rows = []
+    for images, by_seed in sorted(cells["undistilled"].items()):
+        teachers = [np.mean(accuracies(cells[name][images])) for name in TEACHERS if images in cells[name]]
+        if teachers:
+            bottom, top = np.mean(accuracies(by_seed)), max(teachers)
+            shares = [_share(cells, name, images) for name in students]
+            rows.append([f"{images:,}", f"{100 * bottom:.1f} → {100 * top:.1f}", *shares])
+    return markdown_table(["images", "distance", *(METHODS[name].title for name in students)], rows)
+
+
+def _share(cells, method, images):
+    # Over the seeds that all of them have, because the subset of one seed is easier than that of another.
+    teachers = [name for name in TEACHERS if images in cells[name]]
+    by_method = {name: cells[name].get(images, {}) for name in (method, "undistilled", *teachers)}
+    seeds = set.intersection(*map(set, by_method.values()))
+    if not seeds:
+        return "–"
+    means = {name: np.mean(accuracies({s: by_seed[s] for s in seeds})) for name, by_seed in by_method.items()}
+    bottom, top = means["undistilled"], max(means[name] for name in teachers)
+    return f"{100 * (means[method] - bottom) / (top - bottom):.0f} %"
+
+
+def teacher_table(cells: dict, labels: np.ndarray) -> str:
+    """Whether two teachers can teach more than one: how often they agree, and how often either is right."""
+    rows = []
+    for images, ours in sorted(cells[OURS].items()):
+        seeds = set(ours).intersection(*(cells[name][images] for name in TEACHERS))
+        pairs = [[cells[name][images][seed] for name in TEACHERS] for seed in sorted(seeds)]
+        choices = [[predicted(cell) for cell in pair] for pair in pairs]
+        agree = np.mean([first == second for first, second in choices])
+        either = np.mean([(first == labels) | (second == labels) for first, second in choices])
+        errors = [np.mean([pair[i]["metrics"]["expected_calibration_error"] for pair in pairs]) for i in (0, 1)]
+        heads = [*(f"{token}_token_accuracy" for token in ("class", *TEACHERS)), "accuracy"]
+        own = [np.mean([ours[seed]["metrics"][head] for seed in seeds]) for head in heads]
+        rows.append([f"{images:,}", *(f"{100 * value:.1f}" for value in (*errors, agree, either, *own))])
+    header = ["images", "calibration error: convolution", "involution", "teachers agree", "either is right",
+              "class token", "convolution token", "involution token", "fused"]  # fmt: skip
+    return markdown_table(header, rows)
+
+
+def fusion_table(cells: dict) -> str:
+    """The accuracy of the same students by each kind of fusion, of the cells that hold it."""
+    rows = []
+    for name, images, by_seed in walk(cells):
+        found = [cell["fusions"] for cell in by_seed.values() if cell.get("fusions")]
+        if found:
+            means = [mean_and_spread([fusions[fusion] for fusions in found]) for fusion in FUSIONS]
+            rows.append([METHODS[name].title, f"{images:,}", len(found), *means])
+    return markdown_table(["method", "images", "seeds", *FUSIONS], rows)
+
+
+def logits_table(cells: dict) -> str:
+    """What the stored logits can teach about the training images, by the softmax at the distillation temperature."""
+    conv, inv = TEACHERS
+    keys = [
+        f"{conv}_accuracy", f"{inv}_accuracy", f"{conv}_entropy", f"{inv}_entropy", f"{conv}_view_divergence",
+        f"{inv}_view_divergence", f"{conv}_{inv}_divergence",
+    ]  # fmt: skip
+    rows = []
+    for images, by_seed in sorted(cells[OURS].items()):
+        found = [cell["logits"] for cell in by_seed.values() if cell.get("logits")]
+        if found:
+            values = [np.mean([metrics[key] for metrics in found]) for key in keys]
+            shares, nats = values[:2], values[2:]
+            rows.append([f"{images:,}", len(found), *(f"{100 * v:.1f}" for v in shares), *(f"{v:.3f}" for v in nats)])
+    header = ["images", "seeds", "convolution right (%)", "involution right (%)", "entropy: convolution (nats)", "involution",
+              "divergence between views: convolution", "involution", "divergence between teachers"]  # fmt: skip
+    return markdown_table(header, rows)
+
+
+def on_one_machine(cells: dict) -> dict:
+    """The cells whose seconds compare: made, with their teachers, on the kind of machine that made most of their size."""
+    kinds = defaultdict(Counter)
+    for _, images, by_seed in walk(cells):
+        kinds[images].update(map(_machine, by_seed.values()))
+    kept = defaultdict(dict)
+    for name, images, by_seed in walk(cells):
+        usual = kinds[images].most_common(1)[0][0]
+        sources = [by_seed, *(cells[teacher][images] for teacher in METHODS[name].teachers)]
+        seeds = [seed for seed in by_seed if all(_machine(source[seed]) == usual for source in sources)]
+        if seeds:
+            kept[name][images] = {seed: by_seed[seed] for seed in seeds}
+    return kept
+
+
+def _machine(cell):
+    return tuple(cell["machine"].get(key) for key in ("cpu", "vectors", "cores", "threads"))
+
+
+def seconds(cells: dict, method: str, images: int, seed: int) -> dict[str, float]:
+    """Processor seconds of the parts of a cell: its teachers, the recording, its own training."""
+    own = cells[method][images][seed]["seconds"]
+    teachers = sum(cells[name][images][seed]["seconds"]["training"]["cpu"] for name in METHODS[method].teachers)
+    recording = own.get("recording", {}).get("cpu", 0.0)
+    return {"teachers": teachers, "recording": recording, "training": own["training"]["cpu"]}
+
+
+def time_table(cells: dict) -> str:
+    rows = []
+    for name, images, by_seed in walk(cells):
+        parts = [seconds(cells, name, images, seed) for seed in by_seed]
+        means = [np.mean([part[key] for part in parts]) for key in ("teachers", "recording", "training")]
+        rows.append([METHODS[name].title, f"{images:,}", *(f"{value:.0f}" for value in [*means, sum(means)])])
+    return markdown_table(["method", "images", "teachers", "recording", "training", "all"], rows)
+
+
+def accuracies_by_seconds(cells: dict, comparable: dict, method: str, images: int) -> dict[float, list[float]]:
+    """Mean seconds → accuracies. The accuracies are of all seeds, because those of the seeds of one machine would be out of
+    place beside another method's."""
+    spent = [sum(seconds(comparable, method, images, seed).values()) for seed in comparable[method].get(images, {})]
+    return {np.mean(spent): accuracies(cells[method][images])} if spent else {}
+
+
+def trial_table(folder: Path) -> str:
+    """The cells of the search: accuracy on held-out images, mean over seeds."""
+    trials = defaultdict(list)
+    for path in sorted(folder.glob("*.json")):
+        cell = json.loads(path.read_text())
+        trials[cell["recipe"]["method"], cell["recipe"]["images"], cell["variation"]].append(cell["metrics"])
+    rows = []
+    for (method, images, variation), metrics in trials.items():
+        log_likelihood = np.mean([values["negative_log_likelihood"] for values in metrics])
+        accuracy = mean_and_spread([values["accuracy"] for values in metrics])
+        rows.append([METHODS[method].title, f"{images:,}", variation, len(metrics), accuracy, f"{log_likelihood:.3f}"])
+    return markdown_table(["method", "images", "trial", "seeds", "held-out accuracy (%)", "−log p"], rows)

@@ -1,0 +1,53 @@
+"""The quickstart, on few images and for a step."""
+
+import json
+import shutil
+
+import numpy as np
+import PIL.Image
+import pytest
+from datasets import load_from_disk
+from running import run
+from transformers import AutoImageProcessor
+
+from hf_ibdistill import IBViTForImageClassification
+from hf_ibdistill.commands.quickstart import check_reloaded
+
+
+MODELS = ["conv", "inv", "student without teachers", "student with both teachers"]
+
+
+def test_quickstart_leaves_table_student_card_and_picture(outputs, tmp_path, capsys):
+    few = ["--dataset", outputs.images, "--images_per_class", "2", "--num_views", "2", "--output_dir", tmp_path]
+    # What an earlier run with other settings left: a table of other teachers.
+    shutil.copytree(outputs.table, tmp_path / "seed_1" / "table")
+    run("quickstart", *few, "--teacher_steps", "1", "--student_steps", "2", "--batch_size", "6", "--seeds", "0", "1")
+    printed = capsys.readouterr().out
+    assert len(load_from_disk(tmp_path / "seed_1" / "table")["train"]) == 6
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["seeds"] == [0, 1] and [list(metrics) for metrics in summary["metrics"]] == [MODELS, MODELS]
+    for model in MODELS:
+        accuracies = [100 * metrics[model]["accuracy"] for metrics in summary["metrics"]]
+        assert f"| {model} | {np.mean(accuracies):.1f} ± {np.std(accuracies, ddof=1):.1f} | " in printed
+    student = tmp_path / "seed_1" / "student"
+    results = json.loads((student / "results.json").read_text())
+    assert results["metrics"] == summary["metrics"][1]["student with both teachers"]
+    assert results["recipe"]["steps"] == 2 and results["recipe"]["training images"] == 6
+    assert f"| accuracy | {results['metrics']['accuracy']:.4f} |" in (student / "README.md").read_text()
+    with PIL.Image.open(student / "quickstart.png") as picture:
+        assert min(picture.size) > 300
+    # Nothing that must be unpickled: only weights in safetensors, JSON, Markdown, the picture and the code of the model.
+    endings = {path.suffix for path in student.iterdir()}
+    assert endings == {".safetensors", ".json", ".md", ".png", ".py"}
+
+
+def test_a_saved_student_that_predicts_something_else_is_an_error(outputs, tmp_path):
+    class Trainer:
+        model = IBViTForImageClassification.from_pretrained(outputs.student)
+        processing_class = AutoImageProcessor.from_pretrained(outputs.student)
+
+    images = load_from_disk(outputs.images)["test"]
+    check_reloaded(Trainer, outputs.student, images)
+    Trainer.model.class_head.bias.data[0] += 1
+    with pytest.raises(RuntimeError, match="student"):
+        check_reloaded(Trainer, outputs.student, images)

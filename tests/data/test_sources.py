@@ -1,0 +1,153 @@
+"""Sources: every format on disk. Folders of images are in test_folders.py, the digits in test_loading.py."""
+
+import gzip
+import struct
+
+import numpy as np
+import pytest
+from datasets import DatasetDict, Value
+from numbered import ANIMALS, numbers, save, table, write_class_folders
+from torchvision.datasets.mnist import read_image_file
+
+from hf_ibdistill.data.sources import open_source, public_name
+
+
+def contents(splits):
+    """Split → (number of the picture, label) of its rows, in their order."""
+    return {name: list(zip(numbers(split), split["label"])) for name, split in splits.items()}
+
+
+# Tables
+
+
+def test_saved_tables(tmp_path):
+    table([0, 1, 2]).save_to_disk(tmp_path / "one")
+    assert contents(open_source(tmp_path / "one", {})) == {"train": [(0, 0), (1, 1), (2, 2)]}
+    source = save(tmp_path, train=table([0, 1, 2]), val=table([2, 1], start=10), testing=table([0], start=20))
+    assert contents(open_source(str(source), {})) == {
+        "train": [(0, 0), (1, 1), (2, 2)],
+        "val": [(10, 2), (11, 1)],
+        "testing": [(20, 0)],
+    }
+
+
+@pytest.mark.parametrize("shards", [None, {"train": 1, "test": 1}], ids=["no file", "an empty file"])
+def test_an_empty_saved_split_is_named(shards, tmp_path):
+    # By default `save_to_disk` writes no file at all for a split without rows.
+    parts = DatasetDict(train=table([0, 1]), test=table([0]).select([]))
+    parts.save_to_disk(tmp_path / "data", num_shards=shards)
+    if shards is not None:
+        assert len(open_source(tmp_path / "data", {})["test"]) == 0  # which `name_splits` refuses
+        return
+    with pytest.raises(ValueError, match='"test" of .*data is empty'):
+        open_source(tmp_path / "data", {})
+
+
+def test_parquet_files(tmp_path):
+    rows = table([0, 1, 2])
+    rows.to_parquet(tmp_path / "animals.parquet")
+    opened = open_source(tmp_path / "animals.parquet", {})
+    assert contents(opened) == {"train": [(0, 0), (1, 1), (2, 2)]}
+    assert opened["train"].features == rows.features
+
+    (tmp_path / "data").mkdir()
+    for start, name in ((0, "train"), (10, "validation"), (20, "test")):
+        file = tmp_path / "data" / f"{name}-00000-of-00001.parquet"
+        table(["owl", "cat"], Value("string"), start).to_parquet(file)
+    assert contents(open_source(tmp_path / "data", {})) == {
+        "train": [(0, "owl"), (1, "cat")],
+        "validation": [(10, "owl"), (11, "cat")],
+        "test": [(20, "owl"), (21, "cat")],
+    }
+
+
+def test_a_folder_of_images(tmp_path):
+    for start, name in ((0, "train"), (100, "test")):
+        write_class_folders(tmp_path / "data" / name, start=start)
+    opened = open_source(tmp_path / "data", {})
+    assert {name: sorted(rows) for name, rows in contents(opened).items()} == {
+        name: [(start + 10 * label + i, label) for label in range(3) for i in range(2)]
+        for start, name in ((0, "train"), (100, "test"))
+    }
+    assert opened["test"].features["label"].names == ANIMALS
+
+
+# IDX files
+
+
+def write_idx(path, array):
+    header = bytes([0, 0, 8, array.ndim]) + b"".join(struct.pack(">I", length) for length in array.shape)
+    with (gzip.open if path.suffix == ".gz" else open)(path, "wb") as file:
+        file.write(header + array.astype(np.uint8).tobytes())
+
+
+def write_idx_folder(folder, suffix="", **counts):
+    """prefix → number of images."""
+    random, arrays = np.random.default_rng(0), {}
+    for prefix, count in counts.items():
+        arrays[prefix] = random.integers(0, 256, (count, 5, 4)), np.arange(count) % 3
+        for array, part in zip(arrays[prefix], ("images-idx3-ubyte", "labels-idx1-ubyte")):
+            write_idx(folder / f"{prefix}-{part}{suffix}", array)
+    return arrays
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_idx_files(suffix, tmp_path):
+    arrays = write_idx_folder(tmp_path, suffix, train=20, t10k=9)
+    opened = open_source(tmp_path, {})
+    for split, prefix in (("train", "train"), ("test", "t10k")):
+        images, labels = arrays[prefix]
+        assert opened[split]["label"][:] == labels.tolist()
+        np.testing.assert_array_equal([np.asarray(image) for image in opened[split]["image"]], images)
+    assert opened.keys() == {"train", "test"}
+
+
+def test_idx_files_as_torchvision_reads_them(tmp_path):
+    write_idx_folder(tmp_path, train=12)
+    expected = read_image_file(str(tmp_path / "train-images-idx3-ubyte")).numpy()
+    opened = open_source(tmp_path, {})
+    assert opened.keys() == {"train"}
+    np.testing.assert_array_equal([np.asarray(image) for image in opened["train"]["image"]], expected)
+
+
+def test_damaged_idx_files_are_named(tmp_path):
+    write_idx_folder(tmp_path, train=12)
+    images, labels = tmp_path / "train-images-idx3-ubyte", tmp_path / "train-labels-idx1-ubyte"
+    whole = images.read_bytes()
+    for content in (b"", whole[:2], b"PNG" + whole, whole[:-1], whole + b"x"):
+        images.write_bytes(content)
+        with pytest.raises(ValueError, match="train-images-idx3-ubyte is not a whole IDX file"):
+            open_source(tmp_path, {})
+    images.write_bytes(whole)
+    write_idx(labels, np.arange(11))
+    with pytest.raises(ValueError, match=r"train-images-idx3-ubyte .*\(12, 5, 4\).*train-labels-idx1-ubyte.*\(11,\)"):
+        open_source(tmp_path, {})
+    labels.unlink()
+    with pytest.raises(ValueError, match="train-images-idx3-ubyte and train-labels-idx1-ubyte"):
+        open_source(tmp_path, {})
+
+
+# Paths
+
+
+@pytest.mark.parametrize("source", ["{tmp}/nothing", "./nothing", "some/where/else"])
+def test_a_path_to_nothing_is_named(source, tmp_path):
+    source = source.format(tmp=tmp_path)
+    with pytest.raises(FileNotFoundError, match=source):
+        open_source(source, {})
+
+
+def test_a_file_of_another_format_is_named(tmp_path):
+    (tmp_path / "data.csv").write_text("image,label\n")
+    with pytest.raises(ValueError, match=r"data\.csv .*\.parquet"):
+        open_source(tmp_path / "data.csv", {})
+
+
+def test_a_card_shows_no_path_of_this_machine(tmp_path, monkeypatch):
+    (tmp_path / "pets").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert (
+        public_name(tmp_path / "pets") == public_name("pets") == public_name("../" + tmp_path.name + "/pets") == "pets"
+    )
+    assert public_name(tmp_path / "gone") == "gone"
+    assert public_name("user/pets") == "user/pets" and public_name("digits") == "digits"

@@ -1,0 +1,122 @@
+"""Views: pure functions of recipe, row key and index, that do what the recipe asks for."""
+
+import json
+import re
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_ibdistill import ViewRecipe
+from hf_ibdistill.images.views import make_view, row_key
+
+
+RECIPES = [
+    ViewRecipe(),
+    ViewRecipe(crop="resized", horizontal_flip=0.5, image_size=12),
+    ViewRecipe(crop="none", photometric_ops=2, magnitude=9, erasing=0.5),
+    ViewRecipe(image_size=10, padding=0.25, horizontal_flip=0.5, photometric_ops=1, erasing=1.0, seed=7),
+]
+
+
+def image(seed=0, size=(16, 14)):
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return PIL.Image.fromarray(pixels)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    recipe=st.sampled_from(RECIPES),
+    key=st.integers(-(2**63), 2**63 - 1),
+    index=st.integers(0, 1000),
+    global_seed=st.integers(0, 2**63 - 1),
+    others=st.lists(st.integers(0, 50), max_size=3),
+)
+def test_a_view_depends_on_recipe_key_and_index_alone(recipe, key, index, global_seed, others):
+    expected = make_view(image(), recipe, key, index)
+    torch.manual_seed(global_seed)
+    np.random.seed(global_seed % 2**32)
+    for other in others:
+        make_view(image(other), recipe, key, other)
+    before = torch.get_rng_state()
+    assert torch.equal(
+        make_view(image(), ViewRecipe(**json.loads(json.dumps(recipe.to_dict()))), key, index), expected
+    )
+    # Making a view leaves the random numbers of others alone.
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_views_differ_by_index_key_and_seed(recipe):
+    views = [make_view(image(), recipe, 5, index) for index in range(20)]
+    assert len({view.numpy().tobytes() for view in views}) > 10
+    others = [make_view(image(), recipe, 6, index) for index in range(20)]
+    assert sum(torch.equal(a, b) for a, b in zip(views, others)) < 10
+    reseeded = ViewRecipe(**{**recipe.to_dict(), "seed": recipe.seed + 1})
+    assert sum(torch.equal(a, make_view(image(), reseeded, 5, i)) for i, a in enumerate(views)) < 10
+
+
+def test_type_and_size():
+    view = make_view(image(), ViewRecipe(), 0, 0)
+    assert view.dtype == torch.uint8 and view.shape == (3, 14, 16)
+    assert make_view(image(), ViewRecipe(image_size=9), 0, 0).shape == (3, 9, 9)
+    assert make_view(image(), ViewRecipe(image_size=9, crop="resized"), 0, 0).shape == (3, 9, 9)
+
+
+def test_no_operation_gives_the_image():
+    pixels = np.asarray(image()).transpose(2, 0, 1)
+    assert np.array_equal(make_view(image(), ViewRecipe(crop="none"), 1, 2).numpy(), pixels)
+
+
+def test_pad_and_crop_shifts_by_whole_pixels_with_black_beside():
+    # 12.5 % of 16 and of 14 pixels are 2 each.
+    pixels = np.asarray(image()).transpose(2, 0, 1)
+    padded = np.pad(pixels, ((0, 0), (2, 2), (2, 2)))
+    shifted = {padded[:, y : y + 14, x : x + 16].tobytes() for x in range(5) for y in range(5)}
+    views = {make_view(image(), ViewRecipe(), 3, index).numpy().tobytes() for index in range(300)}
+    assert views == shifted
+
+
+def test_flips_are_as_frequent_as_asked():
+    mirrored = np.asarray(image()).transpose(2, 0, 1)[:, :, ::-1].tobytes()
+    recipe = ViewRecipe(crop="none", horizontal_flip=0.25)
+    flipped = sum(make_view(image(), recipe, 9, i).numpy().tobytes() == mirrored for i in range(400))
+    assert 60 < flipped < 140
+
+
+def test_row_key_is_of_the_pixels():
+    assert row_key(image(1)) == row_key(image(1)) and -(2**63) <= row_key(image(1)) < 2**63
+    assert len({row_key(image(seed)) for seed in range(100)}) == 100
+    # The same bytes in another shape are another image.
+    assert row_key(PIL.Image.new("RGB", (2, 8))) != row_key(PIL.Image.new("RGB", (8, 2)))
+
+
+def test_same_views_whatever_their_number():
+    assert ViewRecipe(num_views=3).same_views(ViewRecipe(num_views=30))
+    assert not ViewRecipe(seed=1).same_views(ViewRecipe(seed=2))
+    assert ViewRecipe(scale=[0.5, 1.0]) == ViewRecipe(scale=(0.5, 1.0))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_views": 0},
+        {"crop": "middle"},
+        {"padding": 1.5},
+        {"padding": -0.1},
+        {"scale": (0.9, 0.5)},
+        {"scale": (0.5, 1.1)},
+        {"ratio": (0, 1)},
+        {"horizontal_flip": 2},
+        {"erasing": -1},
+        {"magnitude": 11},
+        {"photometric_ops": -1},
+    ],
+)
+def test_wrong_recipes_are_refused(settings):
+    ((name, value),) = settings.items()
+    with pytest.raises(ValueError, match=re.escape(f"{name}={json.dumps(value) if name == 'crop' else value} ")):
+        ViewRecipe(**settings)

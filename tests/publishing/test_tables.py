@@ -1,0 +1,91 @@
+"""Recorded tables as Parquet files: what is written opens again, with its provenance."""
+
+import json
+from pathlib import Path
+
+import pytest
+from datasets import DatasetDict, load_dataset
+from huggingface_hub import DatasetCard
+
+from hf_ibdistill import (
+    ViewRecipe,
+    attach_teacher_logits,
+    export_logits_table,
+    open_logits_table,
+    record_teacher_logits,
+)
+from hf_ibdistill.logits.provenance import read_records
+
+
+@pytest.fixture(scope="module", params=[None, 2], ids=["dense", "top-k"])
+def table(request, teachers, images, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("t") / "t"
+    return record_teacher_logits(
+        images(30), teachers, output_dir=folder, views=ViewRecipe(num_views=2), top_k=request.param
+    )
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_types_and_provenance_come_back(table, streaming, tmp_path):
+    opened = open_logits_table(export_logits_table(table, tmp_path / "p", rows_per_file=12), streaming=streaming)
+    assert opened.features == table.features
+    (expected,) = read_records(table)
+    for teacher in expected["teachers"]:
+        # A path describes a machine, so only its last part is published.
+        assert Path(teacher["source"]).is_absolute()
+        teacher["source"] = Path(teacher["source"]).name
+    assert read_records(opened) == [expected]
+    assert [row["conv_logits"] for row in opened] == table["conv_logits"][:]
+    assert len(list((tmp_path / "p" / "data").iterdir())) == 3
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_datasets_alone_opens_the_rows(table, split, tmp_path):
+    folder = export_logits_table(table, tmp_path / "p", rows_per_file=12, split=split)
+    assert {path.name for path in folder.iterdir()} == {"data", "provenance.json", "README.md"}
+    opened = load_dataset(str(folder), cache_dir=str(tmp_path / "cache"))
+    assert list(opened) == [split] and opened[split].features == table.features
+    assert opened[split]["conv_logits"][:] == table["conv_logits"][:]
+    assert len(open_logits_table(folder, split=split, cache_dir=str(tmp_path / "cache"))) == 30
+
+
+def test_a_card_is_written_beside(table, tmp_path):
+    card = DatasetCard.load(export_logits_table(table, tmp_path / "p", repo_id="user/logits") / "README.md")
+    assert card.data.pretty_name == "Logits of conv, inv" and 'open_logits_table("user/logits")' in card.text
+    assert "about 30 images, 2 augmented views of each" in card.text
+    assert "attach_teacher_logits" not in card.text
+    alone = export_logits_table(table.select_columns(["row_key", "conv_logits"]), tmp_path / "q")
+    text = DatasetCard.load(alone / "README.md").text
+    assert "attach_teacher_logits(images, table)" in text and "inv" not in text.partition("## Teachers")[2]
+    assert 'open_logits_table("path/to/this/folder")' in text
+
+
+def test_logits_without_images_find_their_images(table, images, tmp_path):
+    folder = export_logits_table(table.select_columns(["row_key", "conv_logits"]), tmp_path / "p")
+    joined = attach_teacher_logits(images(30), open_logits_table(folder))
+    assert joined["conv_logits"][:] == table["conv_logits"][:]
+
+
+def test_nothing_is_overwritten_and_provenance_is_needed(table, tmp_path):
+    folder = export_logits_table(table, tmp_path / "p")
+    before = sorted((path.name, path.stat().st_mtime_ns) for path in folder.rglob("*"))
+    with pytest.raises(ValueError, match=f"output_dir={folder} is not empty"):
+        export_logits_table(table, folder)
+    assert sorted((path.name, path.stat().st_mtime_ns) for path in folder.rglob("*")) == before
+    record = folder / "provenance.json"
+    assert json.loads(record.read_text())["teachers"][0]["name"] == "conv"
+    record.unlink()
+    with pytest.raises(ValueError, match="has no provenance.json"):
+        open_logits_table(folder)
+    bare = table.select_columns(["image"])
+    bare.info.description = ""
+    for dataset, changes, kind, message in (
+        (bare, {}, ValueError, "has 0 provenance records"),
+        (table.select([]), {}, ValueError, "^0 rows"),
+        (table, {"rows_per_file": 0}, ValueError, "rows_per_file=0"),
+        (table, {"rows_per_file": -1}, ValueError, "rows_per_file=-1"),
+        (DatasetDict({"train": table}), {}, TypeError, "^dataset .*train"),
+    ):
+        with pytest.raises(kind, match=message):
+            export_logits_table(dataset, tmp_path / "q", **changes)
+        assert not (tmp_path / "q").exists()

@@ -1,0 +1,357 @@
+"""The recorded table: its logits against the teachers called by hand, its columns, and what is refused."""
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from comparing import columns, logits_by_hand, same_bytes
+from datasets import DatasetDict, List, Value, concatenate_datasets, load_dataset, load_from_disk
+from small import NAMES
+from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTImageProcessor
+
+from hf_ibdistill import (
+    IBResNetForImageClassification,
+    ImageClassificationTrainer,
+    ImageTrainingArguments,
+    ViewRecipe,
+    record_teacher_logits,
+    verify_teacher_logits,
+)
+from hf_ibdistill.images.views import row_key
+from hf_ibdistill.logits.encoding import decode
+from hf_ibdistill.logits.provenance import read_records, stored_views
+
+
+FIVE_VIEWS = ViewRecipe(num_views=5, horizontal_flip=0.5, erasing=0.5)
+
+
+@pytest.fixture(scope="module")
+def recorded(teachers, tmp_path_factory, images):
+    """A recorded table, whose shards are smaller than it and no multiple of the batch."""
+    folder = tmp_path_factory.mktemp("recorded") / "table"
+    return record_teacher_logits(images(), teachers, output_dir=folder, batch_size=8, shard_size=16)
+
+
+@pytest.fixture(scope="module")
+def exact(loaded, tmp_path_factory, images):
+    folder = tmp_path_factory.mktemp("exact") / "table"
+    return record_teacher_logits(images(20), loaded, output_dir=folder, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def viewed(loaded, tmp_path_factory, images):
+    """A table of views, recorded row by row, so that other tables can have the same batches."""
+    folder = tmp_path_factory.mktemp("viewed") / "table"
+    return record_teacher_logits(images(8), loaded, output_dir=folder, views=FIVE_VIEWS, batch_size=1)
+
+
+def test_the_columns_are_what_each_teacher_predicts_alone(recorded, teachers, images):
+    for name, values in columns(recorded).items():
+        expected = logits_by_hand(teachers[name.removesuffix("_logits")], images())
+        assert recorded.features[name] == List(Value("float16"), length=3)
+        # Batches may round differently from single images before the cast to float16.
+        np.testing.assert_allclose(values, expected, rtol=2e-3, atol=2e-3)
+
+
+def test_the_input_columns_are_kept(recorded, images):
+    original = images()
+    assert recorded.column_names == ["image", "label", "note", "row_key", "conv_logits", "inv_logits"]
+    assert recorded.features["label"].names == NAMES
+    for name in ("label", "note"):
+        assert recorded[name][:] == original[name][:]
+    assert all(np.array_equal(a, b) for a, b in zip(recorded["image"], original["image"]))
+    assert recorded["row_key"][:] == [row_key(image.convert("RGB")) for image in original["image"]]
+
+
+def test_columns_of_any_name_become_image_and_label(recorded, loaded, tmp_path, images):
+    renamed = images().rename_columns({"image": "picture", "label": "animal", "note": "label"})
+    with pytest.raises(ValueError, match='"animal" would be named "label"'):
+        record_teacher_logits(renamed, loaded, output_dir=tmp_path, image_column="picture", label_column="animal")
+    # With a second image column, the first must be given.
+    thumbnails = images().select_columns(["image"]).rename_column("image", "thumbnail")
+    renamed = concatenate_datasets([renamed.rename_column("label", "note"), thumbnails], axis=1)
+    splits = DatasetDict({"train": renamed, "test": renamed.select(range(8))})
+    settings = {"image_column": "picture", "label_column": "animal", "batch_size": 8, "shard_size": 16}
+    tables = record_teacher_logits(splits, loaded, output_dir=tmp_path, **settings)
+    for name, table in tables.items():
+        assert table.column_names == ["image", "label", "note", "thumbnail", "row_key", "conv_logits", "inv_logits"]
+        expected = recorded if name == "train" else recorded.select(range(8))
+        assert same_bytes(table.remove_columns("thumbnail"), expected)
+
+
+def test_the_provenance_describes_the_teachers_and_the_dataset(recorded, teachers):
+    (record,) = read_records(recorded)
+    assert [teacher["name"] for teacher in record["teachers"]] == ["conv", "inv"]
+    assert record["teachers"][0]["source"] == teachers["conv"]
+    assert record["teachers"][1]["image_processor"]["size"] == {"height": 12, "width": 12}
+    assert record["teachers"][1]["label_names"] == NAMES
+    assert record["dataset"]["num_rows"] == 50
+
+
+def test_logits_stay_with_their_rows(recorded):
+    whole = dict(zip(recorded["note"], columns(recorded)["conv_logits"].tolist()))
+    mixed = recorded.shuffle(seed=1).select(range(5, 45)).filter(lambda row: row["label"] != 1)
+    for note, row in zip(mixed["note"], columns(mixed)["conv_logits"].tolist()):
+        assert row == whole[note]
+
+
+def test_recording_a_shuffled_selection_equals_selecting_the_recorded(recorded, loaded, tmp_path, images):
+    order = np.random.default_rng(0).permutation(50)[:21]
+    table = record_teacher_logits(images().select(order), loaded, output_dir=tmp_path / "t", dtype="float32")
+    whole = recorded.select(order)
+    for name, values in columns(table).items():
+        np.testing.assert_allclose(values, columns(whole)[name], rtol=2e-3, atol=2e-3)
+
+
+def test_float32(exact, teachers, images):
+    assert exact.features["conv_logits"] == List(Value("float32"), length=3)
+    values = columns(exact)["conv_logits"]
+    np.testing.assert_allclose(values, logits_by_hand(teachers["conv"], images(20)), rtol=1e-5, atol=1e-5)
+
+
+def test_bf16_rounds_and_is_part_of_the_provenance(exact, loaded, tmp_path, images):
+    rounded = record_teacher_logits(images(20), loaded, output_dir=tmp_path / "t", dtype="float32", bf16=True)
+    for name, values in columns(rounded).items():
+        whole = columns(exact)[name]
+        assert not np.array_equal(values, whole)
+        assert np.abs(values - whole).max() < 0.05 * np.abs(whole).max()
+    assert [teacher["bf16"] for teacher in read_records(rounded)[0]["teachers"]] == [True, True]
+    assert verify_teacher_logits(rounded, loaded).problems == []
+    with pytest.raises(ValueError, match='teacher "conv": bf16 True instead of False'):
+        record_teacher_logits(images(20), loaded, output_dir=tmp_path / "t", dtype="float32")
+
+
+def test_the_autocast_of_the_caller_does_not_change_what_is_recorded(exact, loaded, tmp_path, images):
+    # The mixed precision of Accelerate is one setting of the whole process, which an earlier trainer may have set.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        Accelerator(mixed_precision="bf16", cpu=True)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            table = record_teacher_logits(images(20), loaded, output_dir=tmp_path / "t", dtype="float32")
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert same_bytes(table, exact)
+
+
+def test_a_teacher_that_was_just_trained_in_bf16_is_recorded_in_float32(teachers, tmp_path, images):
+    model = IBResNetForImageClassification.from_pretrained(teachers["conv"])
+    processor = ViTImageProcessor.from_pretrained(teachers["conv"])
+    settings = {"max_steps": 2, "eval_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True}
+    arguments = ImageTrainingArguments(str(tmp_path / "run"), bf16=True, **settings)
+    trainer = ImageClassificationTrainer(model, arguments, train_dataset=images(16), processing_class=processor)
+    trainer.train()
+    trained = {"conv": (trainer.model, processor)}
+    table = record_teacher_logits(images(9), trained, output_dir=tmp_path / "a", dtype="float32")
+    model.save_pretrained(tmp_path / "conv")
+    processor.save_pretrained(tmp_path / "conv")
+    saved = {"conv": tmp_path / "conv"}
+    assert same_bytes(table, record_teacher_logits(images(9), saved, output_dir=tmp_path / "b", dtype="float32"))
+
+
+class SmallMemory(IBResNetForImageClassification):
+    """Has room for three images."""
+
+    def forward(self, pixel_values, **kwargs):
+        if len(pixel_values) > 3:
+            raise torch.OutOfMemoryError("no room")
+        return super().forward(pixel_values, **kwargs)
+
+
+def test_a_batch_that_does_not_fit_into_memory_is_halved(exact, teachers, tmp_path, images):
+    processor = ViTImageProcessor.from_pretrained(teachers["conv"])
+    model = SmallMemory.from_pretrained(teachers["conv"])
+    table = record_teacher_logits(images(20), {"conv": (model, processor)}, output_dir=tmp_path / "t", dtype="float32")
+    found, expected = (columns(t, ["conv_logits"])["conv_logits"] for t in (table, exact))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_every_split_is_recorded_but_only_the_training_split_in_views(viewed, teachers, tmp_path, images):
+    splits = DatasetDict({"train": images(8), "test": images(7)})
+    tables = record_teacher_logits(splits, teachers, output_dir=tmp_path / "t", views=FIVE_VIEWS, batch_size=1)
+    loaded = load_from_disk(tmp_path / "t")
+    for found in (tables, loaded):
+        assert same_bytes(found["train"], viewed) and stored_views(found["train"]) == FIVE_VIEWS
+        assert stored_views(found["test"]) is None
+        assert found["test"].features["conv_logits"] == List(Value("float16"), length=3)
+        expected = logits_by_hand(teachers["inv"], images(7))
+        np.testing.assert_allclose(columns(found["test"])["inv_logits"], expected, rtol=2e-3, atol=2e-3)
+
+
+def test_images_in_files_become_part_of_the_table(teachers, tmp_path, images):
+    for row in range(6):
+        folder = tmp_path / "images" / NAMES[row % 3]
+        folder.mkdir(parents=True, exist_ok=True)
+        images(6)[row]["image"].save(folder / f"{row}.png")
+    dataset = load_dataset(str(tmp_path / "images"), split="train", cache_dir=str(tmp_path / "cache"))
+    expected = [np.asarray(image) for image in dataset["image"]]
+    record_teacher_logits(dataset, teachers, output_dir=tmp_path / "t")
+    for path in (tmp_path / "images").rglob("*.png"):
+        path.unlink()
+    for image, other in zip(load_from_disk(tmp_path / "t")["image"], expected):
+        assert np.array_equal(np.asarray(image), other)
+
+
+# Bad input
+
+
+def test_wrong_input_is_refused_before_anything_is_written(loaded, tmp_path, images, save_teacher):
+    fox = save_teacher(tmp_path / "fox", names=["dog", "cat", "fox"])
+    two = save_teacher(tmp_path / "two", names=["dog", "cat"])
+    number = images(5).add_column("row_key", list("abcde"))
+    splits = DatasetDict({"train": images(5), "test": images(5).select([])})
+    for dataset, changes, kind, message in (
+        (images(5).select([]), {}, ValueError, "dataset is empty"),
+        (splits, {}, ValueError, '"test" is empty'),
+        (images(5).to_iterable_dataset(), {}, TypeError, "got IterableDataset"),
+        (images(5).rename_column("note", "conv_logits"), {}, ValueError, r"\(conv_logits\) and 0 provenance records"),
+        (number, {}, ValueError, '"row_key" would be overwritten'),
+        (images(5).remove_columns("image"), {}, ValueError, "no image column; the columns are label, note"),
+        (images(5).remove_columns("label"), {}, ValueError, "no label column; the columns are image, note"),
+        (images(5), {"image_column": "photo"}, ValueError, 'image_column="photo"'),
+        (images(5), {"dtype": "int8"}, ValueError, 'dtype="int8"'),
+        (images(5), {"batch_size": 0}, ValueError, "batch_size=0"),
+        (images(5), {"shard_size": -1}, ValueError, "shard_size=-1"),
+        (images(5), {"top_k": 3}, ValueError, r"top_k=3 .*\(3\)"),
+        (images(5), {"teachers": {"fox": fox}}, ValueError, r'"fox".*\[\'eel\'\] only .*, \[\'fox\'\] only'),
+        (images(5), {"teachers": {"two": two}}, ValueError, 'the teacher "two" has 2 classes; .* 3'),
+    ):
+        with pytest.raises(kind, match=message):
+            record_teacher_logits(dataset, output_dir=tmp_path / "t", **{"teachers": loaded, **changes})
+        assert not (tmp_path / "t").exists()
+
+
+def test_a_teacher_with_the_classes_in_another_order_is_reordered_with_a_warning(
+    tmp_path, images, save_teacher, caplog
+):
+    order, names = [2, 0, 1], ["eel", "cat", "dog"]
+    straight = save_teacher(tmp_path / "straight")
+    model = AutoModelForImageClassification.from_pretrained(straight)
+    model.config.id2label = dict(enumerate(names))
+    model.config.label2id = {name: i for i, name in enumerate(names)}
+    for parameter in model.classifier.parameters():
+        parameter.data = parameter.data[order]
+    turned = (model, AutoImageProcessor.from_pretrained(straight))
+    table = record_teacher_logits(images(20), {"straight": straight, "turned": turned}, output_dir=tmp_path / "t")
+    (warning,) = [message for message in caplog.messages if "another order" in message]
+    assert '"turned"' in warning
+    assert table["turned_logits"][:] == table["straight_logits"][:]
+    label_names = {teacher["name"]: teacher["label_names"] for teacher in read_records(table)[0]["teachers"]}
+    assert label_names["turned"] == label_names["straight"] == table.features["label"].names
+    assert verify_teacher_logits(table, {"turned": turned}).problems == []
+
+
+# The longer list has a whole batch and a whole shard, the first row and the last.
+@pytest.mark.parametrize("broken", [[41], [0, 3, *range(8, 32), 49]], ids=["one", "many"])
+def test_unreadable_images_can_be_left_out(broken, loaded, recorded, tmp_path, caplog, images):
+    settings = {"batch_size": 8, "shard_size": 16, "skip_unreadable": True}
+    table = record_teacher_logits(images(broken=broken), loaded, output_dir=tmp_path, **settings)
+    kept = [row for row in range(50) if row not in broken]
+    assert table["note"][:] == [f"row {row}" for row in kept]
+    assert f"{len(broken)} rows were left out" in caplog.text and str(broken) in caplog.text
+    for name, values in columns(table).items():
+        np.testing.assert_allclose(values, columns(recorded)[name][kept], rtol=2e-3, atol=2e-3)
+
+
+def test_the_error_about_a_logit_that_is_not_finite_names_teacher_and_row(teachers, tmp_path, images):
+    model = IBResNetForImageClassification.from_pretrained(teachers["conv"]).eval()
+    processor = ViTImageProcessor(size={"height": 8, "width": 8})
+    forward, calls = model.forward, []
+
+    def fail_in_the_second_batch(**inputs):
+        outputs = forward(**inputs)
+        calls.append(len(outputs.logits))
+        if len(calls) == 2:
+            outputs.logits[3] = float("nan")
+        return outputs
+
+    model.forward = fail_in_the_second_batch
+    with pytest.raises(ValueError, match=r'"conv" .* NaN or infinite logits for row 11 .*: check the teacher'):
+        record_teacher_logits(images(), {"conv": (model, processor)}, output_dir=tmp_path, batch_size=8, shard_size=8)
+    assert [path.name for path in (tmp_path / "shards").glob("*.arrow")] == ["000000000000-000000000008.arrow"]
+
+
+# Views and top-k
+
+
+def test_views_are_what_the_teachers_predict_for_each_view(viewed, teachers, images):
+    assert stored_views(viewed) == FIVE_VIEWS
+    for name, values in columns(viewed).items():
+        expected = logits_by_hand(teachers[name.removesuffix("_logits")], images(8), FIVE_VIEWS)
+        np.testing.assert_allclose(values, expected, rtol=2e-3, atol=2e-3)
+
+
+def test_workers_and_batch_size_do_not_change_the_views(viewed, loaded, tmp_path, images):
+    settings = {"views": FIVE_VIEWS}
+    workers = record_teacher_logits(
+        images(8), loaded, output_dir=tmp_path / "w", batch_size=1, num_workers=2, **settings
+    )
+    assert same_bytes(workers, viewed)
+    # Batches of three rows, and a smaller one.
+    batches = record_teacher_logits(images(8), loaded, output_dir=tmp_path / "b", batch_size=16, **settings)
+    for name, values in columns(batches).items():
+        np.testing.assert_allclose(values, columns(viewed)[name], rtol=2e-3, atol=2e-3)
+
+
+def test_top_k_columns_hold_the_largest_of_the_dense_ones(loaded, tmp_path, images):
+    dense, top_k = (
+        record_teacher_logits(
+            images(9), loaded, output_dir=tmp_path / str(k), views=ViewRecipe(2), dtype="float32", top_k=k
+        )
+        for k in (None, 2)
+    )
+    for name in ("conv_logits", "inv_logits"):
+        for view in range(2):
+            whole, read = (decode(t.with_format("arrow")[:][name], 3, view) for t in (dense, top_k))
+            # Two of three classes are stored and the third is the rest, so nothing is lost.
+            difference = whole - whole.max(-1, keepdims=True) - read
+            np.testing.assert_allclose(difference, 0, atol=1e-4)
+
+
+# More loaded and more views
+
+
+@pytest.mark.parametrize("views", [None, FIVE_VIEWS], ids=["plain", "views"])
+def test_adding_a_teacher_records_it_alone(views, recorded, viewed, loaded, tmp_path, images):
+    whole = recorded if views is None else viewed
+    settings = {"batch_size": 8, "shard_size": 16} if views is None else {"batch_size": 1, "views": views}
+    conv, inv = ({name: folder} for name, folder in loaded.items())
+    first = record_teacher_logits(images(len(whole)), conv, output_dir=tmp_path / "first", **settings)
+    # Only the second teacher is given, so the first cannot have run again.
+    moved = first.map(lambda row: row, load_from_cache_file=False)
+    both = record_teacher_logits(moved, inv, output_dir=tmp_path / "both", **settings)
+    assert [teacher["name"] for teacher in read_records(both)[0]["teachers"]] == ["conv", "inv"]
+    assert same_bytes(both, whole)
+
+
+@pytest.mark.parametrize("top_k", [None, 2], ids=["dense", "top-k"])
+def test_more_views_are_added_to_the_recorded_ones(top_k, viewed, loaded, tmp_path, images):
+    settings = {"top_k": top_k, "batch_size": 1}
+    two = ViewRecipe(num_views=2, horizontal_flip=0.5, erasing=0.5)
+    first = record_teacher_logits(images(8), loaded, output_dir=tmp_path / "2", views=two, **settings)
+    more = record_teacher_logits(first, loaded, output_dir=tmp_path / "5", views=FIVE_VIEWS, **settings)
+    assert stored_views(more) == FIVE_VIEWS
+    for name in ("conv_logits", "inv_logits"):
+        old, new, whole = (t.with_format("arrow")[:][name].combine_chunks() for t in (first, more, viewed))
+        for view in range(2):
+            assert np.array_equal(decode(old, 3, view), decode(new, 3, view))
+        for view in range(5):
+            found, expected = decode(new, 3, view), decode(whole, 3, view).astype(np.float32)
+            if top_k is not None:
+                expected -= expected.max(-1, keepdims=True)
+            np.testing.assert_allclose(found, expected, rtol=5e-3, atol=5e-3)
+
+
+def test_what_cannot_be_added_is_refused(viewed, loaded, tmp_path, save_teacher):
+    inv, six = {"inv": loaded["inv"]}, ViewRecipe(num_views=6, horizontal_flip=0.5, erasing=0.5)
+    other = {"inv": save_teacher(tmp_path / "other", "involution-small", seed=7, size=12)}
+    for given, views, message in (
+        (inv, FIVE_VIEWS, 'already has the column "inv_logits" with 5 views'),
+        (inv, six, r"num_views=6, but \['conv'\] have 5 views"),
+        (loaded, ViewRecipe(num_views=6, seed=1), "holds logits of other views"),
+        (inv, None, "holds logits of other views"),
+        (other, six, r'"inv_logits" of another teacher \(weights_sha256 differ'),
+    ):
+        with pytest.raises(ValueError, match=message):
+            record_teacher_logits(viewed, given, output_dir=tmp_path / "x", views=views)
+    assert not (tmp_path / "x").exists()

@@ -1,0 +1,300 @@
+"""The folder of a recording: whatever interrupts it, finished shards are kept and the table becomes the same."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import tqdm.std
+from accelerate.state import AcceleratorState, PartialState
+from comparing import same_bytes
+from datasets import DatasetDict, load_from_disk
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from hf_ibdistill import ViewRecipe, record_teacher_logits
+
+
+NUM_ROWS = 96
+# Twelve shards of one batch each.
+SETTINGS = {"views": ViewRecipe(num_views=2, horizontal_flip=0.5), "batch_size": 16, "shard_size": 8}
+# This row is not in the sample of images by which a recording identifies its dataset.
+UNSAMPLED = 41
+
+
+@pytest.fixture(scope="module")
+def dataset(images):
+    return images(NUM_ROWS)
+
+
+@pytest.fixture(scope="module")
+def finished(dataset, loaded, tmp_path_factory):
+    """The folder of a recording that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("finished") / "t"
+    record_teacher_logits(dataset, loaded, output_dir=folder, **SETTINGS)
+    return folder
+
+
+@pytest.fixture
+def batches(loaded):
+    """The sizes of the batches that the first teacher runs on."""
+    sizes = []
+    hook = before_each_batch(loaded, sizes.append)
+    yield sizes
+    hook.remove()
+
+
+def before_each_batch(loaded, call):
+    def pass_size(_, arguments, keywords):
+        call(len(keywords["pixel_values"]))
+
+    return loaded["conv"][0].register_forward_pre_hook(pass_size, with_kwargs=True)
+
+
+def file_times(folder, pattern="*"):
+    return {path.name: path.stat().st_mtime_ns for path in Path(folder).glob(pattern)}
+
+
+# A finished recording
+
+
+def test_the_folder_holds_the_finished_table_alone(finished):
+    names = {path.name for path in finished.iterdir()}
+    assert names == {"data-00000-of-00001.arrow", "dataset_info.json", "state.json", "checksums.json"}
+
+
+def test_calling_again_returns_the_finished_table_untouched(finished, dataset, loaded, batches):
+    before = file_times(finished)
+    again = record_teacher_logits(dataset, loaded, output_dir=finished, **SETTINGS)
+    assert len(again) == NUM_ROWS and batches == []
+    assert file_times(finished) == before
+
+
+def test_a_finished_folder_is_not_mixed_with_something_else(finished, dataset, loaded, save_teacher, tmp_path):
+    before = file_times(finished)
+    other = {**loaded, "inv": save_teacher(tmp_path / "other", "involution-small", seed=7, size=12)}
+    for given, teachers, message in (
+        (dataset.select(range(30)), loaded, "differs: dataset: num_rows 96 instead of 30"),
+        (dataset, other, 'teacher "inv": weights_sha256 .* instead of'),
+        (DatasetDict({"train": dataset, "test": dataset}), loaded, "holds a recording of one table"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            record_teacher_logits(given, teachers, output_dir=finished, **SETTINGS)
+    assert file_times(finished) == before
+
+
+def test_a_folder_with_something_else_is_refused(dataset, loaded, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="is not empty and holds no recording"):
+        record_teacher_logits(dataset, loaded, output_dir=tmp_path)
+    dataset.save_to_disk(tmp_path / "table")
+    with pytest.raises(ValueError, match="holds another table"):
+        record_teacher_logits(dataset, loaded, output_dir=tmp_path / "table")
+    assert (tmp_path / "notes.txt").read_text() == "mine" and len(load_from_disk(tmp_path / "table")) == NUM_ROWS
+
+
+# An interrupted recording
+
+
+def test_an_interrupted_recording_continues_with_the_same_settings_only(
+    finished, dataset, images, loaded, batches, save_teacher, tmp_path
+):
+    folder, broken = tmp_path / "t", images(NUM_ROWS, broken=[UNSAMPLED])
+    with pytest.raises(ValueError, match=f"Row {UNSAMPLED}: "):
+        record_teacher_logits(broken, loaded, output_dir=folder, **SETTINGS)
+    before = file_times(folder / "shards")
+    names = [name for name in sorted(before) if name.endswith(".arrow")]
+    assert names == [f"{start:012d}-{start + 8:012d}.arrow" for start in range(0, 40, 8)]
+
+    changed = {**loaded, "conv": save_teacher(tmp_path / "changed", seed=9)}
+    for changes, message in (
+        ({"batch_size": 4}, "batch_size 16 instead of 4"),
+        ({"shard_size": 16}, "shard_size 8 instead of 16"),
+        ({"views": None}, "views: .*num_views 2 instead of None"),
+        ({"dtype": "float32"}, 'teacher "conv": encoding'),
+        ({"teachers": changed}, 'teacher "conv": weights_sha256'),
+    ):
+        arguments = {"teachers": loaded, **SETTINGS, **changes}
+        with pytest.raises(ValueError, match=f"holds an interrupted recording that differs: .*{message}"):
+            record_teacher_logits(broken, output_dir=folder, **arguments)
+    with pytest.raises(ValueError, match="holds a recording of one table"):
+        record_teacher_logits(DatasetDict({"train": broken}), loaded, output_dir=folder, **SETTINGS)
+    assert file_times(folder / "shards") == before
+
+    # A damaged shard is recorded again, with the seven that are missing.
+    damaged = folder / "shards" / names[2]
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 255
+    damaged.write_bytes(content)
+    batches.clear()
+    continued = record_teacher_logits(dataset, loaded, output_dir=folder, **SETTINGS)
+    assert batches == [16] * 8
+    assert same_bytes(continued, load_from_disk(finished))
+
+
+@pytest.mark.parametrize("is_finished", [False, True])
+def test_what_a_killed_process_left_is_removed(is_finished, finished, dataset, loaded, tmp_path):
+    # Killed when it began the recording, or when the table was whole but the shards were not removed yet.
+    folder = tmp_path / "t"
+    if is_finished:
+        shutil.copytree(finished, folder)
+        (folder / "shards").mkdir()
+        (folder / "shards" / "000000000000-000000000008.arrow").write_bytes(b"")
+        (folder / "recording.json").write_text("{}")
+    else:
+        folder.mkdir()
+    (folder / "recording.json.123.partial").write_text("{")
+    table = record_teacher_logits(dataset, loaded, output_dir=folder, **SETTINGS)
+    assert same_bytes(table, load_from_disk(finished))
+    assert file_times(folder).keys() == file_times(finished).keys()
+
+
+# Killed processes
+
+
+def give_own_lock(progress_bars):
+    """Processes share the lock of the progress bars, and a killed one never returns it."""
+    progress_bars.set_lock(threading.RLock())
+    for kind in progress_bars.__subclasses__():
+        give_own_lock(kind)
+
+
+def test_killed_at_any_instant_it_continues_to_the_same_table(finished, dataset, loaded, tmp_path):
+    folder = tmp_path / "killed"
+
+    def record_in_a_child():
+        give_own_lock(tqdm.std.tqdm)
+        record_teacher_logits(dataset, loaded, output_dir=folder, **SETTINGS)
+
+    started = time.monotonic()
+    record_teacher_logits(dataset, loaded, output_dir=tmp_path / "timed", **SETTINGS)
+    duration = time.monotonic() - started
+    random = np.random.default_rng(0)
+    processes = multiprocessing.get_context("fork")
+    kills = 0
+    for _ in range(200):
+        if kills == 20:
+            break
+        process = processes.Process(target=record_in_a_child)
+        process.start()
+        # Short times, so that something is left to do for many kills.
+        process.join(timeout=random.uniform(0, duration / 4))
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGKILL)
+            kills += 1
+        process.join()
+        if process.exitcode == 0:
+            shutil.rmtree(folder)
+    assert kills == 20
+    table = record_teacher_logits(dataset, loaded, output_dir=folder, **SETTINGS)
+    assert same_bytes(table, load_from_disk(finished))
+    assert file_times(folder).keys() == file_times(finished).keys()
+
+
+def record_twice(dataset, teachers, folder):
+    """Run by each of two processes: record a whole table, then one during which the second process stops forever."""
+    give_own_lock(tqdm.std.tqdm)
+    torch.set_num_threads(1)
+    # The process that was forked has recorded alone.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    sizes = []
+
+    def stop_in_the_third_shard(size):
+        sizes.append(size)
+        if os.environ["RANK"] == "1" and len(sizes) == 6 + 3:
+            (folder / "stopped").touch()
+            time.sleep(600)
+
+    before_each_batch(teachers, stop_in_the_third_shard)
+    table = record_teacher_logits(dataset, teachers, output_dir=folder / "whole", **SETTINGS)
+    state = PartialState()
+    report = {"pid": os.getpid(), "rows": len(table), "batches": sizes}
+    (folder / f"{state.process_index} of {state.num_processes}").write_text(json.dumps(report))
+    record_teacher_logits(dataset, teachers, output_dir=folder / "killed", **SETTINGS)
+
+
+def launch_two_processes(dataset, teachers, folder):
+    """torchrun, except that it forks its processes, so that they need not import everything again."""
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=2,
+        run_id="two processes",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="localhost",
+        start_method="fork",
+        max_restarts=0,
+        logs_specs=DefaultLogsSpecs(log_dir=str(folder / "logs")),
+    )
+    elastic_launch(config, record_twice)(dataset, teachers, folder)
+
+
+def test_two_processes_record_the_table_of_one_and_a_killed_one_leaves_its_shards(
+    finished, dataset, loaded, batches, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+    processes = multiprocessing.get_context("fork")
+    launcher = processes.Process(target=launch_two_processes, args=(dataset, loaded, tmp_path))
+    launcher.start()
+    try:
+        while launcher.is_alive() and not (tmp_path / "stopped").exists():
+            time.sleep(0.01)
+        reports = [json.loads((tmp_path / f"{index} of 2").read_text()) for index in range(2)]
+        os.kill(reports[1]["pid"], signal.SIGKILL)
+        launcher.join()
+    finally:
+        launcher.terminate()
+    assert launcher.exitcode == 1
+
+    whole = load_from_disk(finished)
+    assert [report["rows"] for report in reports] == [NUM_ROWS] * 2
+    # Each recorded half of the shards.
+    assert [report["batches"] for report in reports] == [[16] * 6] * 2
+    assert same_bytes(load_from_disk(tmp_path / "whole"), whole)
+
+    kept = file_times(tmp_path / "killed" / "shards", "*.arrow")
+    assert 2 <= len(kept) <= 6 + 2
+    batches.clear()
+    continued = record_teacher_logits(dataset, loaded, output_dir=tmp_path / "killed", **SETTINGS)
+    assert batches == [16] * (12 - len(kept))
+    assert same_bytes(continued, whole)
+
+
+# A full disk
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48k", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode != 0:
+        pytest.skip("mounting a small disk needs to be allowed")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_loses_nothing(small_disk, finished, dataset, loaded, batches):
+    folder, kept = small_disk / "t", {}
+    # The manifest and each shard take two pages: room for five of twelve shards, then for all but not for the table.
+    for size in ("48k", "112k"):
+        subprocess.run(["mount", "-o", f"remount,size={size}", str(small_disk)], check=True)
+        with pytest.raises(OSError, match=f"{folder} is full"):
+            record_teacher_logits(dataset, loaded, output_dir=folder, **SETTINGS)
+        shards = file_times(folder / "shards", "*.arrow")
+        assert kept.items() < shards.items() and not list(folder.rglob("*.partial"))
+        kept = shards
+    assert len(kept) == 12 and not (folder / "finished").exists() and not (folder / "state.json").exists()
+    subprocess.run(["mount", "-o", "remount,size=20m", str(small_disk)], check=True)
+    batches.clear()
+    table = record_teacher_logits(dataset, loaded, output_dir=folder, **SETTINGS)
+    assert batches == [] and same_bytes(table, load_from_disk(finished))

@@ -1,0 +1,125 @@
+"""A recorded table passes its check, and whatever was changed in it is found."""
+
+import copy
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, DatasetDict, DatasetInfo, concatenate_datasets, load_from_disk
+
+from hf_ibdistill import ViewRecipe, record_teacher_logits, verify_teacher_logits
+from hf_ibdistill.logits.encoding import decode, describe_column
+
+
+NUM_ROWS = 20
+
+
+@pytest.fixture(scope="module", params=["plain", "views", "top-k views"])
+def folder(request, loaded, images, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("verified") / "t"
+    views = None if request.param == "plain" else ViewRecipe(num_views=3, horizontal_flip=0.5)
+    top_k = 2 if request.param == "top-k views" else None
+    record_teacher_logits(images(NUM_ROWS), loaded, output_dir=folder, views=views, top_k=top_k)
+    return folder
+
+
+@pytest.fixture
+def table(folder):
+    return load_from_disk(folder)
+
+
+def with_column_of(table, name, other):
+    """The table with one column of another table."""
+    return concatenate_datasets([table.remove_columns(name), other.select_columns([name])], axis=1)
+
+
+def with_logits(table, name, logits):
+    """The table with other logits (rows, classes) or (rows, views, classes) in a column, encoded as it is."""
+    encoded = describe_column(table.features[name])[0].encode(logits, views=logits.ndim == 3)
+    return Dataset(
+        table.data.table.set_column(table.column_names.index(name), name, encoded),
+        info=DatasetInfo(features=table.features, description=table.info.description),
+    )
+
+
+def with_classes_exchanged(table, name):
+    """The same numbers, each for the next class."""
+    column, num_views = table.data.column(name), describe_column(table.features[name])[1]
+    if num_views is None:
+        return with_logits(table, name, np.roll(decode(column, 3), 1, axis=-1))
+    views = [np.roll(decode(column, 3, view), 1, axis=-1) for view in range(num_views)]
+    return with_logits(table, name, np.stack(views, axis=1))
+
+
+def test_an_untouched_table_passes(table, teachers, loaded):
+    found = verify_teacher_logits(table, teachers)
+    assert found.problems == [] and found.num_rows == NUM_ROWS
+    assert all(0 <= difference < 0.02 for difference in found.largest_differences.values())
+    assert verify_teacher_logits(table, loaded, num_rows=7).num_rows == 7
+    named = table.rename_columns({"image": "picture", "label": "animal"})
+    assert verify_teacher_logits(named, loaded, image_column="picture") == found
+
+
+def test_changed_logits_are_found(table, loaded):
+    rolled = table.select(np.roll(np.arange(NUM_ROWS), 1))
+    for tampered in (with_column_of(table, "conv_logits", rolled), with_classes_exchanged(table, "conv_logits")):
+        found = verify_teacher_logits(tampered, loaded)
+        (problem,) = found.problems
+        assert problem.startswith('"conv_logits" differs from what the teacher predicts in')
+        assert found.largest_differences["conv"] > 0.1 > found.largest_differences["inv"]
+
+
+def test_classes_of_equal_logits_may_change_places_at_the_end_of_the_k(loaded, images, tmp_path):
+    model, processor = copy.deepcopy(loaded["conv"][0]), loaded["conv"][1]
+    linear = model.classifier
+    with torch.no_grad():
+        linear.weight[2], linear.bias[2] = linear.weight[1], linear.bias[1]
+        linear.bias[0] += 5
+    teacher = {"conv": (model, processor)}
+    dense = record_teacher_logits(images(NUM_ROWS), teacher, output_dir=tmp_path / "d", dtype="float32")
+    top_2 = record_teacher_logits(images(NUM_ROWS), teacher, output_dir=tmp_path / "k", top_k=2)
+    logits = decode(dense.data.column("conv_logits"), 3)
+    for second in (1, 2):
+        favored = logits + 1e-3 * np.eye(3, dtype=np.float32)[second]
+        table = with_logits(top_2, "conv_logits", favored)
+        assert all(row["class_ids"] == [0, second] for row in table["conv_logits"])
+        assert verify_teacher_logits(table, teacher).problems == []
+    # Without its first class, the column is another one.
+    other = with_logits(top_2, "conv_logits", logits - 20 * np.eye(3, dtype=np.float32)[0])
+    assert len(verify_teacher_logits(other, teacher).problems) == 1
+
+
+def test_other_images_are_found(table, loaded, images):
+    moved = images(NUM_ROWS).select(np.roll(np.arange(NUM_ROWS), 1))
+    problems = verify_teacher_logits(with_column_of(table, "image", moved), loaded).problems
+    assert any("The images of 20 rows are not the ones that were recorded" in problem for problem in problems)
+
+
+@pytest.mark.parametrize("names", [["cat", "dog", "eel"], ["cat", "dog", "eel", "fox"]], ids=["seed", "classes"])
+def test_another_teacher_is_found(names, table, loaded, save_teacher, tmp_path):
+    other = {**loaded, "conv": save_teacher(tmp_path / "other", seed=5, names=names)}
+    found = verify_teacher_logits(table, other)
+    assert any('"conv" is not the one that was recorded: weights_sha256' in problem for problem in found.problems)
+    assert not any('"inv' in problem for problem in found.problems)
+    assert found.largest_differences["conv"] > 0.1
+
+
+def test_a_changed_file_is_found(folder, table, loaded, tmp_path):
+    copied = shutil.copytree(folder, tmp_path / "copy")
+    data = copied / "data-00000-of-00001.arrow"
+    content = bytearray(data.read_bytes())
+    content[content.rfind(table[NUM_ROWS - 1]["note"].encode())] ^= 1
+    data.write_bytes(content)
+    (problem,) = verify_teacher_logits(load_from_disk(copied), loaded).problems
+    assert problem == "The file data-00000-of-00001.arrow is not the one that recording wrote."
+
+
+def test_what_cannot_be_verified_is_refused(table, loaded):
+    with pytest.raises(ValueError, match='no column "x_logits", or no provenance of it; its columns are image'):
+        verify_teacher_logits(table, {"x": loaded["conv"]})
+    with pytest.raises(TypeError, match="^dataset .*train"):
+        verify_teacher_logits(DatasetDict({"train": table}), loaded)
+    table.info.description = ""
+    with pytest.raises(ValueError, match='no column "conv_logits", or no provenance'):
+        verify_teacher_logits(table, loaded)

@@ -1,0 +1,91 @@
+"""Files are written whole or not at all, and hashed."""
+
+import errno
+import hashlib
+import os
+
+import pytest
+
+from hf_ibdistill.files import explain_full_disk, sha256, write_text, write_whole
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_is_written_with_its_folders_and_replaced(tmp_path):
+    path = tmp_path / "a" / "b" / "file.bin"
+    write_whole(path, lambda temporary: temporary.write_bytes(b"first"))
+    assert path.read_bytes() == b"first"
+    write_whole(str(path), lambda temporary: temporary.write_bytes(b"second"))
+    assert path.read_bytes() == b"second" and names(path.parent) == ["file.bin"]
+    write_text(path, "Größe\n")
+    assert path.read_text(encoding="utf-8") == "Größe\n"
+
+
+def test_the_file_appears_only_when_it_is_complete(tmp_path):
+    path, seen = tmp_path / "file.txt", []
+    path.write_text("old")
+
+    def before_rename(temporary):
+        # In the same folder: renaming across disks would copy.
+        seen.append((temporary.parent, temporary.read_text(), path.read_text()))
+
+    write_whole(path, lambda temporary: temporary.write_text("new"), before_rename)
+    assert seen == [(tmp_path, "new", "old")] and path.read_text() == "new"
+
+
+@pytest.mark.parametrize("stage", ["write", "flush", "before_rename", "rename"])
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), KeyboardInterrupt()], ids=["full disk", "interrupt"])
+def test_a_failure_leaves_the_old_file_and_nothing_else(stage, error, tmp_path, monkeypatch):
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+
+    def fail(*_):
+        raise error
+
+    def write(temporary):
+        temporary.write_text("half of the ne")
+        if stage == "write":
+            fail()
+
+    if stage in ("flush", "rename"):
+        monkeypatch.setattr(os, {"flush": "fsync", "rename": "replace"}[stage], fail)
+    with pytest.raises(type(error)):
+        write_whole(path, write, fail if stage == "before_rename" else lambda _: None)
+    assert path.read_text() == "old" and names(tmp_path) == ["file.txt"]
+
+
+def test_a_failure_before_the_first_byte_leaves_nothing(tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        write_whole(tmp_path / "file.txt", lambda _: 1 / 0)
+    # A writer that writes nothing is an error, not an empty file.
+    with pytest.raises(FileNotFoundError):
+        write_whole(tmp_path / "file.txt", lambda _: None)
+    assert names(tmp_path) == []
+
+
+# Empty, short, and longer than the blocks that are read at once.
+@pytest.mark.parametrize("size", [0, 3, 1 << 20, (1 << 20) + 1, 3 << 20])
+def test_sha256_is_that_of_hashlib(size, tmp_path):
+    content = bytes(range(251)) * (size // 251 + 1)
+    (tmp_path / "file.bin").write_bytes(content[:size])
+    assert (
+        sha256(tmp_path / "file.bin")
+        == sha256(str(tmp_path / "file.bin"))
+        == hashlib.sha256(content[:size]).hexdigest()
+    )
+
+
+def test_a_full_disk_is_explained_and_other_errors_pass():
+    for number in (errno.ENOSPC, errno.EDQUOT):
+        with (
+            pytest.raises(OSError, match="some/folder .*Free some space") as explained,
+            explain_full_disk("some/folder", "Free some space."),
+        ):
+            raise OSError(number, "full")
+        assert explained.value.errno == number and isinstance(explained.value.__cause__, OSError)
+    for error in (PermissionError(errno.EACCES, "closed"), ValueError("other")):
+        with pytest.raises(type(error)) as passed, explain_full_disk("some/folder", "Free some space."):
+            raise error
+        assert passed.value is error

@@ -1,0 +1,303 @@
+"""Table → rows → batch, from a mapped and from a streamed table."""
+
+import multiprocessing
+import os
+from functools import cache
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from cells import UNREADABLE, cell_table, encoded, gray, random_image, random_pixels
+from datasets import Dataset, Image, Value, load_from_disk
+from transformers import ViTImageProcessor
+
+from hf_ibdistill import ViewRecipe
+from hf_ibdistill.data.columns import as_image_table
+from hf_ibdistill.images.views import make_view, row_key
+from hf_ibdistill.logits.encoding import LogitsEncoding
+from hf_ibdistill.rows import DistillationCollator, ImageRows, StreamedImageRows, default_num_workers
+
+
+RECIPE = ViewRecipe(num_views=3, crop="pad", horizontal_flip=0.5, photometric_ops=1)
+
+
+def stream(table, **options):
+    return as_image_table(table.to_iterable_dataset(**options), needs_label=False)
+
+
+def gray_levels(rows):
+    return [(row["row"], row["image"].getpixel((0, 0))[0]) for row in rows]
+
+
+def with_views(images, num_classes=5):
+    """The images with random logits of each of their views: table, logits (N, V, C)."""
+    logits = np.random.default_rng(1).normal(size=(len(images), RECIPE.num_views, num_classes)).astype(np.float32)
+    feature = LogitsEncoding("float32").feature(num_classes, RECIPE.num_views)
+    table = cell_table([encoded(image) for image in images])
+    return table.add_column("conv_logits", logits.tolist(), feature=feature), logits
+
+
+# Mapped rows
+
+
+def test_images_in_files_are_read(tmp_path):
+    for i in range(3):
+        PIL.Image.new("RGB", (3, 3), (i, 0, 0)).save(tmp_path / f"{i}.png")
+    paths = [str(tmp_path / f"{i}.png") for i in (2, 0, 1)]
+    rows = ImageRows(Dataset.from_dict({"image": paths}).cast_column("image", Image()))
+    assert [rows[i]["image"].getpixel((0, 0))[0] for i in range(3)] == [2, 0, 1]
+
+
+def test_rows_are_those_of_the_table_after_shuffle_and_select():
+    table = cell_table([gray(20 * i) for i in range(10)]).shuffle(seed=1).select([7, 2, 2, 9, 0])
+    rows = ImageRows(table, ["row"])
+    assert len(rows) == 5 and rows.table is table
+    assert [rows[i]["row"] for i in range(5)] == table["row"][:]
+    order = [4, 0, 0, 3]
+    read = rows.__getitems__(order)
+    assert [row["row"] for row in read] == [table["row"][i] for i in order]
+    for row in [*read, rows[2]]:
+        np.testing.assert_array_equal(np.asarray(row["image"]), np.full((2, 2, 3), 20 * row["row"]))
+
+
+def test_rows_hold_the_image_and_the_columns_that_were_asked_for():
+    table = cell_table([gray(0), gray(1)], conv_logits=np.zeros((2, 5), np.float16))
+    assert ImageRows(table)[0].keys() == {"image"}
+    assert ImageRows(table, ["row"])[0].keys() == {"image", "row"}
+    assert ImageRows(table, [], ["conv_logits"], 5)[0].keys() == {"image", "conv_logits"}
+    # A list column that is not logits comes as it is.
+    assert ImageRows(table, ["conv_logits"])[1]["conv_logits"] == [0.0] * 5
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+@pytest.mark.parametrize("saved", [False, True])
+def test_logits_columns_are_arrays_of_the_stored_numbers(dtype, saved, tmp_path):
+    conv, inv = np.random.default_rng(0).normal(size=(2, 6, 5)).astype(dtype)
+    table = cell_table([gray(i) for i in range(6)], conv_logits=conv, inv_logits=inv).shuffle(seed=2)
+    if saved:
+        table.save_to_disk(tmp_path / "data")
+        table = load_from_disk(tmp_path / "data")
+    for rows in (
+        ImageRows(table, ["row"], ["inv_logits", "conv_logits"], 5).__getitems__([5, 0, 3]),
+        list(StreamedImageRows(stream(table), ["row"], ["inv_logits", "conv_logits"], 5)),
+    ):
+        for row in rows:
+            assert isinstance(row["conv_logits"], np.ndarray) and row["conv_logits"].dtype == dtype
+            np.testing.assert_array_equal(row["conv_logits"], conv[row["row"]])
+            np.testing.assert_array_equal(row["inv_logits"], inv[row["row"]])
+
+
+def test_the_format_of_the_table_neither_matters_nor_changes():
+    table = cell_table([gray(50), gray(60)]).with_format("torch", columns=["row"])
+    assert gray_levels([ImageRows(table, ["row"])[1]]) == [(1, 60)]
+    assert table.format["type"] == "torch" and table.format["columns"] == ["row"]
+
+
+# Unreadable images
+
+
+@pytest.mark.parametrize(
+    "cell", [UNREADABLE, {"bytes": None, "path": "gone.png"}, None], ids=["bytes", "file", "null"]
+)
+def test_the_row_of_an_unreadable_image_is_named(cell):
+    table = cell_table([gray(0), gray(1), cell, gray(3)])
+    rows = ImageRows(table, ["row"])
+    for read in (lambda: rows[2], lambda: rows.__getitems__([3, 2, 0])):
+        with pytest.raises(ValueError, match="Row 2: .*cannot be decoded"):
+            read()
+    assert rows[3]["row"] == 3
+    # Rows count as the given table does.
+    with pytest.raises(ValueError, match="Row 3: "):
+        ImageRows(table.select([3, 1, 0, 2]))[3]
+    with pytest.raises(ValueError, match="Row 2: .*cannot be decoded"):
+        list(StreamedImageRows(stream(table)))
+
+
+def test_unreadable_images_can_be_skipped():
+    cells = [gray(10), UNREADABLE, None, {"bytes": None, "path": "gone.png"}, gray(40)]
+    table = cell_table(cells)
+    for rows in (
+        ImageRows(table, ["row"], skip_unreadable=True).__getitems__(range(5)),
+        list(StreamedImageRows(stream(table), ["row"], skip_unreadable=True)),
+    ):
+        assert [row["image"] and row["image"].getpixel((0, 0))[0] for row in rows] == [10, None, None, None, 40]
+        assert [row["row"] for row in rows] == [0, 1, 2, 3, 4]
+    views = ImageRows(table, views=RECIPE, skip_unreadable=True)
+    assert views[0]["image"].shape == (3, 2, 2) and views[1]["image"] is None
+
+
+# Views
+
+
+def test_the_epoch_chooses_the_view_and_its_logits():
+    images = [random_image(seed=i) for i in range(4)]
+    table, logits = with_views(images)
+    shuffled = table.shuffle(seed=1)
+    mapped = ImageRows(shuffled, ["row"], ["conv_logits"], 5, views=RECIPE)
+    streamed = StreamedImageRows(stream(shuffled), ["row"], ["conv_logits"], 5, views=RECIPE)
+    seen = set()
+    for epoch in range(5):
+        mapped.start_epoch(epoch)
+        streamed.start_epoch(epoch)
+        for row in [*mapped.__getitems__([2, 0, 3]), *streamed]:
+            image = images[row["row"]]
+            assert torch.equal(row["image"], make_view(image, RECIPE, row_key(image), epoch % 3))
+            np.testing.assert_array_equal(row["conv_logits"], logits[row["row"], epoch % 3])
+            seen.add(row["image"].numpy().tobytes())
+    assert len(seen) == 4 * 3
+
+
+def test_a_stored_key_counts_even_if_the_pixels_have_changed():
+    images, keys = [random_image(seed=i) for i in range(2)], [7, 2**63 - 1]
+    table = cell_table([encoded(image) for image in images]).add_column("row_key", keys, feature=Value("int64"))
+    for rows in (ImageRows(table, ["row"], views=RECIPE), StreamedImageRows(stream(table), ["row"], views=RECIPE)):
+        for image, key, row in zip(images, keys, rows):
+            assert row.keys() == {"image", "row"}
+            assert torch.equal(row["image"], make_view(image, RECIPE, key, 0))
+
+
+# Worker processes
+
+
+def test_a_new_epoch_reaches_workers_that_are_already_running():
+    images = [random_image(seed=i) for i in range(5)]
+    rows = ImageRows(cell_table([encoded(image) for image in images]), ["row"], views=RECIPE)
+    loader = torch.utils.data.DataLoader(rows, batch_size=2, num_workers=1, persistent_workers=True, collate_fn=list)
+    for epoch in (0, 1, 2):
+        rows.start_epoch(epoch)
+        read = [row for batch in loader for row in batch]
+        assert [row["row"] for row in read] == list(range(5))
+        for image, row in zip(images, read):
+            assert torch.equal(row["image"], make_view(image, RECIPE, row_key(image), epoch))
+
+
+def test_workers_share_the_rows_of_a_stream():
+    rows = StreamedImageRows(stream(cell_table([gray(20 * i) for i in range(7)]), num_shards=1), ["row"])
+    loader = torch.utils.data.DataLoader(rows, batch_size=None, num_workers=2)
+    assert sorted(gray_levels(loader)) == [(i, 20 * i) for i in range(7)]
+
+
+def test_default_number_of_workers(monkeypatch):
+    assert default_num_workers(use_cpu=True) == 0
+    method = multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    free = available - 1 if method == "fork" else 0
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert default_num_workers(use_cpu=False) == min(8, free)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")
+    assert default_num_workers(use_cpu=False) == 0
+    # Other start methods run the script of the user again in every worker.
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
+    for method, expected in (("fork", 8), ("spawn", 0), ("forkserver", 0)):
+        monkeypatch.setattr(multiprocessing, "get_start_method", lambda allow_none, method=method: method)
+        assert default_num_workers(use_cpu=False) == expected
+
+
+# Streams
+
+
+def test_logits_of_a_stream_that_are_not_finite_are_named():
+    for value in (np.nan, np.inf):
+        logits = np.zeros((70, 3), np.float32)
+        logits[66, 1] = value
+        rows = StreamedImageRows(stream(cell_table([gray(0)] * 70, conv_logits=logits)), ["row"], ["conv_logits"], 3)
+        read = []
+        with pytest.raises(ValueError, match="Row 66: .*conv_logits"):
+            read.extend(iter(rows))
+        assert len(read) <= 66
+
+
+def test_a_shuffled_stream_has_another_order_in_each_epoch():
+    table = stream(cell_table([gray(i) for i in range(30)])).shuffle(seed=0, buffer_size=30)
+    rows = StreamedImageRows(table, ["row"])
+    orders = []
+    for epoch in (0, 1, 0):
+        rows.start_epoch(epoch)
+        orders.append(gray_levels(rows))
+        assert sorted(orders[-1]) == [(i, i) for i in range(30)]
+    assert orders[0] == orders[2] != orders[1]
+
+
+# Batches
+
+
+NAMES = ("conv", "inv", "third")
+PIXELS = random_pixels(6, 8, 8, 3)
+LABELS = [2, 0, 1, 1, 0, 2]
+LOGITS = dict(zip(NAMES, np.random.default_rng(0).normal(size=(3, 6, 3)).astype(np.float32)))
+
+
+def image_processor(size=8, mean=0.5):
+    return ViTImageProcessor(size={"height": size, "width": size}, image_mean=[mean] * 3, image_std=[0.5] * 3)
+
+
+@cache
+def read_rows(teachers=(), dtype=np.float32):
+    """Rows whose logits columns have the order of `teachers`."""
+    columns = {f"{name}_logits": LOGITS[name].astype(dtype) for name in teachers}
+    table = cell_table([encoded(PIL.Image.fromarray(pixels)) for pixels in PIXELS], **columns)
+    table = table.add_column("label", LABELS)
+    return ImageRows(table, ["label"], list(columns), 3).__getitems__(range(6))
+
+
+@pytest.mark.parametrize("columns", [("conv", "inv", "third"), ("third", "inv", "conv"), ("inv", "third", "conv")])
+def test_teachers_are_stacked_in_the_order_of_the_names(columns):
+    rows = read_rows(columns)
+    for names in (("conv", "inv", "third"), ("inv", "conv"), ("third",)):
+        batch = DistillationCollator(image_processor(), teacher_names=names)(rows)
+        expected = np.stack([LOGITS[name] for name in names], axis=1)
+        assert batch["teacher_logits"].shape == (6, len(names), 3)
+        np.testing.assert_array_equal(batch["teacher_logits"].numpy(), expected)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_logits_keep_their_stored_type(dtype):
+    batch = DistillationCollator(image_processor(), teacher_names=["conv"])(read_rows(("conv",), dtype))
+    assert batch["teacher_logits"].dtype == getattr(torch, dtype)
+    np.testing.assert_array_equal(batch["teacher_logits"][:, 0].numpy(), LOGITS["conv"].astype(dtype))
+
+
+def test_images_and_labels_keep_their_rows():
+    batch = DistillationCollator(image_processor(), teacher_names=["conv"])(read_rows(("conv",)))
+    # (pixel / 255 − mean) / standard deviation, channels first.
+    expected = (PIXELS.transpose(0, 3, 1, 2) / 255 - 0.5) / 0.5
+    np.testing.assert_allclose(batch["pixel_values"].numpy(), expected, atol=1e-6)
+    assert batch["pixel_values"].dtype == torch.float32
+    assert batch["labels"].tolist() == LABELS and batch["labels"].dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    ("columns", "names"),
+    [((), ("conv", "inv")), (("conv",), ("conv", "inv")), (("inv",), ("conv", "inv")), (NAMES, ())],
+)
+def test_no_teacher_logits_unless_asked_for_and_complete(columns, names):
+    batch = DistillationCollator(image_processor(), teacher_names=names)(read_rows(columns))
+    assert set(batch) == {"pixel_values", "labels"}
+
+
+def test_each_online_teacher_sees_the_images_of_its_own_processor():
+    processors = {"same": image_processor(), "larger": image_processor(12), "darker": image_processor(mean=0.9)}
+    collator = DistillationCollator(image_processor(), teacher_image_processors=processors)
+    rows = read_rows()
+    batch = collator(rows)
+    assert set(batch) == {"pixel_values", "labels", "teacher_pixel_values"}
+    images = [row["image"] for row in rows]
+    assert set(batch["teacher_pixel_values"]) == set(processors)
+    for name, processor in processors.items():
+        expected = processor(images, return_tensors="pt")["pixel_values"]
+        assert torch.equal(batch["teacher_pixel_values"][name], expected), name
+    assert torch.equal(batch["pixel_values"], batch["teacher_pixel_values"]["same"])
+    assert batch["teacher_pixel_values"]["larger"].shape == (6, 3, 12, 12)
+    assert not torch.equal(batch["pixel_values"], batch["teacher_pixel_values"]["darker"])
+
+
+def test_images_of_several_sizes_and_modes_make_one_batch():
+    shapes = ((8, 8, 3), (20, 14), (6, 9, 4))
+    cells = [encoded(PIL.Image.fromarray(random_pixels(*shape))) for shape in shapes]
+    table = cell_table(cells).rename_column("row", "label")
+    batch = DistillationCollator(image_processor())(ImageRows(table, ["label"]).__getitems__(range(3)))
+    assert batch["pixel_values"].shape == (3, 3, 8, 8) and batch["labels"].tolist() == [0, 1, 2]
+    # Grayscale: three equal channels.
+    assert torch.equal(batch["pixel_values"][1, 0], batch["pixel_values"][1, 2])

@@ -1,0 +1,218 @@
+"""Students that start from any checkpoint, for other teachers, images and classes; their image processors and patches."""
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from transformers import (
+    DeiTConfig,
+    DeiTForImageClassification,
+    DeiTForImageClassificationWithTeacher,
+    DeiTImageProcessor,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+)
+
+from hf_ibdistill import (
+    IBResNetConfig,
+    IBResNetForImageClassification,
+    IBViTConfig,
+    IBViTForImageClassification,
+    load_image_processor,
+    load_student,
+)
+from hf_ibdistill.students import default_patch_size
+
+
+SHAPE = {"image_size": 8, "patch_size": 2, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
+SHAPE["num_hidden_layers"] = 2
+ANIMALS = {"id2label": {0: "cat", 1: "dog", 2: "owl"}, "label2id": {"cat": 0, "dog": 1, "owl": 2}}
+PLANTS = {"id2label": {0: "oak", 1: "elm", 2: "fir"}, "label2id": {"oak": 0, "elm": 1, "fir": 2}}
+
+
+def build(kind):
+    if kind == "vit":
+        return ViTForImageClassification(ViTConfig(**SHAPE, **ANIMALS))
+    if kind.startswith("deit"):
+        model = DeiTForImageClassification if kind == "deit" else DeiTForImageClassificationWithTeacher
+        return model(DeiTConfig(**SHAPE, **ANIMALS))
+    names = () if kind == "no teachers" else ("conv", "inv")
+    stem = "convolution" if kind == "no teachers" else kind
+    config = IBViTConfig(teacher_names=names, patch_embedding=stem, stem_channels=16, **SHAPE, **ANIMALS)
+    return IBViTForImageClassification(config)
+
+
+STUDENTS = ["linear", "convolution", "bias_stems", "no teachers"]
+
+
+@pytest.mark.parametrize("size", [8, 12, 4])
+@pytest.mark.parametrize("kind", STUDENTS)
+@torch.no_grad()
+def test_another_image_size_predicts_what_interpolation_predicts(kind, size, tmp_path):
+    original, images = build(kind).eval(), torch.randn(2, 3, size, size)
+    original.save_pretrained(tmp_path / "original")
+    model = load_student(tmp_path / "original", image_size=size)
+    assert not model.training and model.config.image_size == size
+    assert model.config.teacher_names == original.config.teacher_names
+    model.save_pretrained(tmp_path / "resized")
+    for student in (model, IBViTForImageClassification.from_pretrained(tmp_path / "resized")):
+        torch.testing.assert_close(student(images).logits, original(images, interpolate_pos_encoding=True).logits)
+
+
+@pytest.mark.parametrize("classes", [PLANTS, {"num_labels": 5}])
+def test_other_classes_get_new_heads_and_the_same_classes_the_old_ones(classes, tmp_path):
+    original = build("convolution")
+    original.save_pretrained(tmp_path)
+    weights = original.state_dict()
+    for fields, is_new in ((classes, True), (ANIMALS, False)):
+        model = load_student(tmp_path, fusion="class_token", **fields)
+        assert model.config.fusion == "class_token" and model.config.num_labels == len(model.config.id2label)
+        for name, tensor in model.state_dict().items():
+            is_kept = tensor.shape == weights[name].shape and torch.equal(tensor, weights[name])
+            # New biases are zero, as the old ones are.
+            assert is_kept != (is_new and "head" in name) or (tensor == 0).all(), name
+    assert load_student(tmp_path, **PLANTS).config.id2label == PLANTS["id2label"]
+
+
+@pytest.mark.parametrize("kind", ["vit", "deit", "deit with teacher"])
+@torch.no_grad()
+def test_it_may_start_as_a_vit_or_deit(kind, tmp_path):
+    original, images = build(kind).eval(), torch.randn(2, 3, 12, 12)
+    original.save_pretrained(tmp_path)
+    model = load_student(tmp_path, image_size=12)
+    assert model.config.teacher_names == ([] if kind == "vit" else ["distillation"])
+    torch.testing.assert_close(model(images).logits, original(images, interpolate_pos_encoding=True).logits)
+    assert load_student(tmp_path, **PLANTS).config.id2label == PLANTS["id2label"]
+
+
+@pytest.mark.parametrize("size", [8, 12])
+@pytest.mark.parametrize("kind", ["linear", "convolution", "bias_stems"])
+@pytest.mark.parametrize("names", [("inv", "conv"), ("inv", "new", "conv"), ("inv",), ("new",), (), ("a", "b")])
+@torch.no_grad()
+def test_tokens_and_heads_go_with_their_teachers_names(names, kind, size, tmp_path):
+    original = build(kind)
+    for parameter in original.parameters():
+        nn.init.normal_(parameter)
+    original.save_pretrained(tmp_path)
+    model = load_student(tmp_path, names, image_size=size)
+    assert model.config.teacher_names == list(names) and not model.training
+
+    def parts(student):
+        """Name → token, position and head."""
+        embeddings, heads = student.ibvit.embeddings, [student.class_head, *student.teacher_heads]
+        tokens = torch.cat((embeddings.class_token, embeddings.teacher_tokens), dim=1)[0]
+        positions = embeddings.position_embeddings[0]
+        found = [(*of_token, head.weight, head.bias) for *of_token, head in zip(tokens, positions, heads)]
+        return dict(zip(["class", *student.config.teacher_names], found, strict=True)), positions[len(heads) :]
+
+    (before, patches), (after, new_patches) = parts(original.eval()), parts(model)
+    for name, tensors in after.items():
+        for found, expected in zip(tensors, before.get(name, before["class"])):
+            assert torch.equal(found, expected), name
+    if size == 8:
+        assert torch.equal(new_patches, patches)
+    shared = {name: tensor for name, tensor in original.state_dict().items() if "embeddings." not in name}
+    for name, tensor in model.state_dict().items():
+        if name in shared and not name.startswith("teacher_heads"):
+            assert torch.equal(tensor, shared[name]), name
+    if len(names) == 2 and "new" not in names and "a" not in names:
+        # The same tokens in another order.
+        images = torch.randn(2, 3, size, size)
+        outputs, expected = model(images), original(images, interpolate_pos_encoding=True)
+        torch.testing.assert_close(outputs.logits, expected.logits)
+        torch.testing.assert_close(outputs.teacher_token_logits.flip(1), expected.teacher_token_logits)
+    # Copies, not the same memory.
+    if "new" in names:
+        model.teacher_heads[names.index("new")].weight.zero_()
+        assert model.class_head.weight.abs().sum() > 0
+
+
+@pytest.mark.parametrize("operators", [None, ["involution", "involution"]])
+def test_a_teachers_token_keeps_its_stem(operators, tmp_path):
+    shape = {"patch_embedding": "bias_stems", "stem_channels": 16, **SHAPE}
+    IBViTForImageClassification(IBViTConfig(teacher_spatial_operators=operators, **shape)).save_pretrained(tmp_path)
+    conv = "convolution" if operators is None else "involution"
+    for names, expected in {
+        ("inv",): ["involution"],
+        ("inv", "conv"): ["involution", conv],
+        ("a", "b"): ["convolution", "involution"],
+        ("conv", "inv", "a"): [conv, "involution", "convolution"],
+        (): [],
+    }.items():
+        assert load_student(tmp_path, names).config.teacher_token_stems == expected
+    given = load_student(tmp_path, ("inv",), teacher_spatial_operators=["convolution"])
+    assert given.config.teacher_token_stems == ["convolution"]
+    assert load_student(tmp_path).config.teacher_spatial_operators == operators
+    with pytest.raises(StrictDataclassError, match=r"teacher_spatial_operators.*\['convolution', 'involution'\]"):
+        load_student(tmp_path, ("inv",), teacher_spatial_operators=["convolution", "involution"])
+
+
+def test_stems_that_a_student_does_not_have_are_no_obstacle(tmp_path):
+    config = IBViTConfig(teacher_spatial_operators=["involution", "convolution"], **SHAPE)
+    IBViTForImageClassification(config).save_pretrained(tmp_path)
+    assert load_student(tmp_path, ("a",)).config.teacher_spatial_operators is None
+
+
+@pytest.mark.parametrize("kind", ["vit", "deit", "deit with teacher"])
+@torch.no_grad()
+def test_a_vit_or_deit_for_teachers(kind, tmp_path, caplog):
+    build(kind).save_pretrained(tmp_path)
+    expected = IBViTForImageClassification.from_vit(tmp_path, teacher_names=("a", "b"), image_size=12)
+    model = load_student(tmp_path, ("a", "b"), image_size=12)
+    assert model.config.to_dict() == expected.config.to_dict()
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+    # No names are no teachers, even if there was a distillation token.
+    caplog.clear()
+    alone = load_student(tmp_path, ())
+    assert alone.config.teacher_names == [] and alone(torch.randn(2, 3, 8, 8)).teacher_token_logits is None
+    assert "distillation token" not in caplog.text
+
+
+def test_names_that_are_no_list_of_different_names(tmp_path):
+    for kind in ("bias_stems", "vit"):
+        build(kind).save_pretrained(tmp_path / kind)
+        with pytest.raises(StrictDataclassError, match=r"teacher_names=\['a', 'a'\]"):
+            load_student(tmp_path / kind, ("a", "a"))
+        with pytest.raises(StrictDataclassError, match="teacher_names.*'conv'"):
+            load_student(tmp_path / kind, "conv")
+
+
+def test_a_model_saved_in_half_precision_is_trained_in_float32(tmp_path):
+    build("linear").to(torch.bfloat16).save_pretrained(tmp_path)
+    model = load_student(tmp_path, ("inv", "new"), image_size=12)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_checkpoints_and_sizes_that_do_not_fit(tmp_path):
+    build("linear").save_pretrained(tmp_path / "student")
+    with pytest.raises(StrictDataclassError, match="patch_size=2.*image_size=9"):
+        load_student(tmp_path / "student", image_size=9)
+    teacher = IBResNetForImageClassification(IBResNetConfig.from_preset("convolution-small"))
+    teacher.save_pretrained(tmp_path / "teacher")
+    with pytest.raises(ValueError, match='"ibresnet"'):
+        load_student(tmp_path / "teacher")
+
+
+@pytest.mark.parametrize("processor_class", [ViTImageProcessor, DeiTImageProcessor])
+def test_the_image_processor_follows_the_image_size(processor_class, tmp_path):
+    processor_class(image_mean=[0.2, 0.3, 0.4]).save_pretrained(tmp_path)
+    images = [torch.randint(256, (3, side, 40), dtype=torch.uint8) for side in (20, 60)]
+    for size, expected in ((None, 224), (12, 12)):
+        processor = load_image_processor(tmp_path, size)
+        assert list(processor.image_mean) == [0.2, 0.3, 0.4]
+        assert processor(images, return_tensors="pt")["pixel_values"].shape == (2, 3, expected, expected)
+    # The whole image, not the middle of a larger one: the corners reach the edges.
+    corners = torch.zeros(3, 24, 24, dtype=torch.uint8)
+    corners[:, :2, :2] = corners[:, -2:, -2:] = 255
+    values = load_image_processor(tmp_path, 12)(corners, return_tensors="pt")["pixel_values"][0]
+    assert (values[:, 0, 0] > values[:, 6, 6]).all() and (values[:, -1, -1] > values[:, 6, 6]).all()
+    with pytest.raises(OSError):
+        load_image_processor(tmp_path / "none")
+
+
+@pytest.mark.parametrize("size", [8, 16, 28, 32, 64, 96, 224])
+def test_patches_are_many_enough_and_few_enough(size):
+    patch = default_patch_size(size)
+    assert size % patch == 0 and 16 <= (size // patch) ** 2 <= 256

@@ -1,0 +1,135 @@
+"""Two processes take the steps of one and leave its metrics.
+
+Run as a script, this file is one of the two processes.
+"""
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from datasets import load_from_disk
+from distilling import (
+    PROCESSOR,
+    assert_same_weights,
+    distill,
+    logged,
+    small_images,
+    small_student,
+    small_teachers,
+    with_columns,
+)
+from running import ENVIRONMENT, ROOT
+
+from hf_ibdistill import IBResNetForImageClassification, IBViTForImageClassification, evaluate_and_save, evaluate_model
+
+
+# Settings of one process of two; both together have 8 rows a step.
+SCENARIOS = {
+    "plain": {"per_device_train_batch_size": 4},
+    "accumulated": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+    "averaged by process": {"per_device_train_batch_size": 4, "average_tokens_across_devices": False},
+    "hard": {"per_device_train_batch_size": 4, "distillation_mode": "hard", "label_smoothing_factor": 0.1},
+    "online": {"per_device_train_batch_size": 4, "online": True},
+}
+
+
+def run_scenario(folder, output_dir, online=False, **settings):
+    """Train from what is saved in the folder: 2 steps, then an evaluation."""
+    table = load_from_disk(folder / "table")
+    if online:
+        settings["teachers"] = {
+            name: (IBResNetForImageClassification.from_pretrained(folder / name), PROCESSOR)
+            for name in ("conv", "inv")
+        }
+    student = IBViTForImageClassification.from_pretrained(folder / "student")
+    settings = {"learning_rate": 0.1, "eval_dataset": table, "per_device_eval_batch_size": 4, **settings}
+    trainer = distill(output_dir, table, student, **settings)
+    return trainer, trainer.evaluate()
+
+
+def save_inputs(folder):
+    teachers = small_teachers()
+    with_columns(small_images(), teachers).save_to_disk(folder / "table")
+    # 13 rows, which neither batches of 4 nor two processes divide, under other names.
+    test = with_columns(small_images(13, seed=1), teachers)
+    test.rename_columns({"image": "picture", "label": "animal"}).save_to_disk(folder / "test")
+    small_student().save_pretrained(folder / "student")
+    for name, (model, _) in teachers.items():
+        model.save_pretrained(folder / name)
+
+
+def run_two_processes(folder):
+    """What a launcher does: the same script twice, with its number in the environment."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    environment = {**ENVIRONMENT, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "MASTER_ADDR": "127.0.0.1"}
+    environment |= {"MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    processes = []
+    try:
+        for rank in ("0", "1"):
+            with open(folder / f"errors-{rank}", "w") as errors:
+                ranked = {**environment, "RANK": rank, "LOCAL_RANK": rank}
+                command = [sys.executable, __file__, str(folder)]
+                processes.append(subprocess.Popen(command, env=ranked, stdout=errors, stderr=errors))
+        for rank, process in enumerate(processes):
+            assert process.wait(timeout=300) == 0, (folder / f"errors-{rank}").read_text()[-4000:]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def test_two_processes_take_the_steps_of_one_and_leave_its_metrics(tmp_path):
+    save_inputs(tmp_path)
+    run_two_processes(tmp_path)
+    start = IBViTForImageClassification.from_pretrained(tmp_path / "student").state_dict()
+    for name, settings in SCENARIOS.items():
+        settings = {**settings, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
+        trainer, results = run_scenario(tmp_path, tmp_path / "one", **settings)
+        distributed = json.loads((tmp_path / name / "logs.json").read_text())
+        assert distributed["processes"] == 2 and trainer.args.world_size == 1
+        assert trainer.state.global_step == distributed["steps"] == 2
+        model = IBViTForImageClassification.from_pretrained(tmp_path / name)
+        assert_same_weights(model, trainer.model, rtol=1e-4, atol=1e-5)
+        assert max((tensor - start[key]).abs().max() for key, tensor in model.state_dict().items()) > 0.01, name
+        np.testing.assert_allclose(distributed["logged"], logged(trainer), rtol=1e-4, err_msg=name)
+        assert distributed["results"]["eval_loss"] == pytest.approx(results["eval_loss"], rel=1e-4), name
+        for metric in ("eval_accuracy", "eval_conv_token_accuracy"):
+            assert distributed["results"][metric] == results[metric], name
+
+    # What `evaluate_and_save` left.
+    saved = tmp_path / "saved"
+    results = json.loads((saved / "results.json").read_text())
+    assert results["recipe"]["processes"] == 2 and results["recipe"]["steps"] == 2
+    model = IBViTForImageClassification.from_pretrained(saved)
+    assert_same_weights(model, IBViTForImageClassification.from_pretrained(tmp_path / "plain"), rtol=0, atol=0)
+    expected = evaluate_model(model, PROCESSOR, load_from_disk(tmp_path / "test"), batch_size=4)
+    # No row is counted twice, though each process needs as many batches as the other.
+    assert results["metrics"] == pytest.approx(expected, rel=1e-5)
+    for rank in (0, 1):
+        assert json.loads((tmp_path / f"returned-{rank}.json").read_text()) == results["metrics"]
+    assert (saved / "README.md").exists()
+    assert not [path for path in saved.rglob("*") if path.suffix in (".bin", ".pt", ".pth", ".pkl")]
+
+
+def main():
+    folder = Path(sys.argv[1])
+    for name, settings in SCENARIOS.items():
+        output_dir = folder / ("saved" if name == "plain" else name)
+        trainer, results = run_scenario(folder, output_dir, **settings)
+        if trainer.is_world_process_zero():
+            trainer.accelerator.unwrap_model(trainer.model).save_pretrained(folder / name)
+            logs = {"processes": trainer.args.world_size, "steps": trainer.state.global_step}
+            logs |= {"logged": logged(trainer), "results": results}
+            (folder / name / "logs.json").write_text(json.dumps(logs))
+        if name == "plain":
+            test = load_from_disk(folder / "test")
+            metrics = evaluate_and_save(trainer, test, "test", title="A student", data_name="animals")
+            (folder / f"returned-{trainer.args.process_index}.json").write_text(json.dumps(metrics))
+
+
+if __name__ == "__main__":
+    main()
