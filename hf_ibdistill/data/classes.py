@@ -1,8 +1,10 @@
 """Classes: their names, their ids in a label column, and whether those of a model fit."""
 
+import unicodedata
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, DatasetDict, Features
 from transformers import PreTrainedConfig
 
@@ -60,8 +62,12 @@ def check_class_names(label_names: Sequence[str], expected: Sequence[str], owner
     """
     if len(label_names) != len(expected):
         raise ValueError(f"{owner} has {len(label_names)} classes; the dataset has {len(expected)}.")
+    # Some systems write an accented letter as one sign, others as two.
+    label_names, expected = (
+        [unicodedata.normalize("NFC", name) for name in names] for names in (label_names, expected)
+    )
     is_unnamed = has_default_names(label_names) or has_default_names(expected)
-    if not is_unnamed and list(label_names) != list(expected):
+    if not is_unnamed and label_names != expected:
         raise ValueError(
             f"The classes of the dataset and of {owner} differ: {name_difference(expected, label_names)}. "
             "Logits are matched to classes by position, so names and order must be the same."
@@ -90,8 +96,11 @@ def encode_labels(splits: DatasetDict) -> DatasetDict:
         ValueError: a split has rows without a label, other classes, or ids out of range.
     """
     for name, split in splits.items():
-        if split.data.column(LABEL).null_count:
-            raise ValueError(f'The split "{name}" has rows without a label.')
+        # NaN is how pandas writes a missing value.
+        missing = pc.is_null(split.select_columns([LABEL]).with_format("arrow")[:][LABEL], nan_is_null=True)
+        rows = np.flatnonzero(missing.to_numpy())
+        if len(rows):
+            raise ValueError(f'The split "{name}" has {len(rows)} rows without a label (first {rows[:10].tolist()}).')
     if not isinstance(splits["train"].features[LABEL], ClassLabel):
         splits = _number_classes(splits)
     names = splits["train"].features[LABEL].names

@@ -158,3 +158,17 @@ def test_some_rows_without_a_label_are_refused(split):
         encode(**{**parts, split: table([0, -1, 2, -1])})
     with pytest.raises(ValueError, match=f'"{split}" .*without a label'):
         encode(**{**parts, split: table([0, None, 2])})
+
+
+@pytest.mark.parametrize("labels", [[0.0, 1.0, float("nan")], [0, None, 1], ["cat", None, "dog"]])
+def test_rows_without_a_label_are_counted(labels):
+    table = Dataset.from_dict({"label": labels * 2})
+    row = next(i for i, label in enumerate(labels) if label is None or label != label)
+    with pytest.raises(ValueError, match=rf'"train" has 2 rows without a label \(first \[{row}, {row + 3}\]\)'):
+        encode_labels(DatasetDict(train=table))
+
+
+def test_composed_and_decomposed_names_are_the_same_class():
+    check_class_names(["caf\u00e9", "bar"], ["cafe\u0301", "bar"], "the teacher")
+    with pytest.raises(ValueError, match="cafe"):
+        check_class_names(["caf\u00e9", "bar"], ["cafe", "bar"], "the teacher")
