@@ -1,6 +1,7 @@
 """Start a student from any checkpoint, for other teachers, images and classes."""
 
 import itertools
+import math
 import os
 
 import torch
@@ -112,5 +113,8 @@ def load_image_processor(name_or_path: str | os.PathLike, image_size: int | None
 
 
 def default_patch_size(image_size: int) -> int:
-    """Side of a patch in pixels: at least 16 patches per image, and few enough for a small transformer."""
-    return 2 if image_size < 16 else 4 if image_size <= 64 else 16
+    """Side of a patch in pixels: the divisor of the image's side that is nearest to 2 (below 16 pixels), 4 (up to 64) or
+    16, by ratio."""
+    target = 2 if image_size < 16 else 4 if image_size <= 64 else 16
+    divisors = [side for side in range(1, image_size + 1) if image_size % side == 0]
+    return min(divisors, key=lambda side: abs(math.log(side / target)))

@@ -216,3 +216,11 @@ def test_the_image_processor_follows_the_image_size(processor_class, tmp_path):
 def test_patches_are_many_enough_and_few_enough(size):
     patch = default_patch_size(size)
     assert size % patch == 0 and 16 <= (size // patch) ** 2 <= 256
+
+
+@pytest.mark.parametrize(
+    ("image_size", "patch_size"), [(9, 3), (30, 5), (50, 5), (225, 15), (8, 2), (28, 4), (224, 16)]
+)
+def test_patches_divide_every_image(image_size, patch_size):
+    assert default_patch_size(image_size) == patch_size
+    assert all(size % default_patch_size(size) == 0 for size in range(1, 300))
