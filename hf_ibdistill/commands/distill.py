@@ -54,7 +54,7 @@ class StudentArguments:
         },
     )
     patch_size: int | None = field(
-        default=None, metadata={"help": "Side of a patch; by default 2 below 16 pixels, 4 up to 64, 16 above."}
+        default=None, metadata={"help": "Side of a patch; by default near 2 below 16 pixels, 4 up to 64, 16 above."}
     )
     patch_embedding: str = field(
         default="convolution", metadata={"help": "linear (ViT), convolution or bias_stems (Co-advise)."}
