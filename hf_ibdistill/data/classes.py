@@ -104,20 +104,21 @@ def encode_labels(splits: DatasetDict) -> DatasetDict:
     if not isinstance(splits["train"].features[LABEL], ClassLabel):
         splits = _number_classes(splits)
     names = splits["train"].features[LABEL].names
+    ids = {name: label_ids(split) for name, split in splits.items()}
     for name, split in splits.items():
         found = split.features[LABEL].names
         if found != names:
             raise ValueError(
                 f'The splits "train" and "{name}" have different classes: {name_difference(names, found)}.'
             )
-        labels = label_ids(split)
+        labels = ids[name]
         wrong = np.flatnonzero((labels < 0) | (labels >= len(names)))
         if len(wrong):
             raise ValueError(
                 f'Row {wrong[0]} of the split "{name}" has label {labels[wrong[0]]}; there are {len(names)} classes '
                 f"({len(wrong)} such rows)."
             )
-        untaught = np.setdiff1d(labels, label_ids(splits["train"]))
+        untaught = np.setdiff1d(labels, ids["train"])
         if len(untaught):
             raise ValueError(
                 f'The split "{name}" has classes that no training image has: {[names[i] for i in untaught[:10]]}.'
