@@ -9,7 +9,9 @@ extras = {
     "timm": ["timm>=1.0,<2"],
     "onnx": ["onnx>=1.18,<2", "onnxscript>=0.5,<1", "onnxruntime>=1.22,<2"],
 }
-version = re.search(r'^__version__ = "(.+)"$', (root / "hf_ibdistill" / "__init__.py").read_text(), re.MULTILINE)[1]
+version = re.search(
+    r'^__version__ = "(.+)"$', (root / "hf_ibdistill" / "__init__.py").read_text(encoding="utf-8"), re.MULTILINE
+)[1]
 
 setup(
     name="hf_ibdistill",
@@ -40,6 +42,8 @@ setup(
         "pillow>=10",
         "matplotlib>=3.8,<4",
         "pyyaml>=6,<7",
+        "filelock>=3.12,<5",
+        "psutil>=5.9",
         "jinja2>=3,<4",
         "tqdm>=4.66,<5",
     ],

@@ -18,6 +18,7 @@ _PUBLIC_NAMES = {
     "data.splits": ["select_per_class"],
     "evaluation": ["evaluate_model", "predict", "token_attention"],
     "export": ["export_onnx", "export_program", "quantize_onnx"],
+    "images.decoding": ["scale_pixels"],
     "images.preprocessing": ["build_image_processor"],
     "images.views": ["ViewRecipe"],
     "logits.provenance": ["attach_record", "read_records", "stored_views"],
@@ -38,7 +39,7 @@ _PUBLIC_NAMES = {
     "students": ["load_image_processor", "load_student"],
     "teachers": ["Teacher", "load_teachers"],
     "training.arguments": ["DistillationArguments", "ImageTrainingArguments"],
-    "training.finetuning": ["all_heads_loss", "freeze_layers", "layer_decay_groups"],
+    "training.finetuning": ["freeze_layers", "layer_decay_groups"],
     "training.losses": ["ensemble_distillation_loss"],
     "training.trainer": ["EnsembleDistillationTrainer", "ImageClassificationTrainer"],
 }

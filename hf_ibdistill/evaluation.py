@@ -4,7 +4,8 @@ The metrics are plain functions of arrays. `TopKAccuracy`, `NegativeLogLikelihoo
 as `evaluate` modules, for example for `evaluate.combine`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import datasets
 import evaluate
@@ -15,6 +16,7 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 from transformers import BaseImageProcessor, EvalPrediction, PreTrainedModel
 
+from .checks import check_numbers
 from .data.classes import check_class_names, class_names, config_class_names
 from .data.columns import LABEL, as_image_table, require_table
 from .logits.encoding import column_name, describe_column
@@ -25,7 +27,7 @@ from .teachers import without_autocast
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
     """Log-probabilities over the last axis, in float64."""
-    return torch.tensor(logits, dtype=torch.float64).log_softmax(-1).numpy()
+    return _on_cpu(logits).double().log_softmax(-1).numpy()
 
 
 def top_k_accuracy(logits: np.ndarray, labels: np.ndarray, k: int = 1) -> float:
@@ -37,13 +39,7 @@ def top_k_accuracy(logits: np.ndarray, labels: np.ndarray, k: int = 1) -> float:
         labels: (N,) class ids.
         k: number of classes that count.
     """
-    logits, labels = np.asarray(logits), np.asarray(labels)[:, None]
-    own = np.take_along_axis(logits, labels, axis=1)
-    is_before = np.arange(logits.shape[1]) < labels
-    beats = (logits > own) | ((logits == own) & is_before)
-    # NaN is neither above nor equal to anything.
-    beats |= np.isnan(own) & (~np.isnan(logits) | is_before)
-    return float((beats.sum(axis=1) < k).mean())
+    return float(_is_in_top_k(_on_cpu(logits), _on_cpu(labels), k).mean())
 
 
 def negative_log_likelihood(logits: np.ndarray, labels: np.ndarray) -> float:
@@ -53,7 +49,7 @@ def negative_log_likelihood(logits: np.ndarray, labels: np.ndarray) -> float:
         logits: (N, C).
         labels: (N,) class ids.
     """
-    return float(-np.take_along_axis(log_softmax(logits), np.asarray(labels)[:, None], axis=1).mean())
+    return float(_surprise(_on_cpu(logits), _on_cpu(labels)).mean())
 
 
 def expected_calibration_error(logits: np.ndarray, labels: np.ndarray, num_bins: int = 15) -> float:
@@ -64,11 +60,35 @@ def expected_calibration_error(logits: np.ndarray, labels: np.ndarray, num_bins:
         labels: (N,) class ids.
         num_bins: number of bins between 0 and 1.
     """
-    probabilities = np.exp(log_softmax(logits))
-    confidence, correct = probabilities.max(axis=1), probabilities.argmax(axis=1) == np.asarray(labels)
-    bins = np.clip(np.ceil(np.nan_to_num(confidence) * num_bins).astype(int) - 1, 0, num_bins - 1)
-    gaps = np.bincount(bins, weights=correct - confidence, minlength=num_bins)
-    return float(np.abs(gaps).sum() / len(correct))
+    gaps = _calibration_gaps(_on_cpu(logits), _on_cpu(labels), num_bins)
+    return float(gaps.abs().sum() / len(logits))
+
+
+def _on_cpu(values: np.ndarray | torch.Tensor) -> torch.Tensor:
+    # Not every accelerator has float64.
+    return torch.as_tensor(values).cpu()
+
+
+def _is_in_top_k(logits: torch.Tensor, labels: torch.Tensor, k: int) -> torch.Tensor:
+    """1 for each row whose class is among the k largest logits, else 0: (N,), float64."""
+    own = logits.gather(1, labels[:, None])
+    is_before = torch.arange(logits.shape[1], device=labels.device) < labels[:, None]
+    # NaN is neither above nor equal to anything.
+    beats = (logits > own) | ((logits == own) & is_before) | (own.isnan() & (~logits.isnan() | is_before))
+    return (beats.sum(1) < k).double()
+
+
+def _surprise(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """−log p(class) of each row: (N,), float64."""
+    return -logits.double().log_softmax(-1).gather(1, labels[:, None])[:, 0]
+
+
+def _calibration_gaps(logits: torch.Tensor, labels: torch.Tensor, num_bins: int) -> torch.Tensor:
+    """For each bin of confidence, right predictions minus the sum of confidences: (num_bins,), float64."""
+    confidence, predicted = logits.double().softmax(-1).max(1)
+    bins = ((confidence.nan_to_num() * num_bins).ceil().long() - 1).clamp(0, num_bins - 1)
+    gaps = (predicted == labels).double() - confidence
+    return torch.zeros(num_bins, dtype=torch.float64, device=logits.device).index_add_(0, bins, gaps)
 
 
 class _LogitsMetric(evaluate.Metric):
@@ -102,6 +122,61 @@ class ExpectedCalibrationError(_LogitsMetric):
         return {"expected_calibration_error": expected_calibration_error(predictions, references, num_bins)}
 
 
+class RunningMetrics:
+    """[`classification_metrics`] of rows that arrive batch by batch, in memory that does not depend on their number.
+
+    It is a `compute_metrics` for `Trainer` with `batch_eval_metrics=True`.
+    """
+
+    def __init__(self, teacher_names: Sequence[str] | None = None):
+        self.teacher_names = teacher_names
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all batches."""
+        self._num_rows, self._sums = 0, {}
+
+    def update(
+        self,
+        logits: np.ndarray | torch.Tensor,
+        labels: np.ndarray | torch.Tensor,
+        class_logits: np.ndarray | torch.Tensor | None = None,
+        teacher_token_logits: np.ndarray | torch.Tensor | None = None,
+        teacher_logits: np.ndarray | torch.Tensor | None = None,
+    ) -> None:
+        """Count a batch; arguments are those of [`classification_metrics`]."""
+        logits, labels = _on_cpu(logits), _on_cpu(labels)
+        sums = {"accuracy": _is_in_top_k(logits, labels, 1)}
+        if logits.shape[1] > 5:
+            sums["top_5_accuracy"] = _is_in_top_k(logits, labels, 5)
+        sums["negative_log_likelihood"] = _surprise(logits, labels)
+        if teacher_token_logits is not None:
+            sums["class_token_accuracy"] = _on_cpu(class_logits).argmax(-1) == labels
+            tokens = _on_cpu(teacher_token_logits).argmax(-1)
+            for i, name in enumerate(self.teacher_names or range(tokens.shape[1])):
+                name = i if name == "class" else name  # a student of old; the class token has this metric
+                sums[f"{name}_token_accuracy"] = tokens[:, i] == labels
+                if teacher_logits is not None:
+                    choices = _on_cpu(teacher_logits)[:, i].argmax(-1)
+                    sums[f"{name}_agreement"] = logits.argmax(-1) == choices
+        sums = {name: values.double().sum() for name, values in sums.items()}
+        sums["expected_calibration_error"] = _calibration_gaps(logits, labels, 15)
+        self._num_rows += len(labels)
+        for name, value in sums.items():
+            self._sums[name] = self._sums.get(name, 0) + value
+
+    def compute(self) -> dict[str, float]:
+        """The metrics of all rows since the last `compute`."""
+        metrics = {name: float(value.abs().sum()) / self._num_rows for name, value in self._sums.items()}
+        self.reset()
+        return metrics
+
+    def __call__(self, prediction: EvalPrediction, compute_result: bool = True) -> dict[str, float]:
+        outputs = prediction.predictions if isinstance(prediction.predictions, tuple) else (prediction.predictions,)
+        self.update(outputs[0], prediction.label_ids, *outputs[1:3])
+        return self.compute() if compute_result else {}
+
+
 def classification_metrics(
     logits: np.ndarray,
     labels: np.ndarray,
@@ -126,26 +201,9 @@ def classification_metrics(
         logits `<teacher>_agreement`, the share of rows in which student and teacher choose the same class. All but the
         log-likelihood lie between 0 and 1.
     """
-    metrics = {"accuracy": top_k_accuracy(logits, labels)}
-    if logits.shape[1] > 5:
-        metrics["top_5_accuracy"] = top_k_accuracy(logits, labels, k=5)
-    metrics["negative_log_likelihood"] = negative_log_likelihood(logits, labels)
-    metrics["expected_calibration_error"] = expected_calibration_error(logits, labels)
-    if teacher_token_logits is not None:
-        metrics["class_token_accuracy"] = float((class_logits.argmax(-1) == labels).mean())
-        names = teacher_names or range(teacher_token_logits.shape[1])
-        for i, name in enumerate(names):
-            metrics[f"{name}_token_accuracy"] = float((teacher_token_logits[:, i].argmax(-1) == labels).mean())
-            if teacher_logits is not None:
-                same = logits.argmax(-1) == teacher_logits[:, i].argmax(-1)
-                metrics[f"{name}_agreement"] = float(same.mean())
-    return metrics
-
-
-def compute_metrics(prediction: EvalPrediction, teacher_names: Sequence[str] | None = None) -> dict[str, float]:
-    """`Trainer`'s `compute_metrics`, for any image classifier and for students."""
-    outputs = prediction.predictions if isinstance(prediction.predictions, tuple) else (prediction.predictions,)
-    return classification_metrics(outputs[0], prediction.label_ids, *outputs[1:3], teacher_names=teacher_names)
+    metrics = RunningMetrics(teacher_names)
+    metrics.update(logits, labels, class_logits, teacher_token_logits, teacher_logits)
+    return metrics.compute()
 
 
 def predict(
@@ -178,7 +236,37 @@ def predict(
         ValueError: the table is empty, a column cannot be found, an image cannot be decoded, or model and table differ in
             their classes.
     """
+    results: dict[str, list[torch.Tensor]] = {}
+    for batch in _predict(model, image_processor, dataset, batch_size, num_workers, image_column, label_column):
+        for name, value in batch.items():
+            results.setdefault(name, []).append(value)
+    return {name: torch.cat(values).numpy() for name, values in results.items()}
+
+
+def evaluate_model(
+    model: PreTrainedModel,
+    image_processor: BaseImageProcessor,
+    dataset: datasets.Dataset,
+    *,
+    batch_size: int = 128,
+    num_workers: int = 0,
+    image_column: str | None = None,
+    label_column: str | None = None,
+) -> dict[str, float]:
+    """[`classification_metrics`] of what a classifier predicts for a table, in memory that does not depend on the number
+    of rows. Arguments and errors are those of [`predict`]."""
+    metrics = RunningMetrics(getattr(model.config, "teacher_names", None))
+    for batch in _predict(model, image_processor, dataset, batch_size, num_workers, image_column, label_column):
+        metrics.update(**batch)
+    return metrics.compute()
+
+
+def _predict(
+    model, image_processor, dataset, batch_size, num_workers, image_column, label_column
+) -> Iterator[dict[str, torch.Tensor]]:
+    """The results of [`predict`], batch by batch, on the CPU."""
     require_table(dataset, "dataset")
+    check_numbers(1, whole=True, batch_size=batch_size)
     if len(dataset) == 0:
         raise ValueError("The dataset is empty; it needs at least one row.")
     dataset, config = as_image_table(dataset, image_column, label_column), model.config
@@ -188,9 +276,8 @@ def predict(
     if len(columns) < len(teacher_names) or any(describe_column(dataset.features[c])[1] is not None for c in columns):
         # Logits of views belong to other images than those that are predicted here.
         columns = []
-    rows = ImageRows(dataset, [LABEL], columns, config.num_labels)
     loader = torch.utils.data.DataLoader(
-        rows,
+        ImageRows(dataset, [LABEL], columns, config.num_labels),
         batch_size=batch_size,
         num_workers=num_workers,
         collate_fn=DistillationCollator(image_processor, teacher_names),
@@ -198,25 +285,30 @@ def predict(
     # Without `cpu`, processes that torchrun starts on a CPU would not share the rows.
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     # Only the loader is prepared, because preparing a model wraps its forward for good.
-    model, loader = without_autocast(model).eval().to(accelerator.device), accelerator.prepare(loader)
-    results: dict[str, list[torch.Tensor]] = {}
-    for batch in tqdm(loader, desc="Predicting", disable=not accelerator.is_local_main_process):
-        with torch.no_grad():
-            outputs = model(pixel_values=batch["pixel_values"].to(model.dtype))
-        found = {name: outputs.get(name) for name in ("logits", "class_logits", "teacher_token_logits")}
-        found |= {name: batch.get(name) for name in ("labels", "teacher_logits")}
-        found = {name: value for name, value in found.items() if value is not None}
-        for name, value in accelerator.gather_for_metrics(found).items():
-            results.setdefault(name, []).append(value.float().cpu() if name != "labels" else value.cpu())
-    return {name: torch.cat(values).numpy() for name, values in results.items()}
+    loader, network = accelerator.prepare(loader), without_autocast(model).to(accelerator.device)
+    names = ("logits", "class_logits", "teacher_token_logits") if hasattr(config, "teacher_names") else ("logits",)
+    with _evaluation_mode(network):
+        for batch in tqdm(loader, desc="Predicting", disable=not accelerator.is_local_main_process):
+            with torch.no_grad():
+                outputs = network(pixel_values=batch["pixel_values"].to(network.dtype))
+            # Models with `return_dict=False` return tuples, in the order of the names.
+            outputs = dict(zip(names, outputs)) if isinstance(outputs, tuple) else outputs
+            found = {name: outputs.get(name) for name in names}
+            found |= {name: batch.get(name) for name in ("labels", "teacher_logits")}
+            found = {name: value for name, value in found.items() if value is not None}
+            gathered = accelerator.gather_for_metrics(found)
+            yield {name: value.cpu() if name == "labels" else value.float().cpu() for name, value in gathered.items()}
 
 
-def evaluate_model(
-    model: PreTrainedModel, image_processor: BaseImageProcessor, dataset: datasets.Dataset, **kwargs
-) -> dict[str, float]:
-    """[`predict`], then [`classification_metrics`]; arguments and errors are those of `predict`."""
-    outputs = predict(model, image_processor, dataset, **kwargs)
-    return classification_metrics(**outputs, teacher_names=getattr(model.config, "teacher_names", None))
+@contextmanager
+def _evaluation_mode(model):
+    """Evaluation mode for a while; every module then is in the mode that it was in."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        yield model.eval()
+    finally:
+        for module, is_training in modes.items():
+            module.training = is_training
 
 
 def token_attention(
@@ -240,8 +332,8 @@ def token_attention(
     # Fused kernels do not return their attention.
     model.set_attn_implementation("eager")
     try:
-        with torch.no_grad():
-            attentions = without_autocast(model).eval()(pixel_values, output_attentions=True).attentions
+        with torch.no_grad(), _evaluation_mode(without_autocast(model)) as network:
+            attentions = network(pixel_values, output_attentions=True, return_dict=True).attentions
     finally:
         model.set_attn_implementation(implementation)
     attention = attentions[-1].float().mean(1)[:, : len(names), len(names) :]

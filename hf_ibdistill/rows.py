@@ -1,8 +1,10 @@
 """Table → rows → batch: decoded images or their views, with labels and stored logits, from a mapped or a streamed table."""
 
+import itertools
 import multiprocessing
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 
 import numpy as np
 import pyarrow as pa
@@ -12,10 +14,10 @@ from datasets.distributed import split_dataset_by_node
 from transformers import BaseImageProcessor
 
 from .data.columns import IMAGE, LABEL
-from .images.decoding import decode_image
+from .images.decoding import decode_image, file_key
 from .images.preprocessing import pixel_values
-from .images.views import ViewRecipe, make_views, row_key
-from .logits.encoding import ROW_KEY, StoredLogits, column_name, decode, describe_column
+from .images.views import ViewRecipe, make_view, row_key
+from .logits.encoding import FILE_KEY, ROW_KEY, StoredLogits, column_name, decode, describe_column
 
 
 class _RowDecoder:
@@ -30,10 +32,12 @@ class _RowDecoder:
         views: ViewRecipe | None = None,
         skip_unreadable: bool = False,
         temperatures: Sequence[float] | None = None,
+        file_keys: bool = False,
     ):
         self.table = table
         self.columns, self.logits_columns = list(columns), list(logits_columns)
         self.num_classes, self.views, self.skip_unreadable = num_classes, views, skip_unreadable
+        self.file_keys = file_keys
         self.temperatures = dict(zip(self.logits_columns, temperatures or [1.0] * len(self.logits_columns)))
         stored_key = [ROW_KEY] if views is not None and ROW_KEY in table.column_names else []
         wanted = dict.fromkeys([IMAGE, *self.columns, *stored_key, *self.logits_columns])
@@ -60,24 +64,28 @@ class _RowDecoder:
         view = self._view if self._has_views[column] else None
         return read(source, self.num_classes, view, self.temperatures[column])
 
-    def _decode(self, table: pa.Table, numbers: Sequence[int], logits: Mapping[str, np.ndarray]) -> list[dict]:
-        values = {name: table[name].to_pylist() for name in table.column_names if name not in logits} | logits
-        rows = [dict(zip(values, row)) for row in zip(*values.values())]
+    def _decode(self, rows: Iterable[dict], numbers: Iterable[int]) -> Iterator[dict]:
+        """One row at a time, so that a caller decides how many decoded images are held."""
         for number, row in zip(numbers, rows):
+            # A new dict, because the rows that are to come hold no decoded image yet, and those that came no longer.
+            encoded, row = row[IMAGE], {**row, IMAGE: None}
             try:
-                row[IMAGE] = decode_image(row[IMAGE])
+                row[IMAGE] = decode_image(encoded)
+                if self.file_keys:
+                    row[FILE_KEY] = file_key(encoded)
             except ValueError as error:
                 if not self.skip_unreadable:
                     raise ValueError(f"Row {number}: {error}") from error
-                row[IMAGE] = None
-        if self.views is not None:
-            readable = [row for row in rows if row[IMAGE] is not None]
-            images = [row[IMAGE] for row in readable]
-            keys = [row.pop(ROW_KEY) if ROW_KEY in row else row_key(image) for row, image in zip(readable, images)]
-            views = make_views(images, self.views, keys, [self._view] * len(images))
-            for row, view in zip(readable, views):
-                row[IMAGE] = view
-        return rows
+            if self.views is not None:
+                key = row.pop(ROW_KEY, None)
+                if (image := row[IMAGE]) is not None:
+                    row[IMAGE] = make_view(image, self.views, row_key(image) if key is None else key, self._view)
+            yield row
+
+
+def _as_rows(table: pa.Table, logits: Mapping[str, np.ndarray]) -> list[dict]:
+    values = {name: table[name].to_pylist() for name in table.column_names if name not in logits} | logits
+    return [dict(zip(values, row)) for row in zip(*values.values())]
 
 
 class ImageRows(_RowDecoder, torch.utils.data.Dataset):
@@ -94,6 +102,7 @@ class ImageRows(_RowDecoder, torch.utils.data.Dataset):
         views: recipe of the views to make; `None` returns the images as they are.
         skip_unreadable: return `None` for an image that cannot be decoded, instead of raising.
         temperatures: for each logits column, the temperature that it will be used at; top-k columns depend on it.
+        file_keys: add the key of the encoded file, as `file_key`.
 
     Raises:
         ValueError: on reading a row whose image cannot be decoded; the message names the row.
@@ -111,26 +120,53 @@ class ImageRows(_RowDecoder, torch.utils.data.Dataset):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict]:
+        return list(self.read(indices))
+
+    def read(self, indices: Sequence[int]) -> Iterator[dict]:
+        """The rows of these indices, with one decoded image at a time."""
         indices = list(indices)
         logits = {
             name: self._decode_logits(stored.read, name, indices) for name, stored in self._stored_logits.items()
         }
-        return self._decode(self._encoded[indices], indices, logits)
+        return self._decode(_as_rows(self._encoded[indices], logits), indices)
 
 
 class StreamedImageRows(_RowDecoder, torch.utils.data.IterableDataset):
-    """[`ImageRows`] of a streamed table, whose rows come in its own order. Data loader workers share the rows.
+    """[`ImageRows`] of a streamed table, in its own order or drawn from a buffer. Data loader workers share the rows.
+
+    Args:
+        table: a stream that passed the door ([`as_image_table`]).
+        buffer_size: rows that are held; the next row is drawn from them at random. 0 keeps the order of the stream.
+        seed: seed of the draws, with the epoch.
+        args, kwargs: as for [`ImageRows`].
 
     Raises:
-        ValueError: on reading a row whose image cannot be decoded or whose logits are not finite. The message counts rows
-            from the first that this worker was given.
+        ValueError: `datasets` would take wrong rows out of a shuffled stream. On reading, if an image cannot be decoded or
+            logits are not finite; the message counts rows from the first that this worker was given.
     """
+
+    def __init__(self, table: IterableDataset, *args, buffer_size: int = 0, seed: int = 0, **kwargs):
+        super().__init__(table, *args, **kwargs)
+        self.buffer_size, self.seed = buffer_size, seed
+        if any(self._has_views.values()) and _may_take_rows(table) and not _takes_the_right_rows():
+            raise ValueError(
+                f"The stream is shuffled or filtered. pyarrow {pa.__version__} then takes wrong rows of logits of views, "
+                "without an error. Leave out shuffle and filter; shuffle_buffer_size of the training arguments shuffles a "
+                "stream."
+            )
 
     def start_epoch(self, epoch: int) -> None:
         super().start_epoch(epoch)
         self._encoded.set_epoch(epoch)
 
     def __iter__(self):
+        rows = self._shuffle(self._read())
+        while group := list(itertools.islice(rows, 64)):
+            numbers, rows_of_group = zip(*group)
+            yield from self._decode(list(rows_of_group), numbers)
+
+    def _read(self) -> Iterator[tuple[int, dict]]:
+        """(number, row with an encoded image), in the order of the stream."""
         worker = torch.utils.data.get_worker_info()
         table = self._encoded
         if worker is not None:
@@ -138,14 +174,50 @@ class StreamedImageRows(_RowDecoder, torch.utils.data.IterableDataset):
         first = 0
         for batch in table.iter(batch_size=64):
             logits = {name: self._decode_logits(decode, name, batch[name]) for name in self.logits_columns}
-            rows = self._decode(batch, range(first, first + len(batch)), logits)
-            for number, row in enumerate(rows, first):
+            for number, row in enumerate(_as_rows(batch, logits), first):
                 for name in self.logits_columns:
                     # A stream cannot be checked before it is trained on.
                     if not np.isfinite(row[name]).all():
                         raise ValueError(f'Row {number}: the column "{name}" has NaN or infinite logits.')
-                yield row
+                yield number, row
             first += len(batch)
+
+    def _shuffle(self, rows: Iterator) -> Iterator:
+        random, held = np.random.default_rng((self.seed, int(self._epoch))), []
+        for row in rows:
+            if len(held) < self.buffer_size:
+                held.append(row)
+            elif held:
+                drawn = random.integers(len(held))
+                yield held[drawn]
+                held[drawn] = row
+            else:
+                yield row
+        random.shuffle(held)
+        yield from held
+
+
+def _may_take_rows(stream: IterableDataset) -> bool:
+    """Whether a shuffle buffer or a filter takes rows out of the Arrow tables of the stream."""
+    step = getattr(stream, "_ex_iterable", None)
+    if step is None:
+        return True
+    while step is not None:
+        if type(step).__name__ in ("BufferShuffledExamplesIterable", "FilteredExamplesIterable"):
+            return True
+        step = getattr(step, "ex_iterable", None)
+    return False
+
+
+@lru_cache
+def _takes_the_right_rows() -> bool:
+    """Whether this pyarrow takes the right rows of a slice of nested lists, such as logits of views. No version from 17 to
+    26 does."""
+    nested = pa.array(range(12))
+    for length in (2, 2):
+        nested = pa.FixedSizeListArray.from_arrays(nested, length)
+    rows = nested.slice(1)
+    return rows.take(pa.array([1, 0])).to_pylist() == [rows[1].as_py(), rows[0].as_py()]
 
 
 class DistillationCollator:

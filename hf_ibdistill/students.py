@@ -28,7 +28,8 @@ def load_student(
             [`IBViTForImageClassification.from_vit`]; the distillation token of a DeiT becomes the first teacher's).
         teacher_names: as in [`IBViTConfig`]. `None` keeps the model's own, which suits fine-tuning without teachers,
             because the other tokens attend to them.
-        kwargs: fields of [`IBViTConfig`] to change, such as `image_size`, `fusion` and those of [`class_config`].
+        kwargs: fields of [`IBViTConfig`] to change, such as `image_size`, `fusion` and those of [`class_config`]. `None` keeps
+            the field of the checkpoint.
 
     Raises:
         ValueError: the checkpoint is of another type.
@@ -59,6 +60,7 @@ def load_student(
             stems = dict(zip(old.teacher_names, old.teacher_token_stems))
             alternating = itertools.cycle(("convolution", "involution"))
             fields["teacher_spatial_operators"] = [stems.get(n, stem) for n, stem in zip(teacher_names, alternating)]
+    kwargs = {name: value for name, value in kwargs.items() if value is not None}
     config, kwargs = IBViTConfig.from_dict(fields, return_unused_kwargs=True, **kwargs)
     config.validate()
     weights = _match_teachers(weights, old.teacher_names, config.teacher_names)
@@ -80,10 +82,13 @@ def _match_teachers(weights: dict[str, torch.Tensor], old: list[str], new: list[
     # For each new token, the old one that it starts as; the class token is number 0.
     starts = [0, *(1 + old.index(name) if name in old else 0 for name in new)]
     embeddings = "ibvit.embeddings"
-    tokens = torch.cat([weights[f"{embeddings}.{kind}"] for kind in ("class_token", "teacher_tokens")], dim=1)
+    kinds = ("class_token", "teacher_tokens") if old else ("class_token",)
+    tokens = torch.cat([weights[f"{embeddings}.{kind}"] for kind in kinds], dim=1)
     positions = weights[f"{embeddings}.position_embeddings"]
     matched = {name: tensor for name, tensor in weights.items() if not name.startswith("teacher_heads.")}
-    matched[f"{embeddings}.teacher_tokens"] = tokens[:, starts[1:]]
+    matched.pop(f"{embeddings}.teacher_tokens", None)
+    if new:
+        matched[f"{embeddings}.teacher_tokens"] = tokens[:, starts[1:]]
     matched[f"{embeddings}.position_embeddings"] = torch.cat(
         (positions[:, starts], positions[:, 1 + len(old) :]), dim=1
     )

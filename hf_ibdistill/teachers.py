@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import os
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,8 @@ from .logits.encoding import LogitsEncoding
 
 logger = logging.getLogger(__name__)
 
-TeacherLike = PreTrainedModel | tuple[PreTrainedModel, BaseImageProcessor] | str | os.PathLike
+_Path = str | os.PathLike
+TeacherLike = PreTrainedModel | _Path | tuple[PreTrainedModel | _Path, BaseImageProcessor | _Path]
 
 
 @dataclass
@@ -49,7 +51,7 @@ class Teacher:
     @property
     def class_names(self) -> list[str]:
         """The names of the classes, in the order of `logits`."""
-        names = config_class_names(self.model.config)
+        names = config_class_names(self.model.config, self._title)
         return names if self._class_order is None else [names[i] for i in self._class_order]
 
     def match_classes(self, expected: Sequence[str]) -> None:
@@ -58,14 +60,18 @@ class Teacher:
         Raises:
             ValueError: the teacher has other classes; the message names the difference.
         """
-        names = config_class_names(self.model.config)
+        names = config_class_names(self.model.config, self._title)
         if names != list(expected) and sorted(names) == sorted(expected) and len(set(names)) == len(names):
             self._class_order = [names.index(name) for name in expected]
             logger.warning(
                 'The teacher "%s" has the classes of the dataset in another order. Its logits are reordered by class name.',
                 self.name,
             )
-        check_class_names(self.class_names, expected, f'the teacher "{self.name}"')
+        check_class_names(self.class_names, expected, self._title)
+
+    @property
+    def _title(self) -> str:
+        return f'the teacher "{self.name}"'
 
     def logits(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Run the teacher, without gradients.
@@ -74,15 +80,35 @@ class Teacher:
             pixel_values: (N, channels, H, W), prepared by the teacher's own image processor.
 
         Returns:
-            (N, classes) in float32, in the order of `class_names`.
+            (N, classes) in float32, in the order of `class_names`, on the device of the teacher.
+
+        Raises:
+            ValueError: the teacher fails on these images, or predicts another number of logits than it has classes.
+            torch.OutOfMemoryError: the batch is too large for the device.
         """
-        device = self.model.device.type
+        device, shape = self.model.device, tuple(pixel_values.shape)
         # Set in either case, because the autocast of a caller must not change what is recorded.
-        with torch.no_grad(), torch.autocast(device, dtype=torch.bfloat16, enabled=self.bf16):
-            outputs = self.model(pixel_values=pixel_values.to(self.model.dtype))
-        # Models with their own code may return tuples. As in transformers, logits come first if there is no loss.
-        logits = (outputs[0] if isinstance(outputs, tuple) else outputs.logits).float()
-        return logits if self._class_order is None else logits[:, self._class_order]
+        with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.bf16):
+            try:
+                outputs = self.model(pixel_values=pixel_values.to(device, self.model.dtype))
+                # Models with their own code may return tuples. As in transformers, logits come first if there is no loss.
+                if not isinstance(outputs, torch.Tensor):
+                    outputs = outputs[0] if isinstance(outputs, tuple) else outputs["logits"]
+                found = tuple(outputs.shape)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # whatever the code of any model raises
+                raise ValueError(
+                    f'The teacher "{self.name}" ({type(self.model).__name__}) fails on pixel values of shape {shape}: '
+                    f"{type(error).__name__}: {error}. Check that its image processor belongs to it, and that it takes "
+                    "RGB images."
+                ) from error
+        if found != (shape[0], self.model.config.num_labels):
+            raise ValueError(
+                f'The teacher "{self.name}" predicts logits of shape {found} for {shape[0]} images, but its configuration '
+                f"has {self.model.config.num_labels} classes (id2label). Make the two fit."
+            )
+        return outputs.float() if self._class_order is None else outputs[:, self._class_order].float()
 
     def describe(self, encoding: LogitsEncoding) -> dict:
         """The record that identifies the column of this teacher, as a dict for JSON.
@@ -109,11 +135,21 @@ class Teacher:
         }
 
     def weights_sha256(self) -> str:
-        """A hash of every parameter and buffer: name, type, shape and content."""
+        """A hash of every parameter and buffer: name, type, shape and content.
+
+        Raises:
+            ValueError: they are no plain tensors, as in some quantized models.
+        """
         digest = hashlib.sha256()
         for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            try:
+                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            except (AttributeError, RuntimeError, TypeError, NotImplementedError) as error:
+                raise ValueError(
+                    f'The teacher "{self.name}" has the weight {name} of type {type(tensor).__name__}, whose content cannot '
+                    "be hashed for the provenance. Pass the model before it was quantized."
+                ) from error
         return digest.hexdigest()
 
 
@@ -131,42 +167,55 @@ def load_teachers(
     """Open teachers by name, in evaluation mode.
 
     Args:
-        teachers: name → Hub id, folder, model loaded by `from_pretrained`, or (model, image processor).
+        teachers: name → Hub id, folder, model loaded by `from_pretrained`, or (model, image processor). Each of the two
+            may be a Hub id or folder.
         bf16: run them under bf16 autocast.
         trust_remote_code: run the code that a Hub repository or folder contains.
 
     Raises:
-        ValueError: no teacher, a name that cannot name a column, a model without an image processor, or a model with its
-            own code without `trust_remote_code`.
+        TypeError: `teachers` is no mapping.
+        ValueError: no teacher, a name that cannot name a column, another kind of object, a model without an image
+            processor, or a model with its own code without `trust_remote_code`.
         OSError: an id or folder that cannot be loaded.
         ImportError: a library that the model is built on, such as timm, is not installed.
     """
+    if not isinstance(teachers, Mapping):
+        raise TypeError(f"teachers={teachers!r} has no names. Pass name → model, Hub id or folder, as a dict.")
     if not teachers:
         raise ValueError("teachers={} is empty. Pass at least one teacher, as name → model, Hub id or folder.")
     return [_load_teacher(name, teacher, bf16, trust_remote_code) for name, teacher in teachers.items()]
 
 
 def _load_teacher(name, teacher, bf16, trust_remote_code):
-    if not isinstance(name, str) or not name.isidentifier():
+    # Two spellings of one letter would make two columns that look the same.
+    if not isinstance(name, str) or not name.isidentifier() or not unicodedata.is_normalized("NFKC", name):
         raise ValueError(
             f'"{name}" cannot name a teacher, because the name becomes part of a column name. Use letters, digits and "_", '
             "and do not begin with a digit."
         )
-    revision = None
-    if isinstance(teacher, tuple):
-        model, processor = teacher
-    elif isinstance(teacher, (str, os.PathLike)):
-        revision = _resolve_revision(teacher)
-        model = _load_model(teacher, revision=revision or "main", trust_remote_code=trust_remote_code)
-        processor = _load_processor(name, str(teacher), trust_remote_code, revision or "main")
-    elif not isinstance(teacher, PreTrainedModel):
+    model, processor = teacher if isinstance(teacher, (tuple, list)) and len(teacher) == 2 else (teacher, None)
+    revision, source = None, model
+    if isinstance(model, _Path):
+        revision = _resolve_revision(model)
+        model = _load_model(model, revision=revision or "main", trust_remote_code=trust_remote_code)
+    elif isinstance(model, torch.nn.Module):
+        model = without_autocast(model)
+        source = getattr(model, "name_or_path", "")
+    if not isinstance(model, PreTrainedModel):
         raise ValueError(
-            f'The teacher "{name}" is {teacher!r}. Pass a Hub id, a folder, a model, or (model, image processor).'
+            f'The teacher "{name}" is a {type(model).__name__}, whose classes and image processor are unknown. Pass a Hub '
+            "id, a folder, a model of transformers, or (model, image processor)."
         )
-    else:
-        model = teacher
-        processor = _load_processor(name, model.name_or_path, trust_remote_code)
-    return Teacher(name, without_autocast(model).eval(), processor, bf16, revision)
+    if processor is None:
+        processor = _load_processor(name, source, trust_remote_code, revision or "main")
+    elif isinstance(processor, _Path):
+        processor = _load_processor(name, processor, trust_remote_code, _resolve_revision(processor) or "main")
+    elif not isinstance(processor, BaseImageProcessor):
+        raise ValueError(
+            f'The image processor of the teacher "{name}" is a {type(processor).__name__}, whose settings cannot be '
+            "recorded. Pass one of transformers, such as ViTImageProcessor(size=…, image_mean=…, image_std=…)."
+        )
+    return Teacher(name, model.eval(), processor, bf16, revision)
 
 
 def _load_model(source, **options):
@@ -200,6 +249,6 @@ def _load_processor(name, source, trust_remote_code, revision="main"):
     if not source:
         raise ValueError(missing)
     try:
-        return AutoImageProcessor.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+        return AutoImageProcessor.from_pretrained(str(source), revision=revision, trust_remote_code=trust_remote_code)
     except OSError as error:
         raise ValueError(missing) from error

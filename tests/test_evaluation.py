@@ -16,9 +16,9 @@ from hf_ibdistill import IBViTConfig, IBViTForImageClassification, evaluate_mode
 from hf_ibdistill.evaluation import (
     ExpectedCalibrationError,
     NegativeLogLikelihood,
+    RunningMetrics,
     TopKAccuracy,
     classification_metrics,
-    compute_metrics,
     expected_calibration_error,
     log_softmax,
     negative_log_likelihood,
@@ -209,10 +209,22 @@ def test_metrics_of_students(with_teachers, named):
 
 def test_the_trainers_predictions_are_understood():
     logits, labels, class_logits, token_logits, _ = student_arrays()
-    assert compute_metrics(EvalPrediction(logits, labels)) == classification_metrics(logits, labels)
+    assert RunningMetrics()(EvalPrediction(logits, labels)) == classification_metrics(logits, labels)
     outputs = (logits, class_logits, token_logits)
     expected = classification_metrics(logits, labels, class_logits, token_logits, teacher_names=["a", "b"])
-    assert compute_metrics(EvalPrediction(outputs, labels), teacher_names=["a", "b"]) == expected
+    assert RunningMetrics(["a", "b"])(EvalPrediction(outputs, labels)) == expected
+
+
+@pytest.mark.parametrize("sizes", [[200], [1] * 200, [64, 64, 64, 8], [199, 1]], ids=len)
+def test_metrics_batch_by_batch_are_those_of_all_rows(sizes):
+    arrays = student_arrays(200)
+    expected = classification_metrics(*arrays, teacher_names=["a", "b"])
+    metrics, start = RunningMetrics(["a", "b"]), 0
+    for _ in range(2):  # the second time, nothing of the first is left
+        for start, size in zip(np.cumsum([0, *sizes]), sizes):
+            logits, labels, *others = (torch.tensor(array[start : start + size]) for array in arrays)
+            metrics.update(logits, labels, *others)
+        assert metrics.compute() == pytest.approx(expected, rel=1e-12)
 
 
 # Predictions
@@ -288,6 +300,23 @@ def test_predictions_of_a_student():
     for name in ("logits", "class_logits", "teacher_token_logits"):
         np.testing.assert_allclose(outputs[name], by_hand(model, dataset, name), atol=1e-5)
     assert outputs["teacher_token_logits"].shape == (5, 2, 3)
+
+
+def test_measuring_leaves_every_module_in_its_mode():
+    model = plain().train()
+    frozen = next(module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)).eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    statistics = frozen.running_mean.clone()
+    evaluate_model(model, PROCESSOR, table())
+    assert {name: module.training for name, module in model.named_modules()} == before
+    torch.testing.assert_close(frozen.running_mean, statistics, rtol=0, atol=0)
+
+
+def test_models_that_return_tuples():
+    model, dataset = plain(), table()
+    expected = predict(model, PROCESSOR, dataset)["logits"]
+    model.config.return_dict = False
+    np.testing.assert_array_equal(predict(model, PROCESSOR, dataset)["logits"], expected)
 
 
 def test_predictions_of_a_student_without_teachers():
@@ -458,3 +487,9 @@ def test_attention_of_a_model_with_fused_attention_in_half_precision_or_training
     for name, maps in found.items():
         assert maps.dtype == np.float32
         np.testing.assert_allclose(maps, expected[name], atol=2e-2)
+
+
+def test_a_teacher_called_class_does_not_take_the_metric_of_the_class_token():
+    logits, labels = np.eye(3, dtype=np.float32), np.arange(3)
+    metrics = classification_metrics(logits, labels, logits, -logits[:, None], teacher_names=["class"])
+    assert (metrics["class_token_accuracy"], metrics["0_token_accuracy"]) == (1, 0)

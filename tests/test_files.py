@@ -1,12 +1,16 @@
-"""Files are written whole or not at all, and hashed."""
+"""Files are written whole or not at all, hashed, and read the same in every locale."""
 
+import ast
 import errno
 import hashlib
 import os
+from pathlib import Path
 
+import numpy as np
 import pytest
 
-from hf_ibdistill.files import explain_full_disk, sha256, write_text, write_whole
+import hf_ibdistill
+from hf_ibdistill.files import PART, checksums, explain_full_disk, sha256, write_text, write_whole
 
 
 def names(folder):
@@ -89,3 +93,28 @@ def test_a_full_disk_is_explained_and_other_errors_pass():
         with pytest.raises(type(error)) as passed, explain_full_disk("some/folder", "Free some space."):
             raise error
         assert passed.value is error
+
+
+@pytest.mark.parametrize("size", [0, 3, PART - 1, PART, PART + 1, 2 * PART])
+def test_checksums_cover_every_byte_once(size, tmp_path):
+    content = np.random.default_rng(0).bytes(size)
+    (tmp_path / "file.bin").write_bytes(content)
+    parts = [content[start : start + PART] for start in range(0, size, PART)]
+    found = checksums(tmp_path / "file.bin")
+    assert found == {"size": size, "sha256": [hashlib.sha256(part).hexdigest() for part in parts]}
+
+
+def opens_text_without_encoding(call):
+    name = getattr(call.func, "attr", getattr(call.func, "id", None))
+    if name == "write_text" and isinstance(call.func, ast.Name):
+        return False  # that of this package, which is always UTF-8
+    mode = call.args[1].value if name == "open" and isinstance(call.func, ast.Name) and len(call.args) > 1 else "r"
+    is_text = name in ("read_text", "write_text") or (isinstance(call.func, ast.Name) and name == "open")
+    return is_text and "b" not in mode and not any(keyword.arg == "encoding" for keyword in call.keywords)
+
+
+def test_text_has_the_same_encoding_on_every_system():
+    # Without one, Python takes that of the locale: cp1252 on Windows, ASCII where LANG=C.
+    for path in sorted(Path(hf_ibdistill.__file__).parent.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            assert not (isinstance(node, ast.Call) and opens_text_without_encoding(node)), f"{path}:{node.lineno}"

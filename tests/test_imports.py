@@ -13,6 +13,7 @@ import hf_ibdistill
 
 PACKAGE = Path(hf_ibdistill.__file__).parent
 STAGES = [
+    "checks",
     "files",
     "models",
     "data",

@@ -301,3 +301,25 @@ def test_images_of_several_sizes_and_modes_make_one_batch():
     assert batch["pixel_values"].shape == (3, 3, 8, 8) and batch["labels"].tolist() == [0, 1, 2]
     # Grayscale: three equal channels.
     assert torch.equal(batch["pixel_values"][1, 0], batch["pixel_values"][1, 2])
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_a_shuffle_buffer_yields_every_row_once_with_its_own_logits(size):
+    logits = np.random.default_rng(0).normal(size=(30, 5)).astype(np.float32)
+    table = cell_table([gray(i) for i in range(30)], conv_logits=logits)
+    ordered = list(StreamedImageRows(stream(table), ["row"], ["conv_logits"], 5))
+    rows = StreamedImageRows(stream(table), ["row"], ["conv_logits"], 5, buffer_size=size, seed=1)
+    orders = []
+    for epoch in (0, 1, 0):
+        rows.start_epoch(epoch)
+        found = list(rows)
+        orders.append([row["row"] for row in found])
+        assert sorted(orders[-1]) == list(range(30))
+        for row in found:
+            np.testing.assert_array_equal(row["conv_logits"], ordered[row["row"]]["conv_logits"])
+            assert row["image"].tobytes() == ordered[row["row"]]["image"].tobytes()
+        # A row waits for any time, and comes at most the size of the buffer too early.
+        assert all(row - place <= size for place, row in enumerate(orders[-1]))
+    assert orders[0] == orders[2]
+    if size > 1:
+        assert orders[0] != orders[1] and orders[0] != sorted(orders[0])

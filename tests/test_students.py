@@ -46,6 +46,15 @@ def build(kind):
 STUDENTS = ["linear", "convolution", "bias_stems", "no teachers"]
 
 
+@pytest.mark.parametrize("kind", ["linear", "vit"])
+def test_none_keeps_what_the_checkpoint_has(kind, tmp_path):
+    build(kind).save_pretrained(tmp_path)
+    fields = dict.fromkeys(("image_size", "fusion", "id2label", "teacher_spatial_operators"))
+    model, expected = load_student(tmp_path, None, **fields), load_student(tmp_path)
+    assert model.config.to_dict() == expected.config.to_dict()
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in expected.state_dict().items())
+
+
 @pytest.mark.parametrize("size", [8, 12, 4])
 @pytest.mark.parametrize("kind", STUDENTS)
 @torch.no_grad()
@@ -101,7 +110,8 @@ def test_tokens_and_heads_go_with_their_teachers_names(names, kind, size, tmp_pa
     def parts(student):
         """Name → token, position and head."""
         embeddings, heads = student.ibvit.embeddings, [student.class_head, *student.teacher_heads]
-        tokens = torch.cat((embeddings.class_token, embeddings.teacher_tokens), dim=1)[0]
+        tokens = [embeddings.class_token, *([embeddings.teacher_tokens] if student.teacher_heads else [])]
+        tokens = torch.cat(tokens, dim=1)[0]
         positions = embeddings.position_embeddings[0]
         found = [(*of_token, head.weight, head.bias) for *of_token, head in zip(tokens, positions, heads)]
         return dict(zip(["class", *student.config.teacher_names], found, strict=True)), positions[len(heads) :]

@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import json
 import logging
+import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from transformers.hf_argparser import string_to_bool
 
 from ..data.loading import load_image_dataset
 from ..data.splits import select_per_class
+from ..images.decoding import scale_pixels
 from ..images.views import ViewRecipe
 
 
@@ -42,9 +44,18 @@ class DataArguments:
         default=None, metadata={"help": "Train on a random subset with this many images of each class."}
     )
     split_seed: int = field(default=0, metadata={"help": "Seed of the validation split and of the subset."})
+    pixel_range: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Levels of black and white in gray images of 16 or 32 bits, signed or float.",
+            "metavar": "X",
+        },
+    )
 
     def load(self) -> DatasetDict:
         """The splits, with the columns "image" and "label"."""
+        if self.pixel_range is not None and len(self.pixel_range) != 2:
+            raise ValueError(f"pixel_range={self.pixel_range} is not two numbers. Give the levels of black and white.")
         splits = load_image_dataset(
             self.dataset,
             image_column=self.image_column,
@@ -54,7 +65,7 @@ class DataArguments:
         )
         if self.images_per_class is not None:
             splits["train"] = select_per_class(splits["train"], self.images_per_class, seed=self.split_seed)
-        return splits
+        return splits if self.pixel_range is None else scale_pixels(splits, *self.pixel_range)
 
 
 @dataclass
@@ -219,25 +230,46 @@ def _read_config(parser, arguments) -> list[str]:
         return []
     try:
         # Every JSON file is YAML.
-        entries = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        loader = _YamlLoader(Path(path).read_text(encoding="utf-8-sig"))
+        root = loader.get_single_node() or yaml.MappingNode("", [])
+        if isinstance(root, yaml.MappingNode):
+            loader.flatten_mapping(root)
+            entries = [(str(name.value), _as_text(loader, value)) for name, value in root.value]
+    except (OSError, ValueError, yaml.YAMLError) as error:
         parser.error(f"--config {path} cannot be read: {' '.join(str(error).split())}")
-    if not isinstance(entries, dict):
-        parser.error(f"--config {path} holds a {type(entries).__name__}; it must map arguments to values")
+    if not isinstance(root, yaml.MappingNode):
+        kind = "list" if isinstance(root, yaml.SequenceNode) else "str"
+        parser.error(f"--config {path} holds a {kind}; it must map arguments to values")
     known = [field.name for kind in parser.dataclass_types for field in dataclasses.fields(kind) if field.init]
     flags = []
-    for name, value in entries.items():
+    for name, value in entries:
         if name not in known:
-            parser.reject(str(name), known, f"--config {path}: ")
-        is_boolean = parser._option_string_actions[f"--{name}"].type is string_to_bool
+            parser.reject(name, known, f"--config {path}: ")
         if isinstance(value, list):
-            flags += [f"--{name}", *map(str, value)]
-        elif isinstance(value, bool) and not is_boolean:
-            # YAML reads the word "no" of eval_strategy, and "yes", as booleans.
-            flags.append(f"--{name}={'true' if value else 'no'}")
+            if not value or not all(isinstance(item, str) for item in value):
+                parser.error(f"--config {path}: {name} needs a value, or a list of plain values")
+            flags += [f"--{name}", *value]
         elif value is not None:
-            flags.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
+            flags.append(f"--{name}={value}")
     return flags
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-3 as a text."""
+
+
+_YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _as_text(loader, node) -> str | list | None:
+    """A value as it is written, because a flag is a text as well. Only the values of a mapping have types."""
+    if isinstance(node, yaml.SequenceNode):
+        return [_as_text(loader, item) for item in node.value]
+    if isinstance(node, yaml.MappingNode):
+        return json.dumps(loader.construct_document(node))
+    return None if node.tag == "tag:yaml.org,2002:null" else node.value
 
 
 def last_checkpoint(args: TrainingArguments) -> str | bool | None:

@@ -90,7 +90,6 @@ class StudentArguments:
         classes = class_config(train)
         if self.model is not None:
             changes = {"image_size": self.image_size, "fusion": self.fusion}
-            changes = {name: value for name, value in changes.items() if value is not None}
             model = load_student(self.model, teacher_names=names, **changes, **classes)
             return model, load_image_processor(self.model, self.image_size)
         processor = build_image_processor(train, image_size=self.image_size)

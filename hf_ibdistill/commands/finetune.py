@@ -11,7 +11,6 @@ than later ones.
 
 import json
 from dataclasses import dataclass, field
-from functools import partial
 
 from transformers import Trainer, set_seed
 
@@ -19,7 +18,7 @@ from ..data.classes import class_config
 from ..publishing.results import evaluate_and_save
 from ..students import load_image_processor, load_student
 from ..training.arguments import ImageTrainingArguments
-from ..training.finetuning import all_heads_loss, freeze_layers, layer_decay_groups
+from ..training.finetuning import freeze_layers, layer_decay_groups
 from ..training.trainer import ImageClassificationTrainer
 from .arguments import DataArguments, ViewArguments, last_checkpoint, parse, result_split, run
 
@@ -87,7 +86,6 @@ def main(arguments):
     splits = data.load()
     set_seed(args.seed)
     changes = {"image_size": start.image_size, "fusion": start.fusion}
-    changes = {name: value for name, value in changes.items() if value is not None}
     model = load_student(start.model, **changes, **class_config(splits["train"]))
     args.freeze(model)
     trainer = ImageClassificationTrainer(
@@ -97,7 +95,6 @@ def main(arguments):
         eval_dataset=splits["validation"],
         processing_class=load_image_processor(start.model, start.image_size),
         views=views.recipe(),
-        compute_loss_func=partial(all_heads_loss, label_smoothing=args.label_smoothing_factor),
         optimizer_cls_and_kwargs=args.optimizer(model),
     )
     trainer.train(resume_from_checkpoint=last_checkpoint(args))

@@ -9,8 +9,9 @@ Log in first (`hf auth login`), or set HF_TOKEN. A second call completes an inte
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from datasets import DatasetDict, load_from_disk
+from datasets import DatasetDict
 
+from ..data.sources import open_saved
 from ..publishing.hub import push_folder_to_hub, push_logits_to_hub
 from .arguments import parse, run
 
@@ -44,7 +45,7 @@ def main(arguments):
         "create_pr": args.create_pr,
     }
     if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
-        table = load_from_disk(str(folder))
+        table = open_saved(folder)
         if isinstance(table, DatasetDict):
             if args.split not in table:
                 raise ValueError(f"split={args.split} does not exist. Choose one of {', '.join(table)}.")

@@ -190,7 +190,7 @@ def run_seed(data: QuickstartData, views: QuickstartViews, quick: QuickstartArgu
     )
     lap("distill the student")
 
-    sample = splits[split].shuffle(seed=seed).select(range(min(8, len(splits[split]))))
+    sample = splits[split].shuffle(seed=seed, keep_in_memory=True).select(range(min(8, len(splits[split]))))
     draw({"without teachers": alone, "with both teachers": distilled}, sample, folder / "student" / PICTURE)
     check_reloaded(distilled, folder / "student", splits[split])
     lap("draw and reload")

@@ -6,8 +6,9 @@ hf-ibdistill verify --table outputs/table --teachers conv=outputs/conv inv=outpu
 import sys
 from dataclasses import dataclass, field
 
-from datasets import DatasetDict, load_from_disk
+from datasets import DatasetDict
 
+from ..data.sources import open_saved
 from ..recording.verification import verify_teacher_logits
 from .arguments import name_folders, parse, run
 
@@ -25,7 +26,7 @@ class VerificationArguments:
 
 def main(arguments):
     (verification,) = parse("verify", __doc__, arguments, VerificationArguments)
-    tables = load_from_disk(verification.table)
+    tables = open_saved(verification.table)
     problems = []
     for split, table in (tables if isinstance(tables, DatasetDict) else {"table": tables}).items():
         found = verify_teacher_logits(

@@ -5,10 +5,11 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pyarrow.compute as pc
-from datasets import ClassLabel, Dataset, DatasetDict, Features
+from datasets import ClassLabel, Dataset, DatasetDict
 from transformers import PreTrainedConfig
 
-from .columns import LABEL, Table, as_image_table
+from .columns import LABEL, Table, as_image_table, require_table
+from .folders import sort_classes
 
 
 def class_names(table: Table) -> list[str]:
@@ -31,9 +32,20 @@ def label_ids(table: Dataset) -> np.ndarray:
     return table.select_columns([LABEL]).with_format("arrow")[:][LABEL].fill_null(-1).to_numpy().astype(np.int64)
 
 
-def config_class_names(config: PreTrainedConfig) -> list[str]:
-    """The names of a model's classes, in the order of its logits."""
-    return [str(config.id2label[i]) for i in range(config.num_labels)]
+def config_class_names(config: PreTrainedConfig, owner: str = "the model") -> list[str]:
+    """The names of a model's classes, in the order of its logits.
+
+    Raises:
+        ValueError: `id2label` does not number the classes from 0; the message names the owner.
+    """
+    names = {str(i): str(name) for i, name in (config.id2label or {}).items()}
+    expected = [str(i) for i in range(len(names))]
+    if not names or set(names) != set(expected):
+        raise ValueError(
+            f"id2label of {owner} numbers its classes {', '.join(names)[:60] or 'not at all'}. Number them 0, 1, 2, … "
+            "without gaps, in the order of the logits."
+        )
+    return [names[i] for i in expected]
 
 
 def class_config(table: Table, label_column: str | None = None) -> dict:
@@ -44,8 +56,10 @@ def class_config(table: Table, label_column: str | None = None) -> dict:
         label_column: that column; found if not given.
 
     Raises:
+        TypeError: `table` is not one table.
         ValueError: the column cannot be found or is not a `ClassLabel`.
     """
+    require_table(table, "table", streams=True)
     names = class_names(as_image_table(table, label_column=label_column, needs_image=False))
     return {
         "num_labels": len(names),
@@ -63,15 +77,17 @@ def check_class_names(label_names: Sequence[str], expected: Sequence[str], owner
     if len(label_names) != len(expected):
         raise ValueError(f"{owner} has {len(label_names)} classes; the dataset has {len(expected)}.")
     # Some systems write an accented letter as one sign, others as two.
-    label_names, expected = (
-        [unicodedata.normalize("NFC", name) for name in names] for names in (label_names, expected)
-    )
+    label_names, expected = _normalize(label_names), _normalize(expected)
     is_unnamed = has_default_names(label_names) or has_default_names(expected)
     if not is_unnamed and label_names != expected:
         raise ValueError(
             f"The classes of the dataset and of {owner} differ: {name_difference(expected, label_names)}. "
             "Logits are matched to classes by position, so names and order must be the same."
         )
+
+
+def _normalize(names):
+    return [unicodedata.normalize("NFC", name) for name in names]
 
 
 def has_default_names(label_names: Sequence[str]) -> bool:
@@ -95,19 +111,20 @@ def encode_labels(splits: DatasetDict) -> DatasetDict:
     Raises:
         ValueError: a split has rows without a label, other classes, or ids out of range.
     """
+    splits = DatasetDict(splits)
     for name, split in splits.items():
         # NaN is how pandas writes a missing value.
         missing = pc.is_null(split.select_columns([LABEL]).with_format("arrow")[:][LABEL], nan_is_null=True)
         rows = np.flatnonzero(missing.to_numpy())
         if len(rows):
             raise ValueError(f'The split "{name}" has {len(rows)} rows without a label (first {rows[:10].tolist()}).')
-    if not isinstance(splits["train"].features[LABEL], ClassLabel):
+    if not all(isinstance(split.features[LABEL], ClassLabel) for split in splits.values()):
         splits = _number_classes(splits)
     names = splits["train"].features[LABEL].names
     ids = {name: label_ids(split) for name, split in splits.items()}
     for name, split in splits.items():
         found = split.features[LABEL].names
-        if found != names:
+        if _normalize(found) != _normalize(names):
             raise ValueError(
                 f'The splits "train" and "{name}" have different classes: {name_difference(names, found)}.'
             )
@@ -127,24 +144,59 @@ def encode_labels(splits: DatasetDict) -> DatasetDict:
 
 
 def _number_classes(splits):
-    names = sorted(splits["train"].unique(LABEL))
+    """Labels of any kind → a `ClassLabel` with the classes of the training split, matched by name."""
+    readers = {name: _value_reader(split, name) for name, split in splits.items()}
+    train = splits["train"].features[LABEL]
+    if isinstance(train, ClassLabel):
+        names = _normalize(train.names)
+    else:
+        names = {readers["train"](value) for value in splits["train"].unique(LABEL)}
+        names = sort_classes(names) if train.dtype in _TEXT else sorted(names)
     ids = {name: i for i, name in enumerate(names)}
     for split, rows in splits.items():
-        unknown = [value for value in rows.unique(LABEL) if value not in ids]
+        unknown = [value for value in map(readers[split], rows.unique(LABEL)) if value not in ids]
         if unknown:
             raise ValueError(
                 f'The split "{split}" has classes that no training image has: {unknown[:10]}. The classes are '
                 f"{names[:10]}."
             )
     feature = ClassLabel(names=[str(name) for name in names])
-    return DatasetDict(
-        {
-            split: rows.map(
-                lambda batch: {LABEL: [ids[value] for value in batch[LABEL]]},
-                batched=True,
-                features=Features({**rows.features, LABEL: feature}),
-                desc="Numbering the classes",
-            )
-            for split, rows in splits.items()
-        }
+    for split, rows in splits.items():
+        values = rows.select_columns([LABEL]).with_format("arrow")[:][LABEL].to_pylist()
+        labels = np.array([ids[readers[split](value)] for value in values], np.int64)
+        # Not `map`, which would write a copy of the images beside the files of the user.
+        numbered = rows.remove_columns(LABEL).add_column(LABEL, labels, feature=feature)
+        splits[split] = numbered.select_columns(rows.column_names)
+    return splits
+
+
+_TEXT = ("string", "large_string")
+
+
+def _value_reader(rows, split):
+    """A function from a label to the name of its class, or to its number if it has none.
+
+    Raises:
+        ValueError: labels of this type are no classes; the message names the first row.
+    """
+    feature = rows.features[LABEL]
+    if isinstance(feature, ClassLabel):
+        names = _normalize(feature.names)
+        return lambda value: names[value] if 0 <= value < len(names) else value
+    if feature.dtype in _TEXT:
+        return lambda value: unicodedata.normalize("NFC", value)
+    if feature.dtype == "bool" or "int" in feature.dtype:
+        return lambda value: value
+    if feature.dtype.startswith("float"):
+        values = rows.select_columns([LABEL]).with_format("arrow")[:][LABEL].to_numpy()
+        # pandas makes floats of numbers if one of them is missing.
+        wrong = np.flatnonzero(values != np.round(values))
+        if not len(wrong) and np.isfinite(values).all():
+            return int
+        row = int(wrong[0]) if len(wrong) else int(np.flatnonzero(~np.isfinite(values))[0])
+        what = f"row {row} is {values[row]}, and a class has a name or a whole number"
+    else:
+        what = f"the column is {feature}"
+    raise ValueError(
+        f'The labels of the split "{split}" are no classes: {what}. Choose another column, or convert it.'
     )

@@ -31,8 +31,8 @@ def as_image_table(
 ) -> Table | DatasetDict | IterableDatasetDict:
     """The same rows with the image column named `"image"` and the label column named `"label"`. Other columns stay.
 
-    A table that has these names is returned as it is. Images of a stream stay encoded, because renaming a decoded column
-    would compress them a second time.
+    A table that has these names is returned as it is, without a format such as "torch". Images of a stream stay encoded,
+    because renaming a decoded column would compress them a second time.
 
     Args:
         table: a table, a stream, or several splits of either. All splits use the columns that are found in the training
@@ -69,6 +69,9 @@ def as_image_table(
             raise ValueError(
                 f'The column "{old}" would be named "{new}", but another column has that name. Remove or rename "{new}".'
             )
+    if isinstance(table, Dataset) and (table.format["type"] or table.format["columns"] != table.column_names):
+        # A format decides what a row looks like, and may hide columns.
+        table = table.with_format(None)
     if image is not None and not isinstance(table.features[image], Image):
         table = table.cast_column(image, Image())
     if isinstance(table, IterableDataset):
@@ -76,21 +79,27 @@ def as_image_table(
     return table.rename_columns(names) if names else table
 
 
-def require_table(table: object, what: str) -> None:
+def require_table(table: object, what: str, streams: bool = False) -> None:
     """Refuse anything but one table.
 
     Args:
         table: what was given.
         what: the argument's name, for the message.
+        streams: whether a stream will do.
 
     Raises:
         TypeError: it is another object, several splits, or a stream.
     """
+    kinds = "a datasets.Dataset or IterableDataset" if streams else "a datasets.Dataset"
     if isinstance(table, Mapping):
-        first = next(iter(table), "train")
-        raise TypeError(f'{what} is one table; got the splits {", ".join(table)}. Choose one: splits["{first}"].')
-    if not isinstance(table, Dataset):
-        raise TypeError(f"{what} is a datasets.Dataset; got {type(table).__name__}.")
+        raise TypeError(
+            f"{what} is a {type(table).__name__} with the splits {', '.join(map(str, table)) or 'none'}, not {kinds}. Choose "
+            f'one of them: splits["{next(iter(table), "train")}"].'
+        )
+    if isinstance(table, IterableDataset) and not streams:
+        raise TypeError(f"{what} is an IterableDataset, not {kinds}. Open it without streaming=True.")
+    if not isinstance(table, (Dataset, IterableDataset)):
+        raise TypeError(f"{what} is a {type(table).__name__}, not {kinds}. Open it with load_image_dataset.")
 
 
 def _rename_stream(table, names, image) -> IterableDataset:
@@ -104,8 +113,7 @@ def _rename_stream(table, names, image) -> IterableDataset:
 
 
 def _find_columns(table, image_column, label_column, needs_image, needs_label) -> tuple[str | None, str | None]:
-    if not isinstance(table, (Dataset, IterableDataset)):
-        raise TypeError(f"A table is a datasets.Dataset, IterableDataset or DatasetDict; got {type(table).__name__}.")
+    require_table(table, "dataset", streams=True)
     features = table.features
     if features is None:
         raise ValueError("The stream has no column types (features=None). Open it with features=datasets.Features(…).")
@@ -141,7 +149,7 @@ def _holds_images(feature) -> bool:
 def _find(kind: str, given: str | None, candidates: Sequence[str], features: Features, is_needed: bool) -> str | None:
     columns = ", ".join(features)
     if given is not None:
-        if given not in features:
+        if not isinstance(given, str) or given not in features:
             raise ValueError(f'{kind}_column="{given}" does not exist; the columns are {columns}.')
         return given
     if kind in candidates:

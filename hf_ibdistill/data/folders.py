@@ -12,7 +12,7 @@ import logging
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import PIL.Image
@@ -71,7 +71,7 @@ def open_image_folder(root: Path) -> dict[str, Dataset]:
         raise ValueError(f"{root} has several folders for one split: {', '.join(twice)}. Join or rename them.")
     for path in folders:
         if path not in splits:
-            count = sum(1 for _ in _walk(path))
+            count = sum(1 for _ in walk(path))
             is_split = split_of(path.name) is not None
             if is_split and split_of(path.name) == "train":
                 raise ValueError(f"{path} holds {count} files, but no class folders.")
@@ -80,7 +80,7 @@ def open_image_folder(root: Path) -> dict[str, Dataset]:
                 '%s: the folder "%s" with %d files is left out, because %s.', root, path.name, count, reason
             )
     if any(_metadata(path) is not None for path in splits):
-        _report_files(root, files)
+        report_files(root, files)
         return {split: _open_metadata(path) for path, split in splits.items()}
     return _open_classes({split: (path, None) for path, split in splits.items()}, files, root)
 
@@ -91,13 +91,13 @@ def _is_split(path):
 
 def _open_classes(splits, root_files, root):
     paths = {}
-    _report_files(root, root_files)
+    report_files(root, root_files)
     for split, (folder, class_folders) in splits.items():
         if class_folders is None:
             class_folders, loose = _entries(folder)
-            _report_files(folder, loose)
+            report_files(folder, loose)
         paths[split] = _read_classes(class_folders)
-    names = sorted({name for classes in paths.values() for name in classes}, key=_class_order(paths))
+    names = sort_classes({name for classes in paths.values() for name in classes})
     if not names:
         raise ValueError(f"{root} holds no class folders: {_describe(root)}. {_ADVICE}")
     if len(names) == 1:
@@ -127,7 +127,7 @@ def _read_classes(folders) -> dict[str, list[str]]:
     classes: dict[str, list[str]] = {}
     for folder in folders:
         images, others = [], Counter()
-        for path in _walk(folder):
+        for path in walk(folder):
             if _is_image(path):
                 images.append(path)
             else:
@@ -146,11 +146,11 @@ def _read_classes(folders) -> dict[str, list[str]]:
     return classes
 
 
-def _class_order(paths):
-    names = {name for classes in paths.values() for name in classes}
-    if all(name.isdecimal() and name.isascii() for name in names):
-        return lambda name: (int(name), name)
-    return lambda name: name
+def sort_classes(names: Iterable[str]) -> list[str]:
+    """Names of classes in alphabetical order; names that are numbers in numerical order."""
+    names = sorted(names)
+    is_numbered = all(name.isdecimal() and name.isascii() for name in names)
+    return sorted(names, key=int) if is_numbered else names
 
 
 def _entries(folder: Path) -> tuple[list[Path], list[Path]]:
@@ -163,7 +163,7 @@ def _entries(folder: Path) -> tuple[list[Path], list[Path]]:
     return sorted(folders), sorted(files)
 
 
-def _walk(folder: str | os.PathLike, above: tuple[str, ...] = ()) -> Iterator[str]:
+def walk(folder: str | os.PathLike, above: tuple[str, ...] = ()) -> Iterator[str]:
     """Every file at any depth, through links, without hidden ones.
 
     Raises:
@@ -178,7 +178,7 @@ def _walk(folder: str | os.PathLike, above: tuple[str, ...] = ()) -> Iterator[st
             if _is_hidden(entry.name):
                 continue
             if entry.is_dir():
-                yield from _walk(entry.path, (*above, real))
+                yield from walk(entry.path, (*above, real))
             elif entry.is_file():
                 yield entry.path
             elif entry.is_symlink():
@@ -222,15 +222,18 @@ def _is_image(path: str) -> bool:
     try:
         with PIL.Image.open(path):
             return True
+    except PIL.Image.DecompressionBombError:
+        return True  # decoding refuses it with its row
     except OSError:
         return False
 
 
-def _report_files(folder, files):
-    """Report files that lie beside the folders, where none is expected."""
+def report_files(folder: Path, files: Sequence[Path], where: str = "beside the folders") -> None:
+    """Report files that are not read."""
+    files = [path for path in files if not _is_hidden(path.name)]
     if files:
         first = ", ".join(path.name for path in files[:3]) + (", …" if len(files) > 3 else "")
-        logger.warning("%s: %d files beside the folders are left out (%s).", folder, len(files), first)
+        logger.warning("%s: %d files %s are left out (%s).", folder, len(files), where, first)
 
 
 def _describe(folder) -> str:
@@ -271,7 +274,7 @@ def _open_metadata(folder: Path) -> Dataset:
     if missing:
         raise ValueError(f"{path} names {len(missing)} files that do not exist, for example {missing[0]}.")
     named = {os.path.realpath(image) for image in (*paths, path)}
-    others = sum(os.path.realpath(image) not in named for image in _walk(folder))
+    others = sum(os.path.realpath(image) not in named for image in walk(folder))
     if others:
         logger.warning("%s: %d files that %s does not name are left out.", folder, others, path.name)
     return _to_dataset(rows.drop_columns("file_name").add_column(0, "image", _image_array(paths)))

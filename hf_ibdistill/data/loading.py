@@ -40,9 +40,12 @@ def load_image_dataset(
         load_kwargs: passed to `datasets.load_dataset`, for example the `name` of a configuration or a `revision`.
 
     Raises:
+        TypeError: `source` is no text or path.
         FileNotFoundError: `source` looks like a path and nothing is there.
         ValueError: a column cannot be found, a split is empty or missing, or labels do not fit their names.
     """
+    if not isinstance(source, (str, os.PathLike)):
+        raise TypeError(f"source is a {type(source).__name__}. Pass a folder, a file or a Hub id.")
     splits = name_splits(open_source(source, load_kwargs), source)
     splits = as_image_table(splits, image_column, label_column)
     splits = encode_labels(drop_unlabelled_test(splits))

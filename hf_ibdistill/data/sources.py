@@ -7,13 +7,13 @@ import logging
 import os
 import re
 import zlib
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PureWindowsPath
 
 import numpy as np
-from datasets import ClassLabel, Dataset, Features, Image, Value, load_dataset, load_from_disk
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, load_dataset, load_from_disk
 
-from .folders import open_image_folder, split_of
+from .folders import open_image_folder, report_files, split_of, walk
 from .splits import stratified_split
 
 
@@ -52,7 +52,7 @@ def _open(source, load_kwargs):
     if path.is_file():
         if path.suffix != ".parquet":
             raise ValueError(f"{path} is not a Parquet file; give a folder, a .parquet file or a Hub id.")
-        return _load_parquet({split_of_file(path) or "train": [path]}, load_kwargs)
+        return load_parquet({split_of_file(path) or "train": [path]}, load_kwargs)
     if path.is_absolute() or str(source).startswith((".", "~")) or len(path.parts) > 2:
         raise FileNotFoundError(f"There is no folder or file {source}.")
     return load_dataset(str(source), **load_kwargs)
@@ -60,16 +60,46 @@ def _open(source, load_kwargs):
 
 def _open_folder(path, load_kwargs):
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-        _check_saved_splits(path)
-        return load_from_disk(str(path))
+        return open_saved(path)
+    for manifest in (*path.glob("recording.json"), *path.glob("*/recording.json")):
+        raise ValueError(
+            f"{manifest.parent} holds a recording that is not finished. Record again; it continues there."
+        )
     if any("-images-idx3-ubyte" in file.name for file in path.iterdir()):
         return _load_idx(path)
-    parquet = [file for file in sorted(path.rglob("*.parquet")) if file.name != "metadata.parquet"]
+    files = [Path(file) for file in sorted(walk(path))]
+    parquet = [file for file in files if file.suffix.lower() == ".parquet" and file.name != "metadata.parquet"]
     if parquet:
-        return _load_parquet(_split_files(path, parquet), load_kwargs)
+        report_files(path, sorted({*files} - {*parquet}), "beside the Parquet files")
+        return load_parquet(_split_files(path, parquet), load_kwargs)
     if load_kwargs:
         raise ValueError(f"{path} is a folder of images, to which {', '.join(load_kwargs)} does not apply.")
     return open_image_folder(path)
+
+
+def open_saved(path: str | os.PathLike) -> Dataset | DatasetDict:
+    """Open a folder that `save_to_disk` or recording wrote.
+
+    Raises:
+        ValueError: a split has no rows, or a file is missing or damaged.
+    """
+    path = Path(path)
+    try:
+        states = [*path.glob("state.json"), *sorted(path.glob("*/state.json"))]
+        files = {state.parent.name: json.loads(state.read_text(encoding="utf-8"))["_data_files"] for state in states}
+        # `load_from_disk` fails on an empty split without a reason.
+        opened = load_from_disk(str(path)) if all(files.values()) else None
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ValueError(
+            f"{path} cannot be opened as a saved table, so a file is missing or damaged: {error}"
+        ) from error
+    for name in files:
+        if not files[name]:
+            raise ValueError(f'The split "{name}" of {path} is empty; every split needs at least one row.')
+    if isinstance(opened, DatasetDict):
+        others = [state.parent for state in path.glob("*/state.json") if state.parent.name not in opened]
+        report_files(path, others, "that dataset_dict.json does not name")
+    return opened
 
 
 def _split_files(root, files):
@@ -93,7 +123,8 @@ def split_of_file(path: Path) -> str | None:
     return split_of(re.sub(r"([-_.]?\d+(-of-\d+)?)?$", "", path.stem))
 
 
-def _load_parquet(splits, load_kwargs):
+def load_parquet(splits: Mapping[str, Sequence[Path]], load_kwargs: Mapping):
+    """Open Parquet files, split → files, by `datasets.load_dataset`."""
     # The library reads each path as a pattern.
     files = {split: [glob.escape(str(file)) for file in files] for split, files in splits.items()}
     return load_dataset("parquet", data_files=files, **load_kwargs)
@@ -102,17 +133,17 @@ def _load_parquet(splits, load_kwargs):
 def public_name(source: str | os.PathLike) -> str:
     """What a card may show of a source: a name or Hub id as it is, of a path only its last part, because the rest
     describes a machine."""
-    path = Path(source)
-    return path.resolve().name if path.is_absolute() or path.exists() else str(source)
+    path, text = Path(source), str(source)
+    if path.exists():
+        return path.resolve().name
+    # A path of Windows on another system, and the reverse.
+    is_path = "\\" in text or text.startswith((".", "~", "/")) or len(path.parts) > 2
+    return last_part(source) if is_path else text
 
 
-def _check_saved_splits(path):
-    """Name the split that was saved without rows; `load_from_disk` fails on it without a reason."""
-    for state in sorted(path.rglob("state.json")):
-        if json.loads(state.read_text()).get("_data_files") == []:
-            raise ValueError(
-                f'The split "{state.parent.name}" of {path} is empty; every split needs at least one row.'
-            )
+def last_part(path: str | os.PathLike) -> str:
+    """The name of a file or folder, of a path of any system."""
+    return PureWindowsPath(path).name
 
 
 def _load_digits():
@@ -123,12 +154,12 @@ def _load_digits():
     pixels = (digits.images * (255 / 16)).round().astype(np.uint8)
     rows = {"image": list(pixels), "label": digits.target}
     # The source has no test split. This one is the same for every seed, so that results can be compared.
-    train, test = stratified_split(Dataset.from_dict(rows, features=features), held_out=360, seed=0)
+    train, test = stratified_split(Dataset.from_dict(rows, features=features), 360, 0, digits.target)
     return {"train": train, "test": test}
 
 
 def _load_idx(folder):
-    splits = {}
+    splits, used = {}, []
     for split, prefix in {"train": "train", "test": "t10k"}.items():
         files = {}
         for part in ("images-idx3-ubyte", "labels-idx1-ubyte"):
@@ -150,6 +181,8 @@ def _load_idx(folder):
             )
         features = Features({"image": Image(), "label": Value("int64")})
         splits[split] = Dataset.from_dict({"image": list(pixels), "label": classes}, features=features)
+        used += files.values()
+    report_files(folder, [path for path in sorted(folder.iterdir()) if path not in used], "beside the IDX files")
     return splits
 
 

@@ -7,8 +7,9 @@ import numpy as np
 from datasets import Dataset, DatasetDict
 from datasets.utils.stratify import stratified_shuffle_split_generate_indices
 
+from ..checks import check_numbers
 from .classes import class_names, label_ids
-from .columns import LABEL, as_image_table
+from .columns import LABEL, as_image_table, require_table
 from .folders import split_of
 
 
@@ -45,7 +46,9 @@ def name_splits(splits: Mapping[str, Dataset], source: object) -> DatasetDict:
 
 def drop_unlabelled_test(splits: DatasetDict) -> DatasetDict:
     """Leave out a test split whose labels are all −1, as benchmarks publish whose test labels are secret."""
-    if "test" in splits and splits["test"].with_format("arrow")[:][LABEL].unique().to_pylist() == [-1]:
+    if "test" in splits and splits["test"].select_columns([LABEL]).with_format("arrow")[:][
+        LABEL
+    ].unique().to_pylist() == [-1]:
         logger.warning("The test split has no labels and is left out.")
         return DatasetDict({name: split for name, split in splits.items() if name != "test"})
     return splits
@@ -60,18 +63,23 @@ def hold_out_validation(splits: DatasetDict, fraction: float, seed: int, source:
     """
     if "validation" in splits:
         return splits
-    if not 0 < fraction < 1:
+    check_numbers(0, 1, validation_fraction=fraction)
+    check_numbers(0, 2**32 - 1, whole=True, seed=seed)
+    if fraction in (0, 1):
         raise ValueError(f"validation_fraction={fraction} is not between 0 and 1.")
     train = splits["train"]
     if len(train) < 2:
         raise ValueError("A training split of one image cannot be divided; add a validation split to the data.")
-    smallest = np.unique(label_ids(train), return_counts=True)[1].min()
+    labels = label_ids(train)
+    smallest = np.unique(labels, return_counts=True)[1].min()
     held_out = min(max(1, round(len(train) * fraction)), len(train) - 1)
     is_stratified = smallest >= 2 and min(held_out, len(train) - held_out) >= train.features[LABEL].num_classes
     if is_stratified:
-        parts = stratified_split(train, held_out, seed)
+        parts = stratified_split(train, held_out, seed, labels)
     else:
-        parts = train.train_test_split(test_size=held_out, seed=seed).values()
+        # As `train_test_split` chooses them, which would write a cache file beside the data.
+        order = np.random.default_rng(seed).permutation(len(train))
+        parts = train.select(order[held_out:]), train.select(order[:held_out])
     logger.warning(
         "%s has no validation split: %s %d of its %d training images become one (seed %d).",
         source,
@@ -83,13 +91,16 @@ def hold_out_validation(splits: DatasetDict, fraction: float, seed: int, source:
     return DatasetDict({**splits, **dict(zip(("train", "validation"), parts))})
 
 
-def stratified_split(table: Dataset, held_out: int, seed: int) -> tuple[Dataset, Dataset]:
+def stratified_split(
+    table: Dataset, held_out: int, seed: int, labels: np.ndarray | None = None
+) -> tuple[Dataset, Dataset]:
     """Hold out rows at random, with the same share of every class. Returns the other rows and the held-out rows.
 
     The result is that of `train_test_split(stratify_by_column="label")`, which reads the labels one by one.
     """
     random = np.random.default_rng(seed)
-    parts = stratified_shuffle_split_generate_indices(label_ids(table), len(table) - held_out, held_out, rng=random)
+    labels = label_ids(table) if labels is None else labels
+    parts = stratified_shuffle_split_generate_indices(labels, len(table) - held_out, held_out, rng=random)
     rest, chosen = next(parts)
     return table.select(rest), table.select(chosen)
 
@@ -107,18 +118,22 @@ def select_per_class(
         seed: seed of the choice.
 
     Raises:
+        TypeError: `dataset` is not one table.
         ValueError: the column cannot be found or is not a `ClassLabel`, or a class has fewer images.
     """
+    require_table(dataset, "dataset")
+    check_numbers(1, whole=True, images_per_class=images_per_class)
+    check_numbers(0, whole=True, seed=seed)
     dataset = as_image_table(dataset, label_column=label_column, needs_image=False)
     names, labels = class_names(dataset), label_ids(dataset)
     order = np.random.default_rng(seed).permutation(len(labels))
     chosen = []
     for class_id, name in enumerate(names):
         rows = order[labels[order] == class_id]
-        if images_per_class < 1 or len(rows) < images_per_class:
+        if len(rows) < images_per_class:
             raise ValueError(
-                f'images_per_class={images_per_class}, but the class "{name}" has {len(rows)} images. Choose at least 1 '
-                "and at most the size of the smallest class."
+                f'images_per_class={images_per_class}, but the class "{name}" has {len(rows)} images. Choose at most the '
+                "size of the smallest class."
             )
         chosen.extend(rows[:images_per_class])
     return dataset.select(sorted(chosen))

@@ -9,7 +9,7 @@ from datasets import Dataset, Image
 from transformers import BaseImageProcessor, ViTImageProcessor
 from transformers.image_processing_backends import TorchvisionBackend
 
-from ..data.columns import IMAGE, as_image_table
+from ..data.columns import IMAGE, as_image_table, require_table
 from .decoding import decode_image
 
 
@@ -30,9 +30,13 @@ def build_image_processor(
     Raises:
         ValueError: the column cannot be found, or the first image cannot be decoded.
     """
+    require_table(dataset, "dataset")
     if image_size is None:
         table = as_image_table(dataset, image_column, needs_label=False).cast_column(IMAGE, Image(decode=False))
-        largest = max(decode_image(table[0][IMAGE]).size)
+        try:
+            largest = max(decode_image(table[0][IMAGE]).size)
+        except ValueError as error:
+            raise ValueError(f"Row 0: {error}") from error
         image_size = largest if largest <= 64 else 224
     # Users of a published processor will give it grayscale and transparent images.
     return ViTImageProcessor(size={"height": image_size, "width": image_size}, do_convert_rgb=True)

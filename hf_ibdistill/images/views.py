@@ -3,21 +3,30 @@
 A view is a pure function of (recipe, row key, view index). The operations are those of torchvision. Their random numbers
 come from a stream of their own, seeded for every view. So neither the order of the rows nor the number of workers nor
 the batch size changes a pixel.
+
+Nor does the processor. Kernels of torch round floats differently on processors with other instructions, and draw other
+numbers. So images are resized and colors are changed in whole numbers, and random numbers are rounded once.
 """
 
 import hashlib
+import math
 import struct
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from fractions import Fraction
 
+import numpy as np
 import PIL.Image
 import torch
-from torchvision.transforms import v2
-from torchvision.transforms.v2.functional import pil_to_tensor
+from torchvision.transforms.v2 import functional as F
+
+from ..checks import check_numbers
 
 
 CROPS = ("none", "pad", "resized")
+# Bits of a fraction. 255 times the largest factor, 1.9, fits into the others of an int32.
+_BITS = 22
+_ONE = 1 << _BITS
 
 
 @dataclass(frozen=True)
@@ -59,32 +68,27 @@ class ViewRecipe:
     seed: int = 0
 
     def __post_init__(self):
-        # JSON turns tuples into lists, and equal recipes must compare equal after a round trip.
-        object.__setattr__(self, "scale", tuple(self.scale))
-        object.__setattr__(self, "ratio", tuple(self.ratio))
-        if self.num_views < 1:
-            raise ValueError(f"num_views={self.num_views} is too small. Choose at least 1.")
+        check_numbers(1, whole=True, num_views=self.num_views)
+        if self.image_size is not None:
+            check_numbers(1, whole=True, image_size=self.image_size)
+        check_numbers(0, whole=True, photometric_ops=self.photometric_ops)
+        check_numbers(-(2**63), 2**63 - 1, whole=True, seed=self.seed)
+        check_numbers(0, 10, magnitude=self.magnitude)
+        check_numbers(0, 1, horizontal_flip=self.horizontal_flip, erasing=self.erasing, padding=self.padding)
+        if self.padding == 1:
+            raise ValueError(f"padding={self.padding} is the whole side. Choose less than 1.")
         if self.crop not in CROPS:
             raise ValueError(f'crop="{self.crop}" is not supported. Choose one of {", ".join(CROPS)}.')
-        if not 0 <= self.padding < 1:
-            raise ValueError(f"padding={self.padding} is not a share of the side. Choose at least 0 and less than 1.")
-        if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError(
-                f"scale={self.scale} is not a smallest and a largest share of the area. Choose two numbers above 0 and up "
-                "to 1, in ascending order."
-            )
-        if not 0 < self.ratio[0] <= self.ratio[1]:
-            raise ValueError(
-                f"ratio={self.ratio} is not a smallest and a largest ratio of the sides. Choose two numbers above 0, in "
-                "ascending order."
-            )
-        for name in ("horizontal_flip", "erasing"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)} is not a probability. Choose 0 to 1.")
-        if self.photometric_ops < 0:
-            raise ValueError(f"photometric_ops={self.photometric_ops} is negative. Choose at least 0.")
-        if not 0 <= self.magnitude <= 10:
-            raise ValueError(f"magnitude={self.magnitude} is out of range. Choose 0 to 10.")
+        for name, high in {"scale": 1, "ratio": math.inf}.items():
+            pair = getattr(self, name)
+            if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+                raise ValueError(f"{name}={pair!r} is not a pair. Choose the smallest and the largest.")
+            for value in pair:
+                check_numbers(0, high, **{name: value})
+            if not 0 < pair[0] <= pair[1]:
+                raise ValueError(f"{name}={pair}: both must be above 0, in ascending order.")
+            # JSON turns tuples into lists, and equal recipes must compare equal after a round trip.
+            object.__setattr__(self, name, tuple(pair))
 
     def to_dict(self) -> dict:
         """The recipe as a dict for JSON."""
@@ -111,44 +115,131 @@ def make_views(
     images: Sequence[PIL.Image.Image], recipe: ViewRecipe, keys: Sequence[int], indices: Sequence[int]
 ) -> list[torch.Tensor]:
     """Call [`make_view`] for each image with its key and index."""
-    views = []
-    with torch.random.fork_rng(devices=[]):
-        for image, key, index in zip(images, keys, indices, strict=True):
-            digest = hashlib.blake2b(struct.pack("<qqQ", recipe.seed, key, index), digest_size=8).digest()
-            torch.default_generator.manual_seed(int.from_bytes(digest, "little"))
-            views.append(_transform(recipe, image.size)(pil_to_tensor(image)))
+    random, views = torch.Generator(), []
+    for image, key, index in zip(images, keys, indices, strict=True):
+        digest = hashlib.blake2b(struct.pack("<qqQ", recipe.seed, key, index), digest_size=8).digest()
+        views.append(_view(image, recipe, random.manual_seed(int.from_bytes(digest, "little"))))
     return views
 
 
-@lru_cache(maxsize=1024)
-def _transform(recipe, image_size):
-    width, height = image_size if recipe.image_size is None else (recipe.image_size, recipe.image_size)
-    steps = []
+def _view(image, recipe, random):
+    width, height = image.size if recipe.image_size is None else (recipe.image_size, recipe.image_size)
     if recipe.crop == "resized":
-        steps.append(v2.RandomResizedCrop((height, width), recipe.scale, recipe.ratio, antialias=True))
-    elif (width, height) != image_size:
-        steps.append(v2.Resize((height, width), antialias=True))
+        image = image.crop(_resized_box(random, *image.size, recipe.scale, recipe.ratio))
+    view = _resize(F.pil_to_tensor(image), height, width)
     if recipe.crop == "pad":
-        padding = [round(recipe.padding * width), round(recipe.padding * height)]
-        steps.append(v2.RandomCrop((height, width), padding=padding))
-    if recipe.horizontal_flip:
-        steps.append(v2.RandomHorizontalFlip(recipe.horizontal_flip))
-    steps += [v2.RandomChoice(_photometric_ops(recipe.magnitude / 10)) for _ in range(recipe.photometric_ops)]
-    if recipe.erasing:
-        steps.append(v2.RandomErasing(recipe.erasing, value=127))
-    return steps[0] if len(steps) == 1 else v2.Compose(steps or [v2.Identity()])
+        paddings = round(recipe.padding * height), round(recipe.padding * width)
+        top, left = (_integer(random, 2 * padding + 1) - padding if padding else 0 for padding in paddings)
+        view = torch.nn.functional.pad(view, (-left, left, -top, top))
+    if recipe.horizontal_flip and _share(random) < recipe.horizontal_flip:
+        view = view.flip(-1)
+    for _ in range(recipe.photometric_ops):
+        view = _change_colors(view, recipe.magnitude / 10, random)
+    if recipe.erasing and _share(random) < recipe.erasing:
+        _erase(view, random)
+    return view
 
 
-def _photometric_ops(strength):
+def _resize(view, height, width):
+    if view.shape[1:] == (height, width):
+        return view
+    # The kernel for bytes calculates in whole numbers on every processor, but torchvision calls it on some only. If a side
+    # is 1, it needs these strides to know the order of the memory.
+    batch = view[None].as_strided((1, *view.shape), (view.numel(), 1, 3 * view.shape[2], 3))
+    return torch.nn.functional.interpolate(batch, (height, width), mode="bilinear", antialias=True)[0]
+
+
+def _share(random):
+    return torch.rand((), generator=random).item()
+
+
+def _integer(random, end):
+    return int(torch.randint(end, (), generator=random))
+
+
+def _uniform(random, low, high):
+    # One rounding to float32, as processors that fuse multiplication and addition do it.
+    low, high = np.float32(low), np.float32(high)
+    return float(np.float32(_share(random) * float(high - low) + float(low)))
+
+
+def _sides(random, area, scale, ratio):
+    """The two sides of a box with a share of the area in `scale` and a ratio of its sides in `ratio`."""
+    area *= _uniform(random, *scale)
+    ratio = float(np.float32(math.exp(_uniform(random, *(math.log(np.float32(end)) for end in ratio)))))
+    return round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+
+
+def _resized_box(random, width, height, scale, ratio):
+    for _ in range(10):
+        box_width, box_height = _sides(random, width * height, scale, ratio)
+        if 0 < box_width <= width and 0 < box_height <= height:
+            top, left = _integer(random, height - box_height + 1), _integer(random, width - box_width + 1)
+            break
+    else:
+        box_width, box_height = min(width, round(height * ratio[1])), min(height, round(width / ratio[0]))
+        top, left = (height - box_height) // 2, (width - box_width) // 2
+    return left, top, left + box_width, top + box_height
+
+
+def _erase(view, random):
+    _, height, width = view.shape
+    for _ in range(10):
+        box_height, box_width = _sides(random, width * height, (0.02, 0.33), (0.3, 3.3))
+        if box_height < height and box_width < width:
+            top, left = _integer(random, height - box_height + 1), _integer(random, width - box_width + 1)
+            view[:, top : top + box_height, left : left + box_width] = 127
+            return
+
+
+def _change_colors(view, strength, random):
     change = 0.9 * strength
-    return [
-        v2.ColorJitter(brightness=change),
-        v2.ColorJitter(contrast=change),
-        v2.ColorJitter(saturation=change),
-        v2.RandomAdjustSharpness(1 + change, p=0.5),
-        v2.RandomAdjustSharpness(1 - change, p=0.5),
-        v2.RandomPosterize(8 - round(4 * strength), p=0.5),
-        v2.RandomSolarize(255 - round(128 * strength), p=0.5),
-        v2.RandomAutocontrast(p=0.5),
-        v2.RandomEqualize(p=0.5),
-    ]
+    # The draw of `torch.multinomial` on processors for which torch calls no other library.
+    operation = int(torch.rand(9, dtype=torch.float64, generator=random).argmin())
+    if operation < 3:
+        torch.randperm(4, generator=random)  # keeps the draws of torchvision's ColorJitter
+        if not change:
+            return view
+        factor = _uniform(random, 1 - change, 1 + change)
+        if operation == 0:
+            return _blend(view, 0, factor)
+        gray = _gray(view)
+        return _blend(view, gray if operation == 2 else Fraction(int(gray.sum()), gray.numel()), factor)
+    if _share(random) >= 0.5:
+        return view
+    if operation < 5:
+        return _sharpen(view, 1 + change if operation == 3 else 1 - change)
+    # These are whole numbers in torchvision, or one rounding.
+    if operation == 5:
+        return F.posterize(view, 8 - round(4 * strength))
+    if operation == 6:
+        return F.solarize(view, 255 - round(128 * strength))
+    return F.autocontrast(view) if operation == 7 else F.equalize(view)
+
+
+def _blend(view, other, factor):
+    """factor · view + (1 − factor) · other, rounded down, for factors below 2."""
+    factor = round(factor * _ONE)
+    rest = other * (_ONE - factor)
+    # The bias, 1/16384, keeps whole numbers whole if the factor was rounded down.
+    rest = (math.floor(rest) if isinstance(rest, (int, Fraction)) else rest) + (_ONE >> 14)
+    return ((view.int() * factor + rest) >> _BITS).clamp_(0, 255).to(torch.uint8)
+
+
+def _gray(view):
+    red, green, blue = view.int()
+    return (red * round(0.2989 * _ONE) + green * round(0.587 * _ONE) + blue * round(0.114 * _ONE)) >> _BITS
+
+
+def _sharpen(view, factor):
+    """Blend with the image blurred over 3×3 pixels, of which the middle one counts five times. The edge stays."""
+    if min(view.shape[1:]) <= 2:
+        return view
+    pixels = view.short()
+    rows = pixels[:, :-2] + pixels[:, 1:-1] + pixels[:, 2:]
+    middle = pixels[:, 1:-1, 1:-1]
+    sums = rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:] + 4 * middle
+    # Division by 13, rounded to the nearest, as a multiplication.
+    blurred = ((sums.int() + 6) * 40330) >> 19
+    view[:, 1:-1, 1:-1] = _blend(middle, blurred, factor)
+    return view

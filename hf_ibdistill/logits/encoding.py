@@ -1,15 +1,19 @@
 """Logits ↔ Arrow columns: dense, or the k largest with the log-sum-exp of the others."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset, Features, List, Value
 
+from ..checks import check_numbers
+
 
 DTYPES = ("float16", "float32")
 ROW_KEY = "row_key"
+FILE_KEY = "file_key"
 _GAP_STEPS = 8
 
 
@@ -42,10 +46,8 @@ class LogitsEncoding:
     def __post_init__(self):
         if self.dtype not in DTYPES:
             raise ValueError(f'dtype="{self.dtype}" is not supported. Choose {" or ".join(DTYPES)}.')
-        if self.top_k is not None and self.top_k < 2:
-            raise ValueError(
-                f"top_k={self.top_k} is too small. Choose at least 2, or leave it out to store every logit."
-            )
+        if self.top_k is not None:
+            check_numbers(2, whole=True, top_k=self.top_k)
 
     def to_dict(self) -> dict:
         """The encoding as a dict for JSON."""
@@ -145,6 +147,20 @@ class NonFiniteLogitsError(ValueError):
 def column_name(teacher_name: str) -> str:
     """The name of the column with the logits of this teacher."""
     return f"{teacher_name}_logits"
+
+
+def check_teacher_names(names: Iterable[str]) -> None:
+    """Refuse the names of teachers whose metrics would have the names of other metrics.
+
+    Raises:
+        ValueError: such as "label", because "label_loss" is the loss of the labels.
+    """
+    for name in names:
+        if re.fullmatch("(label|class|view|train|(eval|test)(_.*)?)", name.lower()):
+            raise ValueError(
+                f'"{name}" cannot name a teacher, because other metrics begin with it, such as "label_loss", "eval_loss" and '
+                f'"class_token_accuracy". Choose another name, such as "my_{name}".'
+            )
 
 
 def recorded_teachers(dataset: Dataset) -> list[str]:

@@ -1,17 +1,21 @@
-"""Provenance: the record of what produced the logits columns, and the checks against it.
+"""Provenance: the record of what produced the logits columns, the checksums of their files, and the checks against both.
 
-The record is JSON in `info.description` of the table. Selecting, shuffling, saving and loading preserve it, and
-`concatenate_datasets` joins the records.
+The record is JSON in `info.description` of the table, after the description of the images if they have one. Selecting,
+shuffling, saving and loading preserve it, and `concatenate_datasets` joins the records.
 """
 
 import json
-from collections.abc import Sequence
+import random
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 from datasets import Dataset, IterableDataset
 
 from ..data.classes import check_class_names
+from ..data.columns import require_table
+from ..files import PART, sha256
 from ..images.views import ViewRecipe
 from .encoding import column_name, decode, describe_column, recorded_teachers
 
@@ -32,23 +36,107 @@ def build_record(teachers: Sequence[dict], dataset: dict, views: ViewRecipe | No
 
 
 def attach_record(dataset: Dataset, record: dict) -> None:
-    """Write the record into the table, in place. It stays with every table made from this one."""
-    dataset.info.description = json.dumps(record, sort_keys=True)
+    """Write the record into the table, in place, after the description that it has. It replaces other records, and stays
+    with every table made from this one."""
+    texts = [part for part in _split_description(dataset) if isinstance(part, str)]
+    dataset.info.description = "\n\n".join([*texts, json.dumps(record, sort_keys=True)])
 
 
 def read_records(dataset: Dataset) -> list[dict]:
-    """The records of the table: an empty list if it has none, several after `concatenate_datasets`."""
-    description, records = (dataset.info.description or "").strip(), []
-    decoder = json.JSONDecoder()
-    while description.startswith("{"):
-        try:
-            record, end = decoder.raw_decode(description)
-        except json.JSONDecodeError:
-            break
-        if isinstance(record, dict) and record.get("format") == _FORMAT:
-            records.append(record)
-        description = description[end:].strip()
+    """The records of the table: an empty list if it has none, several if it joins different recordings."""
+    records = []
+    for part in _split_description(dataset):
+        if isinstance(part, dict) and part not in records:
+            records.append(part)
     return records
+
+
+def only_record(dataset: Dataset) -> dict:
+    """The provenance record of a table of one recording.
+
+    Raises:
+        ValueError: the table has no record, or several.
+    """
+    records = read_records(dataset)
+    if len(records) != 1:
+        raise ValueError(
+            f"The table has {len(records)} provenance records; it needs exactly one. Use a table that one recording made."
+        )
+    return records[0]
+
+
+def _split_description(dataset) -> Iterator[str | dict]:
+    """The records in the description, and the texts around them."""
+    require_table(dataset, "dataset", streams=True)
+    text, start, position = dataset.info.description or "", 0, 0
+    decoder = json.JSONDecoder()
+    while (position := text.find("{", position)) >= 0:
+        try:
+            found, end = decoder.raw_decode(text, position)
+        except json.JSONDecodeError:
+            end = position + 1
+        else:
+            if found.get("format") == _FORMAT:
+                yield from filter(None, [text[start:position].strip()])
+                yield found
+                start = end
+        position = end
+    yield from filter(None, [text[start:].strip()])
+
+
+CHECKSUMS = "checksums.json"
+# Parts of 16 MiB that a quick check reads.
+_QUICK_PARTS = 16
+
+
+def damaged_files(dataset: Dataset, *, quickly: bool = False) -> list[Path]:
+    """The files of a recorded table whose content is not what recording wrote.
+
+    Args:
+        dataset: a table, as recording made it or selected from one. Files without checksums pass.
+        quickly: compare sizes and at most 256 MiB of the content, chosen at random.
+    """
+    damaged, parts = [], []
+    files = sorted({Path(file["filename"]) for file in getattr(dataset, "cache_files", [])})
+    for folder in sorted({path.parent for path in files}):
+        try:
+            expected = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            continue
+        except ValueError:
+            damaged.append(folder / CHECKSUMS)
+            continue
+        for path in files:
+            if path.parent != folder or path.name not in expected:
+                continue
+            sums, size = expected[path.name], path.stat().st_size if path.exists() else None
+            if isinstance(sums, str):
+                # Of version 0.1.0: one checksum of the whole file.
+                if not quickly or size <= _QUICK_PARTS * PART:
+                    parts.append((path, None, sums))
+            elif size != sums["size"]:
+                damaged.append(path)
+            else:
+                parts += [(path, part, checksum) for part, checksum in enumerate(sums["sha256"])]
+    if quickly and len(parts) > _QUICK_PARTS:
+        # Others in every run. The generator of its own leaves the random numbers of the run as they are.
+        parts = random.Random().sample(parts, _QUICK_PARTS)
+    damaged += [path for path, part, checksum in parts if sha256(path, part) != checksum]
+    return list(dict.fromkeys(damaged))
+
+
+def check_files(dataset: Dataset, *, quickly: bool = False) -> None:
+    """Refuse a table whose files are damaged; arguments are those of [`damaged_files`].
+
+    Raises:
+        ValueError: the content of a file is not what recording wrote.
+    """
+    damaged = damaged_files(dataset, quickly=quickly)
+    if damaged:
+        raise ValueError(
+            f"{len(damaged)} files of the table are damaged, because their content is not what recording wrote: "
+            f"{', '.join(map(str, damaged[:3]))}. Restore them from a copy, or delete the folder and record again."
+        )
 
 
 def stored_views(dataset: Dataset) -> ViewRecipe | None:

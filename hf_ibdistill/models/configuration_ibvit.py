@@ -122,6 +122,9 @@ class IBViTConfig(PreTrainedConfig):
                 f"teacher_spatial_operators={stems} does not fit teacher_names={self.teacher_names}. Give "
                 '"convolution" or "involution" for each teacher.'
             )
+        for name in ("hidden_size", "num_attention_heads", "image_size", "patch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
         if self.hidden_size % self.num_attention_heads != 0:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} must divide hidden_size={self.hidden_size}."

@@ -126,7 +126,9 @@ def _convert_weights(source: PreTrainedModel, config: IBViTConfig, has_heads: bo
     num_tokens = tokens.shape[1]
     # The token of the checkpoint that each of our tokens starts as.
     starts = [min(i, num_tokens - 1) for i in range(1 + len(config.teacher_names))]
-    weights["embeddings.class_token"], weights["embeddings.teacher_tokens"] = tokens[:, :1], tokens[:, starts[1:]]
+    weights["embeddings.class_token"] = tokens[:, :1]
+    if config.teacher_names:
+        weights["embeddings.teacher_tokens"] = tokens[:, starts[1:]]
     positions, side = weights["embeddings.position_embeddings"], config.image_size // config.patch_size
     positions = interpolate_positions(positions, math.isqrt(positions.shape[1] - num_tokens), (side, side))
     positions = torch.cat((positions[:, starts], positions[:, num_tokens:]), dim=1)

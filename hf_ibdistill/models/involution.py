@@ -35,8 +35,8 @@ def involution2d(input: torch.Tensor, kernel: torch.Tensor, stride: int = 1) -> 
 
         output[n, c, i, j] = Σ_{u,v} kernel[n, g(c), u·K + v, i, j] · input[n, c, i·stride + u − ⌊K/2⌋, j·stride + v − ⌊K/2⌋]
 
-    with zeros outside the input. The sum runs in float32 for inputs of any type. So the result under bf16 or fp16 autocast
-    differs from that in float32 by the rounding of inputs and output only. There are first derivatives only.
+    with zeros outside the input. The sum runs in float32, or in float64 if an input has this type. So the result under bf16 or
+    fp16 autocast differs from that in float32 by the rounding of inputs and output only. There are first derivatives only.
 
     `torch.compile` takes it as one opaque operator, which breaks no graph and needs no compilation. `torch.export`, and so
     ONNX, gets operators of PyTorch instead, so that an exported model runs without this package.
@@ -80,8 +80,8 @@ def _involution(input: torch.Tensor, kernel: torch.Tensor, stride: int) -> torch
     # Checked here, because torch.compile does not look inside an operator: every check outside would be a guard.
     _check_shapes(input, kernel, stride)
     batch, groups, taps, *size = kernel.shape
-    way = _way(*input.shape[2:], math.isqrt(taps), stride, input.device)
     dtype = torch.promote_types(input.dtype, kernel.dtype)
+    way = _way(*input.shape[2:], math.isqrt(taps), stride, input.device, dtype)
     output = input.new_empty((batch * groups, input.shape[1] // groups, *size), dtype=dtype)
     inputs, kernels = _group(input, groups), kernel.flatten(0, 1)
     with torch.autocast(input.device.type, enabled=False):
@@ -95,7 +95,7 @@ def _involution_backward(
     grad_output: torch.Tensor, input: torch.Tensor, kernel: torch.Tensor, stride: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     groups, taps = kernel.shape[1:3]
-    way = _way(*input.shape[2:], math.isqrt(taps), stride, input.device)
+    way = _way(*input.shape[2:], math.isqrt(taps), stride, input.device, grad_output.dtype)
     inputs, kernels, grads = _group(input, groups), kernel.flatten(0, 1), _group(grad_output, groups)
     grad_inputs = torch.empty_like(inputs, memory_format=torch.contiguous_format)
     grad_kernels = torch.empty_like(kernels, memory_format=torch.contiguous_format)
@@ -142,10 +142,11 @@ def _chunks(inputs, taps, way):
 
 
 @lru_cache(maxsize=256)
-def _way(height, width, kernel_size, stride, device):
+def _way(height, width, kernel_size, stride, device, dtype):
     # The measured size from which the taps are faster. A stride costs them more than it costs the matrices.
     is_small = height * width <= (5 * stride - 2) * kernel_size**2
-    return (_Matrices if is_small else _Taps)(height, width, kernel_size, stride, device)
+    dtype = torch.promote_types(dtype, torch.float32)
+    return (_Matrices if is_small else _Taps)(height, width, kernel_size, stride, device, dtype)
 
 
 @dataclass(frozen=True)
@@ -155,6 +156,7 @@ class _Geometry:
     kernel_size: int
     stride: int
     device: torch.device
+    dtype: torch.dtype  # of the sums
 
     @property
     def out_height(self):
@@ -190,20 +192,19 @@ class _Matrices(_Geometry):
         of_matrix[of_kernel] = torch.arange(len(of_kernel), device=self.device)
         return of_kernel, of_matrix[:-1]
 
-    @staticmethod
-    def _pick(elements, indices):
-        return nn.functional.pad(elements.flatten(1).float(), (0, 1)).index_select(1, indices)
+    def _pick(self, elements, indices):
+        return nn.functional.pad(elements.flatten(1).to(self.dtype), (0, 1)).index_select(1, indices)
 
     def _matrix(self, kernel):
         return self._pick(kernel, self._tap_and_position[0]).unflatten(1, (self.height * self.width, -1))
 
     def forward(self, input, kernel):
-        return (input.flatten(2).float() @ self._matrix(kernel)).unflatten(2, (self.out_height, -1))
+        return (input.flatten(2).to(self.dtype) @ self._matrix(kernel)).unflatten(2, (self.out_height, -1))
 
     def backward(self, grad_output, input, kernel):
-        grad_output = grad_output.flatten(2).float()
+        grad_output = grad_output.flatten(2).to(self.dtype)
         grad_input = grad_output @ self._matrix(kernel).transpose(1, 2)
-        grad_matrix = input.flatten(2).float().transpose(1, 2) @ grad_output
+        grad_matrix = input.flatten(2).to(self.dtype).transpose(1, 2) @ grad_output
         return grad_input.view(input.shape), self._pick(grad_matrix, self._tap_and_position[1]).view(kernel.shape)
 
 
@@ -249,7 +250,7 @@ class _Taps(_Geometry):
 
     def _lay_out(self, image):
         layout = image.new_zeros(
-            (*image.shape[:2], self.stride**2, self._rows * self.row + self._shared), dtype=torch.float32
+            (*image.shape[:2], self.stride**2, self._rows * self.row + self._shared), dtype=self.dtype
         )
         for part, place in self._phases(image, layout):
             place.copy_(part)
@@ -257,7 +258,7 @@ class _Taps(_Geometry):
 
     def _spread(self, values):
         """(B, ·, out_height, out_width) → (B, ·, positions), zero where no output is."""
-        spread = values.new_zeros((*values.shape[:3], self.row), dtype=torch.float32)
+        spread = values.new_zeros((*values.shape[:3], self.row), dtype=self.dtype)
         spread[..., : self.out_width] = values
         return spread.flatten(2)[..., : self.positions]
 
@@ -299,16 +300,18 @@ def _exported_involution(input, kernel, stride):
     _check_shapes(input, kernel, stride)
     groups, taps, out_height, out_width = kernel.shape[1:]
     size = math.isqrt(taps)
-    padded = nn.functional.pad(input.float(), [size // 2] * 4)
+    dtype = torch.promote_types(input.dtype, kernel.dtype)
+    of_sum = torch.promote_types(dtype, torch.float32)
+    padded = nn.functional.pad(input.to(of_sum), [size // 2] * 4)
     # All vertical shifts at once, the horizontal ones in turn. Every shift in turn would make a graph that takes minutes to
     # export. All shifts at once would unfold the input.
     tap, position = (torch.arange(n, device=input.device) for n in (size, out_height))
     rows = (tap[:, None] + stride * position).flatten()
     shifted = padded.index_select(2, rows).unflatten(2, (size, out_height))
-    shifted, kernels = shifted.unflatten(1, (groups, -1)), kernel.float().unflatten(2, (size, size)).unsqueeze(2)
+    shifted, kernels = shifted.unflatten(1, (groups, -1)), kernel.to(of_sum).unflatten(2, (size, size)).unsqueeze(2)
     columns = [shifted[..., v : v + (out_width - 1) * stride + 1 : stride] for v in range(size)]
     output = sum((column * kernels[..., v, :, :]).sum(3) for v, column in enumerate(columns))
-    return output.flatten(1, 2).to(torch.promote_types(input.dtype, kernel.dtype))
+    return output.flatten(1, 2).to(dtype)
 
 
 class Involution2d(nn.Module):

@@ -96,6 +96,7 @@ class IBResNetPreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     _no_split_modules = ["IBResNetBlock"]
+    _input_embed_layer = "stem"
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -158,6 +159,8 @@ class IBResNetForImageClassification(IBResNetPreTrainedModel):
             raise ValueError(
                 f"The images have {pixel_values.shape[1]} channels. The model needs num_channels={self.config.num_channels}."
             )
+        if pixel_values.is_floating_point():
+            pixel_values = pixel_values.to(self.stem[0].convolution.weight.dtype)
         if self.config.spatial_operator == "convolution":
             # Convolutions are faster channels last. Involution would have to copy its operands.
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)

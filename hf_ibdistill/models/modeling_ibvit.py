@@ -13,7 +13,7 @@ from transformers.activations import ACT2FN
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.vit.modeling_vit import ViTAttention, ViTLayer, eager_attention_forward
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
@@ -22,10 +22,13 @@ from .conversion_vit import convert_vit, interpolate_positions
 from .involution import Involution2d
 
 
+logger = logging.get_logger(__name__)
+
+
 def fastest_attention_forward(module, query, key, value, attention_mask, **kwargs):
     """The fused attention of PyTorch, with two exceptions. It cannot return the attention itself. Below float32 on a CPU, two
     plain matrix products are faster in training."""
-    is_slow_when_fused = query.device.type == "cpu" and query.dtype != torch.float32
+    is_slow_when_fused = query.device.type == "cpu" and query.dtype.itemsize < 4
     if kwargs.get("output_attentions") or (is_slow_when_fused and key.shape[2] < 64):
         forward = eager_attention_forward
     else:
@@ -50,7 +53,7 @@ AttentionInterface.register("fastest", fastest_attention_forward)
 class IBViTImageClassifierOutput(ModelOutput):
     """
     Args:
-        loss: cross-entropy of the class head, if labels were given.
+        loss: mean over all heads of their cross-entropy, if labels were given.
         logits: (N, classes), the fused prediction. With `"mean_probabilities"`, its softmax is the mean over the heads.
         class_logits: (N, classes), of the head on the class token.
         teacher_token_logits: (N, teachers, classes), of the heads on the teacher tokens, in the order of `teacher_names`;
@@ -123,7 +126,8 @@ class IBViTEmbeddings(nn.Module):
         num_teachers = len(config.teacher_names)
         num_patches = (config.image_size // config.patch_size) ** 2
         self.class_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
-        self.teacher_tokens = nn.Parameter(torch.zeros(1, num_teachers, config.hidden_size))
+        # Not an empty parameter, which not every library can shard or save.
+        self.teacher_tokens = nn.Parameter(torch.zeros(1, num_teachers, config.hidden_size)) if num_teachers else None
         self.position_embeddings = nn.Parameter(torch.zeros(1, 1 + num_teachers + num_patches, config.hidden_size))
         operators = ("convolution", "involution") if config.patch_embedding == "bias_stems" else ("convolution",)
         num_layers = 0 if config.patch_embedding == "linear" else config.num_stem_layers
@@ -148,17 +152,20 @@ class IBViTEmbeddings(nn.Module):
                 f"The images have {height}×{width} pixels, but the model has image_size={config.image_size}. Resize them with "
                 "the image processor, or pass interpolate_pos_encoding=True."
             )
-        pixel_values = pixel_values.to(self.class_token.dtype)
+        if pixel_values.is_floating_point():
+            pixel_values = pixel_values.to(self.class_token.dtype)
         if config.patch_embedding == "convolution":
             # Convolutions are faster channels last. Involution would have to copy its operands.
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         patches = {name: stem(pixel_values).flatten(2).transpose(1, 2) for name, stem in self.stems.items()}
-        class_token = self.class_token.expand(batch_size, -1, -1)
-        teacher_tokens = self.teacher_tokens.expand(batch_size, -1, -1)
-        if config.patch_embedding == "bias_stems" and config.teacher_names:
-            means = [patches[name].mean(1) for name in config.teacher_token_stems]
-            teacher_tokens = teacher_tokens + torch.stack(means, dim=1)
-        embeddings = torch.cat((class_token, teacher_tokens, sum(patches.values())), dim=1)
+        tokens = [self.class_token.expand(batch_size, -1, -1)]
+        if self.teacher_tokens is not None:
+            teacher_tokens = self.teacher_tokens.expand(batch_size, -1, -1)
+            if config.patch_embedding == "bias_stems":
+                means = [patches[name].mean(1) for name in config.teacher_token_stems]
+                teacher_tokens = teacher_tokens + torch.stack(means, dim=1)
+            tokens.append(teacher_tokens)
+        embeddings = torch.cat((*tokens, sum(patches.values())), dim=1)
         positions = (
             self.interpolate_pos_encoding(height, width) if interpolate_pos_encoding else self.position_embeddings
         )
@@ -171,6 +178,10 @@ class IBViTPreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
+    # The whole embeddings: there may be two stems.
+    _input_embed_layer = "embeddings"
+    # Version 0.1.0 saved an empty tensor for a student without teachers.
+    _keys_to_ignore_on_load_unexpected = [r"embeddings\.teacher_tokens$"]
     _no_split_modules = ["IBViTEmbeddings", "ViTLayer"]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -189,7 +200,8 @@ class IBViTPreTrainedModel(PreTrainedModel):
         std = self.config.initializer_range
         if isinstance(module, IBViTEmbeddings):
             init.trunc_normal_(module.class_token, std=std)
-            init.trunc_normal_(module.teacher_tokens, std=std)
+            if module.teacher_tokens is not None:
+                init.trunc_normal_(module.teacher_tokens, std=std)
             init.trunc_normal_(module.position_embeddings, std=std)
         elif isinstance(module, nn.GroupNorm):
             init.ones_(module.weight)
@@ -201,6 +213,15 @@ class IBViTPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.Conv2d):
             # The stems keep the scale of the signal. A small fixed deviation would not.
             init.normal_(module.weight, std=1 / math.sqrt(module.weight[0].numel()))
+
+    def save_pretrained(self, *args, **kwargs):
+        if self._auto_class is not None:
+            # The code that is saved with the model has the transformer without heads as well.
+            self.config.auto_map = {
+                **(getattr(self.config, "auto_map", None) or {}),
+                "AutoModel": "modeling_ibvit.IBViTModel",
+            }
+        super().save_pretrained(*args, **kwargs)
 
 
 class IBViTModel(IBViTPreTrainedModel):
@@ -231,6 +252,16 @@ class IBViTModel(IBViTPreTrainedModel):
         for layer in self.layers:
             hidden_states = layer(hidden_states, **kwargs)
         return BaseModelOutput(last_hidden_state=self.layernorm(hidden_states))
+
+
+# torch.compile calls it while it compiles. A plain call would break the graph.
+@torch.compiler.assume_constant_result
+def _warn_of_missing_labels(fusion: str) -> None:
+    logger.warning_once(
+        f'The student is trained on outputs of a call without labels, with fusion="{fusion}". A loss of `logits` alone, such '
+        "as that of label_smoothing_factor in transformers' Trainer, does not teach every head. Pass labels=… (and "
+        "label_smoothing=…) and train on `loss`, or teach `class_logits` and `teacher_token_logits`."
+    )
 
 
 class IBViTForImageClassification(IBViTPreTrainedModel):
@@ -309,8 +340,30 @@ class IBViTForImageClassification(IBViTPreTrainedModel):
         logits = torch.cat((class_logits[:, None], teacher_token_logits), dim=1)
         if self.config.fusion == "mean_logits":
             return logits.mean(1)
-        return logits.float().log_softmax(-1).logsumexp(1) - math.log(logits.shape[1])
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return logits.log_softmax(-1).logsumexp(1) - math.log(logits.shape[1])
 
+    def _mean_loss(self, logits, labels, label_smoothing, num_items_in_batch=None, **kwargs):
+        """The loss of (N, heads, classes), mean over the heads."""
+        num_heads = logits.shape[1]
+        logits = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
+        labels = labels.to(logits.device).repeat_interleave(num_heads, dim=0)
+        if num_items_in_batch is not None:
+            num_items_in_batch = num_items_in_batch * num_heads
+        if not label_smoothing:
+            return self.loss_function(labels, logits, self.config, num_items_in_batch=num_items_in_batch, **kwargs)
+        if labels.is_floating_point():
+            raise ValueError(
+                f"label_smoothing={label_smoothing} needs class ids, but the labels are numbers of type {labels.dtype}. Smooth "
+                "such labels before they are passed."
+            )
+        reduction = "mean" if num_items_in_batch is None else "sum"
+        loss = nn.functional.cross_entropy(
+            logits, labels.flatten(), reduction=reduction, label_smoothing=label_smoothing
+        )
+        return loss if num_items_in_batch is None else loss / torch.as_tensor(num_items_in_batch, device=loss.device)
+
+    # `label_smoothing` is no named argument, because `Trainer` takes every argument with "label" in its name for a column.
     @can_return_tuple
     def forward(
         self,
@@ -322,22 +375,32 @@ class IBViTForImageClassification(IBViTPreTrainedModel):
         """
         Args:
             pixel_values: (N, num_channels, H, W).
-            labels: (N,) class ids; with them, the output has the cross-entropy of the class head as `loss`.
+            labels: (N,) class ids, −100 for a row without label. With them, the output has the mean over all heads of their
+                cross-entropy as `loss`, computed in float32.
             interpolate_pos_encoding: accept images of another size than `image_size`.
+            kwargs: `label_smoothing` (0 to 1, default 0) of the loss; `num_items_in_batch`, which divides the sum of the loss
+                over the rows (by default, the rows with a label); and options of all models, such as `output_attentions`.
 
         Raises:
-            ValueError: the images have another number of channels, or another size without `interpolate_pos_encoding`.
+            ValueError: the images have another number of channels, or another size without `interpolate_pos_encoding`. Or
+                `label_smoothing` is given for labels that are not class ids.
         """
-        outputs = self.ibvit(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
+        label_smoothing = kwargs.pop("label_smoothing", 0.0)
+        if labels is None and self.teacher_heads and self.training and torch.is_grad_enabled():
+            _warn_of_missing_labels(self.config.fusion)
+        outputs = self.ibvit(
+            pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, return_dict=True, **kwargs
+        )
         tokens = outputs.last_hidden_state
         class_logits = self.class_head(tokens[:, 0])
-        teacher_token_logits = None
-        if self.config.teacher_names:
+        heads, teacher_token_logits = class_logits[:, None], None
+        if self.teacher_heads:
             teacher_token_logits = torch.stack(
                 [head(tokens[:, 1 + i]) for i, head in enumerate(self.teacher_heads)], dim=1
             )
+            heads = torch.cat((heads, teacher_token_logits), dim=1)
         return IBViTImageClassifierOutput(
-            loss=self.loss_function(labels, class_logits, self.config, **kwargs) if labels is not None else None,
+            loss=self._mean_loss(heads, labels, label_smoothing, **kwargs) if labels is not None else None,
             logits=self.fuse(class_logits, teacher_token_logits),
             class_logits=class_logits,
             teacher_token_logits=teacher_token_logits,

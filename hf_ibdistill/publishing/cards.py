@@ -9,9 +9,9 @@ from datasets import Dataset, Image
 from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
-from ..data.sources import public_name
+from ..data.sources import last_part, public_name
 from ..logits.encoding import column_name, recorded_teachers
-from ..logits.provenance import read_records
+from ..logits.provenance import only_record
 
 
 # Stands for the name of the repository until there is one.
@@ -44,16 +44,16 @@ def create_model_card(
             - `data`, `split`: dataset and split that `metrics` were measured on;
             - `metrics`: name → measured value, as `evaluate_model` returns them;
             - `recipe`: hyperparameters, name → value;
-            - `teachers`: for a student, name → `{"source": Hub id or folder, "metrics": …}`, both optional;
+            - `teachers`: for a student, name → `{"source": Hub id or name of a folder, "metrics": …}`, both optional;
             - `online`: whether the teachers ran in every step; `None` if there were none;
-            - `base_model`: Hub id or folder of the checkpoint that this model started as;
+            - `base_model`: Hub id, or name of the folder, of the checkpoint that this model started as;
             - `picture`: file name of a picture beside the card;
             - `machine`, `train_seconds`: what it was trained on, and for how long;
             - `notes`: a paragraph on this run.
         repo_id: the repository, for the example; by default a placeholder that [`push_folder_to_hub`] replaces.
     """
-    metrics, base_model = results.get("metrics") or {}, results.get("base_model")
-    data_name, split = results.get("data") and public_name(results["data"]), results.get("split")
+    metrics, split = results.get("metrics") or {}, results.get("split")
+    base_model, data_name = (results.get(key) and public_name(results[key]) for key in ("base_model", "data"))
     online, teachers = results.get("online"), results.get("teachers") or {}
     has_results = bool(metrics and data_name)
     data = ModelCardData(
@@ -136,14 +136,19 @@ def _teachers_table(teachers, split):
 
 def _link(source):
     """The origin of a model: a link to the Hub, or only the name of the folder, because its path describes a machine."""
-    if not source:
-        return ""
-    return f"[{source}](https://huggingface.co/{source})" if _is_hub_id(source) else public_name(source)
+    name = public_name(source) if source else ""
+    return f"[{name}](https://huggingface.co/{name})" if _is_hub_id(name) else name
 
 
 def _is_hub_id(name):
-    """Whether this is a "user/name" of the Hub and no folder."""
-    return bool(name) and re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
+    """Whether a public name is a "user/name" of the Hub."""
+    return bool(name) and re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
+
+
+def teacher_source(source: str | None, revision: str | None) -> str | None:
+    """What a card may show of the source of a teacher. Only one that was loaded from the Hub has a revision; the relative
+    path of a folder looks like a Hub id."""
+    return source if revision or not source else last_part(source)
 
 
 def create_logits_card(table: Dataset, *, repo_id: str | None = None) -> DatasetCard:
@@ -154,9 +159,9 @@ def create_logits_card(table: Dataset, *, repo_id: str | None = None) -> Dataset
         repo_id: as for [`create_model_card`].
 
     Raises:
-        ValueError: the table has no logits.
+        ValueError: the table has no logits, or not exactly one provenance record.
     """
-    (record,) = read_records(table)
+    record = only_record(table)
     if not recorded_teachers(table):
         raise ValueError(
             f"The table has no logits; its columns are {', '.join(table.column_names)}. record_teacher_logits adds them."
@@ -177,7 +182,8 @@ def create_logits_card(table: Dataset, *, repo_id: str | None = None) -> Dataset
         encoding = teacher["encoding"]
         top_k = encoding["top_k"]
         kept = "all" if top_k is None else f"the {top_k} largest and the log-sum-exp of the rest"
-        origin = _link(teacher["source"]) + (f" @ {teacher['revision'][:12]}" if teacher["revision"] else "")
+        origin = _link(teacher_source(teacher["source"], teacher.get("revision")))
+        origin += f" @ {teacher['revision'][:12]}" if teacher.get("revision") else ""
         rows.append([f"`{column_name(teacher['name'])}`", teacher["config"].get("model_type", ""), origin,
                      f"{kept}, {encoding['dtype']}", f"`{teacher['weights_sha256'][:16]}`"])  # fmt: skip
     label_names = teachers[0]["label_names"]

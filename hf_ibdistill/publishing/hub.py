@@ -13,7 +13,8 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, Revisio
 from huggingface_hub.utils import filter_repo_objects, httpx, validate_repo_id
 
 from ..data.columns import IMAGE, LABEL, as_image_table, require_table
-from ..logits.encoding import ROW_KEY, column_name, recorded_teachers
+from ..logits.encoding import FILE_KEY, ROW_KEY, column_name, recorded_teachers
+from ..logits.provenance import check_files, only_record
 from .cards import UNPUBLISHED
 from .tables import PROVENANCE, export_logits_table
 
@@ -125,15 +126,18 @@ def push_logits_to_hub(
         The address of the repository, or of the pull request.
 
     Raises:
-        ValueError: these are several splits, or the table has no provenance or no logits; and as [`push_folder_to_hub`].
+        ValueError: these are several splits, the table has no provenance or no logits, or is damaged; and as [`push_folder_to_hub`].
     """
     require_table(table, "table")
-    # Before the files are written, because that takes time.
-    repo_id = ensure_repo(repo_id, kind="dataset", private=private, token=token)
-    columns = [ROW_KEY, *map(column_name, recorded_teachers(table))]
+    only_record(table)
+    file_key = [FILE_KEY] if FILE_KEY in table.column_names else []
+    columns = [ROW_KEY, *file_key, *map(column_name, recorded_teachers(table))]
     if with_images:
         table = as_image_table(table)
         columns = [IMAGE, LABEL, *columns]
+    check_files(table, quickly=True)
+    # Before the files are written, because that takes time.
+    repo_id = ensure_repo(repo_id, kind="dataset", private=private, token=token)
     with tempfile.TemporaryDirectory() as folder:
         return push_folder_to_hub(
             export_logits_table(table.select_columns(columns), Path(folder) / "table"),

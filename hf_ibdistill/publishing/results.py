@@ -11,7 +11,7 @@ from ..data.sources import public_name
 from ..evaluation import classification_metrics, predict
 from ..files import write_text
 from ..logits.provenance import read_records
-from .cards import create_model_card
+from .cards import create_model_card, teacher_source
 from .machine import describe_machine
 
 
@@ -126,12 +126,16 @@ def _describe_recipe(trainer, model) -> dict:
 
 def _describe_teachers(trainer, metrics) -> dict[str, dict]:
     """Teacher → its source and metrics; `None` and {} if they are not known."""
-    sources = {teacher.name: teacher.model.config.name_or_path for teacher in getattr(trainer, "teachers", [])}
+    sources = {
+        teacher.name: teacher_source(teacher.model.config.name_or_path, teacher.revision)
+        for teacher in getattr(trainer, "teachers", [])
+    }
     for record in read_records(trainer.train_dataset.table):
-        sources |= {teacher["name"]: teacher["source"] for teacher in record["teachers"]}
+        for teacher in record["teachers"]:
+            sources[teacher["name"]] = teacher_source(teacher["source"], teacher.get("revision"))
     return {
         name: {
-            "source": public_name(sources[name]) if sources.get(name) else None,
+            "source": sources.get(name) or None,
             "metrics": dict(metrics.get(name, {})),
         }
         for name in dict.fromkeys([*sources, *metrics])

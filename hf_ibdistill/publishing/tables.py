@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -9,10 +10,12 @@ from datasets import Dataset, IterableDataset, load_dataset
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
+from ..checks import check_numbers
 from ..data.columns import require_table
-from ..data.sources import public_name
-from ..logits.provenance import attach_record, read_records
-from .cards import create_logits_card
+from ..data.sources import load_parquet
+from ..files import write_text
+from ..logits.provenance import attach_record, check_files, only_record
+from .cards import create_logits_card, teacher_source
 
 
 PROVENANCE = "provenance.json"
@@ -40,17 +43,17 @@ def export_logits_table(
 
     Raises:
         TypeError: `dataset` is not one table.
-        ValueError: the table is empty or has not exactly one provenance record, `rows_per_file` is below 1, or the folder
-            is not empty.
+        ValueError: the table is empty, is damaged or has not exactly one provenance record, `rows_per_file` is below 1,
+            `split` cannot name one, or the folder is not empty.
     """
     require_table(dataset, "dataset")
-    if len(dataset) == 0 or rows_per_file < 1:
-        raise ValueError(f"{len(dataset)} rows, rows_per_file={rows_per_file}: both must be at least 1.")
-    output_dir, records = Path(output_dir), read_records(dataset)
-    if len(records) != 1:
-        raise ValueError(
-            f"The table has {len(records)} provenance records; it needs exactly one. Export a table that one recording made."
-        )
+    check_numbers(1, whole=True, rows_per_file=rows_per_file)
+    if len(dataset) == 0:
+        raise ValueError("The dataset is empty; it needs at least one row.")
+    if not re.fullmatch(r"\w+(\.\w+)*", split):
+        raise ValueError(f'split="{split}" cannot name a split. Use letters, digits and "_".')
+    output_dir, record = Path(output_dir), only_record(dataset)
+    check_files(dataset)
     if output_dir.exists() and any(output_dir.iterdir()):
         raise ValueError(f"output_dir={output_dir} is not empty. Choose another folder.")
     beside = output_dir.with_name(f"{output_dir.name}.partial")
@@ -61,10 +64,10 @@ def export_logits_table(
         rows = range(i * rows_per_file, min((i + 1) * rows_per_file, len(dataset)))
         dataset.select(rows).to_parquet(beside / "data" / f"{split}-{i:05d}-of-{num_files:05d}.parquet")
     teachers = [
-        {**teacher, "source": teacher["source"] and public_name(teacher["source"])}
-        for teacher in records[0]["teachers"]
+        {**teacher, "source": teacher_source(teacher["source"], teacher.get("revision"))}
+        for teacher in record["teachers"]
     ]
-    (beside / PROVENANCE).write_text(json.dumps({**records[0], "teachers": teachers}, indent=2))
+    write_text(beside / PROVENANCE, json.dumps({**record, "teachers": teachers}, indent=2))
     create_logits_card(dataset, repo_id=repo_id).save(beside / "README.md")
     if output_dir.exists():
         output_dir.rmdir()
@@ -84,20 +87,30 @@ def open_logits_table(
         load_kwargs: passed to `datasets.load_dataset`, for example a `revision`.
 
     Raises:
-        ValueError: there is no provenance beside the data.
+        ValueError: there is no provenance beside the data, no data, or no such split.
     """
+    is_folder = Path(source).is_dir()
     try:
-        if Path(source).is_dir():
+        if is_folder:
             path = Path(source) / PROVENANCE
         else:
             keywords = {key: load_kwargs[key] for key in ("revision", "token") if key in load_kwargs}
             path = hf_hub_download(str(source), PROVENANCE, repo_type="dataset", **keywords)
-        record = json.loads(Path(path).read_text())
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
     except (FileNotFoundError, EntryNotFoundError) as error:
         raise ValueError(
             f"{source} has no {PROVENANCE}, which describes the teachers. Open a table that export_logits_table wrote."
         ) from error
-    # Only the data folder, because the JSON beside it would be read as data.
-    dataset = load_dataset(str(source), data_dir="data", split=split, streaming=streaming, **load_kwargs)
+    how = {"split": split, "streaming": streaming, **load_kwargs}
+    if is_folder:
+        splits: dict[str, list[Path]] = {}
+        for file in sorted(Path(source, "data").glob("*.parquet")):
+            splits.setdefault(file.name.partition("-")[0], []).append(file)
+        if not splits:
+            raise ValueError(f"{source} has no Parquet files in its folder data. Export or download it again.")
+        dataset = load_parquet(splits, how)
+    else:
+        # Only the data folder, because the JSON beside it would be read as data.
+        dataset = load_dataset(str(source), data_dir="data", **how)
     attach_record(dataset, record)
     return dataset

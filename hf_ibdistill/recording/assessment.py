@@ -6,6 +6,7 @@ import numpy as np
 import scipy.special
 from datasets import Dataset
 
+from ..checks import check_numbers
 from ..data.classes import class_names
 from ..data.columns import LABEL, as_image_table, require_table
 from ..evaluation import log_softmax
@@ -43,6 +44,9 @@ def logits_metrics(
         ValueError: the table is empty, or holds no logits or no labels.
     """
     require_table(dataset, "dataset")
+    check_numbers(1, whole=True, num_rows=num_rows)
+    check_numbers(0, whole=True, seed=seed)
+    check_numbers(1e-6, temperature=temperature)
     names = recorded_teachers(dataset)
     if len(dataset) == 0 or not names:
         raise ValueError(

@@ -3,12 +3,15 @@
 import logging
 
 import numpy as np
-from datasets import Dataset, Features, Value, concatenate_datasets
+import torch
+from datasets import Dataset, concatenate_datasets
+from tqdm.auto import tqdm
 
 from ..data.columns import IMAGE, as_image_table, require_table
+from ..files import no_cache_files
 from ..images.views import row_key
-from ..logits.encoding import ROW_KEY, column_name, recorded_teachers
-from ..logits.provenance import attach_record, read_records
+from ..logits.encoding import FILE_KEY, ROW_KEY, column_name, recorded_teachers
+from ..logits.provenance import check_files
 from ..rows import ImageRows
 
 
@@ -23,10 +26,11 @@ def attach_teacher_logits(
     skip_missing: bool = False,
     num_workers: int | None = None,
 ) -> Dataset:
-    """Add to images the logits that were recorded for the same images, matched by the key of their content.
+    """Add to images the logits that were recorded for the same images, matched by the key of their pixels.
 
     Logits can be published even if the images cannot. A user who has the images joins the two here. The order of the
-    rows does not matter, and rows with the same image get the same logits.
+    rows does not matter, and rows with the same image get the same logits. If other pixels come out of the same file, as
+    of a JPEG file with another decoder, the key of the file finds them, and a warning reports it.
 
     Args:
         images: the user's own copy, with an image column.
@@ -37,7 +41,7 @@ def attach_teacher_logits(
 
     Returns:
         The columns of `images`, with the image column named `image` and the label column named `label`, plus `row_key`,
-        the logits columns and their provenance, in the order of `images`.
+        `file_key` if the table has it, the logits columns and their provenance, in the order of `images`.
 
     Raises:
         TypeError: an argument is not one table.
@@ -52,52 +56,76 @@ def attach_teacher_logits(
             f'The logits table needs the column "{ROW_KEY}" and a logits column; its columns are '
             f"{', '.join(logits_table.column_names)}. A table made by record_teacher_logits has both."
         )
-    columns = [ROW_KEY, *map(column_name, teachers)]
+    check_files(logits_table)
+    has_files = FILE_KEY in logits_table.column_names
+    columns = [ROW_KEY, *([FILE_KEY] if has_files else []), *map(column_name, teachers)]
     images = as_image_table(images, image_column, needs_label=False)
     twice = [name for name in columns if name in images.column_names]
     if twice:
         raise ValueError(f"The images already have the columns {twice}. Remove them first.")
-    keyed = images.select_columns([IMAGE]).map(
-        _KeysOf(images),
-        batched=True,
-        with_indices=True,
-        num_proc=num_workers,
-        remove_columns=[IMAGE],
-        features=Features({ROW_KEY: Value("int64")}),
-        desc="Hashing the images",
-    )
-    keys, known = _keys(keyed), _keys(logits_table)
-    order = np.argsort(known, kind="stable")
-    position = np.searchsorted(known, keys, sorter=order).clip(max=len(known) - 1)
-    partner = order[position]
-    missing = np.flatnonzero(known[partner] != keys)
-    if len(missing):
-        message = f"{len(missing)} of {len(images)} images have no recorded logits (rows {missing[:10].tolist()}"
-        message += ", …)" if len(missing) > 10 else ")"
+    hashes = torch.utils.data.DataLoader(_Keys(images), batch_size=64, num_workers=num_workers or 0, collate_fn=list)
+    keys = np.array([pair for batch in tqdm(hashes, desc="Hashing the images") for pair in batch]).reshape(-1, 2)
+    partner = _find(keys[:, 0], logits_table, ROW_KEY)
+    if has_files:
+        same_file = _find(keys[:, 1], logits_table, FILE_KEY)
+        by_file = (partner < 0) & (same_file >= 0)
+        partner = np.where(by_file, same_file, partner)
+        if by_file.any():
+            logger.warning(
+                "%s have other pixels than the recorded ones, but the same files: another decoder, for example of JPEG. They "
+                "get the logits that were recorded for these files.",
+                _describe(by_file),
+            )
+    missing = partner < 0
+    if missing.any():
+        message = f"{_describe(missing)} have no recorded logits"
         if not skip_missing:
+            differing, hint = "pixels and files differ", ""
+            if not has_files:
+                differing = "pixels differ"
+                hint = (
+                    f', or another decoder, for example of JPEG. A new recording has the column "{FILE_KEY}", which finds '
+                    "the same files"
+                )
             raise ValueError(
-                f"{message}. Their pixels differ from all recorded ones: another version of the dataset, or resized or "
-                "re-compressed files. skip_missing=True leaves them out."
+                f"{message}. Their {differing} from all recorded ones: another version of the dataset, or resized or "
+                f"re-compressed files{hint}. skip_missing=True leaves them out."
             )
         logger.warning("%s and are left out.", message)
-        found = np.flatnonzero(known[partner] == keys)
-        images, partner = images.select(found), partner[found]
-    joined = concatenate_datasets([images, logits_table.select_columns(columns).select(partner)], axis=1)
-    records = read_records(logits_table)
-    if len(records) == 1:
-        attach_record(joined, records[0])
-    return joined
+        images, partner = images.select(np.flatnonzero(~missing)), partner[~missing]
+    with no_cache_files():
+        # Otherwise joining would copy the images as well.
+        logits = logits_table.select_columns(columns).select(partner).flatten_indices()
+        # The descriptions are joined, and with them the provenance of both.
+        return concatenate_datasets([images, logits], axis=1)
 
 
-class _KeysOf:
-    """(rows, indices) → row keys; an object, so that it can be sent to worker processes."""
+class _Keys(torch.utils.data.Dataset):
+    """Row → (row key, file key), with one decoded image at a time."""
 
     def __init__(self, images):
-        self.rows = ImageRows(images)
+        self.rows = ImageRows(images, file_keys=True)
 
-    def __call__(self, _, indices):
-        return {ROW_KEY: [row_key(row[IMAGE]) for row in self.rows.__getitems__(indices)]}
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitems__(self, indices):
+        return [(row_key(row[IMAGE]), row[FILE_KEY]) for row in self.rows.read(indices)]
 
 
-def _keys(table) -> np.ndarray:
-    return table.select_columns([ROW_KEY]).with_format("arrow")[:][ROW_KEY].to_numpy()
+def _find(keys, logits_table, column) -> np.ndarray:
+    """The row of the table with each key, or −1."""
+    known = logits_table.select_columns([column]).with_format("arrow")[:][column]
+    # A recording that an earlier version began has rows without file keys.
+    rows = np.flatnonzero(known.is_valid().to_numpy())
+    known = known.drop_null().to_numpy()
+    if not len(known):
+        return np.full(len(keys), -1)
+    order = np.argsort(known, kind="stable")
+    found = order[np.searchsorted(known, keys, sorter=order).clip(max=len(known) - 1)]
+    return np.where(known[found] == keys, rows[found], -1)
+
+
+def _describe(chosen) -> str:
+    rows = np.flatnonzero(chosen)
+    return f"{len(rows)} of {len(chosen)} images (rows {rows[:10].tolist()}{', …' if len(rows) > 10 else ''})"

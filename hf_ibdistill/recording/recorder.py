@@ -9,36 +9,52 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import pyarrow as pa
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import send_to_device
-from datasets import Dataset, DatasetDict, Features, Value, load_from_disk
+from datasets import Dataset, DatasetDict, Features, Value
 from datasets.arrow_writer import ArrowWriter
 from tqdm.auto import tqdm
 
+from ..checks import check_numbers
 from ..data.classes import class_names, label_ids
 from ..data.columns import IMAGE, as_image_table, require_table
+from ..data.sources import open_saved
 from ..files import write_text
 from ..images.preprocessing import pixel_values
-from ..images.views import ViewRecipe, make_views, row_key
+from ..images.views import ViewRecipe, make_view, make_views, row_key
 from ..logits.encoding import (
+    FILE_KEY,
     ROW_KEY,
     LogitsEncoding,
     NonFiniteLogitsError,
+    check_teacher_names,
     column_name,
     concatenate_views,
     recorded_teachers,
 )
-from ..logits.provenance import build_record, read_records, teacher_differences
+from ..logits.provenance import build_record, check_files, read_records, teacher_differences
 from ..rows import ImageRows, default_num_workers
 from ..teachers import Teacher, TeacherLike, load_teachers
-from .shards import ROW, assemble, check_folder_of_splits, open_folder, shard_is_whole, shard_path, write_shard
+from .shards import (
+    ROW,
+    assemble,
+    check_folder_of_splits,
+    lock_folder,
+    open_folder,
+    shard_is_whole,
+    shard_path,
+    write_shard,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -94,8 +110,8 @@ def record_teacher_logits(
 
     Returns:
         The input with its image and label columns named `image` and `label`, its other columns, `row_key` (64 bits of the
-        image's content) and a logits column for each teacher, memory-mapped from `output_dir`, with its provenance. For
-        several splits a `DatasetDict`.
+        pixels), `file_key` (64 bits of the encoded file) and a logits column for each teacher, memory-mapped from
+        `output_dir`, with its provenance. For several splits a `DatasetDict`.
 
     Raises:
         TypeError: `dataset` is not a `Dataset` or `DatasetDict`.
@@ -105,34 +121,46 @@ def record_teacher_logits(
         OSError: the disk is full; finished shards are kept.
     """
     teachers = load_teachers(teachers, bf16=bf16, trust_remote_code=trust_remote_code)
+    check_teacher_names(teacher.name for teacher in teachers)
     encoding = LogitsEncoding(dtype, top_k)
     layout = {"batch_size": batch_size, "shard_size": shard_size, "skip_unreadable": skip_unreadable}
-    if min(batch_size, shard_size) < 1:
-        raise ValueError(f"batch_size={batch_size}, shard_size={shard_size}: both must be at least 1.")
+    check_numbers(1, whole=True, batch_size=batch_size, shard_size=shard_size)
+    check_numbers(0, whole=True, num_workers=num_workers or 0)
+    if views is not None and not isinstance(views, ViewRecipe):
+        raise TypeError(f"views={views!r} is not a ViewRecipe. Pass ViewRecipe(num_views=…).")
     dataset, output_dir = as_image_table(dataset, image_column, label_column), Path(output_dir)
-    splits = dataset if isinstance(dataset, DatasetDict) else {None: dataset}
-    if isinstance(dataset, DatasetDict):
+    splits = dataset if isinstance(dataset, Mapping) else {None: dataset}
+    if isinstance(dataset, Mapping):
         check_folder_of_splits(output_dir)
-    plans = {}
+    plans, sample = {}, None
     for name, split in splits.items():
         _check_before_recording(split, name, teachers)
         recipe = views if name in (None, "train") else None
-        plans[name] = _plan(split, teachers, recipe, encoding, layout)
+        image, keys = _look_at_images(split, name)
+        sample = sample or (image, recipe)
+        # If the training split takes more views, the others stay as they are.
+        keeps = name != "train" and "train" in splits
+        plans[name] = _plan(split, teachers, recipe, encoding, layout, keys, keeps)
     # The first to finish waits for the last, however long that takes.
     accelerator = Accelerator(
         # Without it, processes that torchrun starts on a CPU would not know of each other and all write the same files.
         cpu=not torch.accelerator.is_available(),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=30))],
     )
+    for teacher in teachers:
+        teacher.model.to(accelerator.device)
+        _try(teacher, *sample)
     recorded = {
         name: _record_split(accelerator, split, plans[name], output_dir / name if name else output_dir, num_workers)
         for name, split in splits.items()
     }
-    if not isinstance(dataset, DatasetDict):
+    if not isinstance(dataset, Mapping):
         return recorded[None]
-    if accelerator.is_main_process:
-        # This file makes `datasets.load_from_disk` see the folders as the splits of one dataset.
-        write_text(output_dir / "dataset_dict.json", json.dumps({"splits": list(splits)}))
+    # This file makes `datasets.load_from_disk` see the folders as the splits of one dataset.
+    index, text = output_dir / "dataset_dict.json", json.dumps({"splits": list(splits)})
+    # A finished recording may be in a folder that must not be written to.
+    if accelerator.is_main_process and not (index.exists() and index.read_text(encoding="utf-8") == text):
+        write_text(index, text)
     accelerator.wait_for_everyone()
     return DatasetDict(recorded)
 
@@ -166,13 +194,47 @@ def _check_before_recording(dataset, split, teachers) -> None:
     if len(dataset) == 0:
         what = f'split "{split}"' if split else "dataset"
         raise ValueError(f"The {what} is empty. Pass at least one row.")
-    if dataset.features.get(ROW_KEY, Value("int64")) != Value("int64"):
-        raise ValueError(f'The column "{ROW_KEY}" would be overwritten by the keys of the images. Rename it.')
+    for key in (ROW_KEY, FILE_KEY):
+        if dataset.features.get(key, Value("int64")) != Value("int64"):
+            raise ValueError(f'The column "{key}" would be overwritten by the keys of the images. Rename it.')
     for teacher in teachers:
         teacher.match_classes(class_names(dataset))
 
 
-def _plan(dataset, teachers, views, encoding, layout) -> _Plan:
+def _look_at_images(dataset, split) -> tuple[PIL.Image.Image, list[int | None]]:
+    """The first readable one of up to 64 images from all over the dataset, and the key of each, `None` if unreadable."""
+    first, keys = None, []
+    rows = ImageRows(dataset, skip_unreadable=True)
+    for row in sorted({int(row) for row in np.linspace(0, len(dataset) - 1, 64)}):
+        image = rows[row][IMAGE]
+        first = first or image
+        keys.append(None if image is None else row_key(image))
+    if first is None:
+        try:
+            ImageRows(dataset)[0]
+        except ValueError as error:
+            what = f'split "{split}"' if split else "dataset"
+            raise ValueError(
+                f"None of {len(keys)} sampled images of the {what} can be decoded, so there is nothing to record. {error}"
+            ) from error
+    return first, keys
+
+
+def _try(teacher, image, views) -> None:
+    """Run the teacher on one image, so that one that does not fit is refused before the first shard."""
+    if views is not None:
+        image = make_view(image, views, row_key(image), 0)
+    try:
+        inputs = pixel_values([image], {"": teacher.image_processor})[""]
+    except Exception as error:  # whatever the code of any image processor raises
+        raise ValueError(
+            f'The image processor of the teacher "{teacher.name}" ({type(teacher.image_processor).__name__}) fails on an '
+            f"RGB image: {type(error).__name__}: {error}"
+        ) from error
+    teacher.logits(inputs)
+
+
+def _plan(dataset, teachers, views, encoding, layout, sample_keys, keeps_recorded) -> _Plan:
     described = {teacher.name: teacher.describe(encoding) for teacher in teachers}
     for teacher in teachers:
         encoding.feature(teacher.model.config.num_labels, None)
@@ -180,27 +242,31 @@ def _plan(dataset, teachers, views, encoding, layout) -> _Plan:
     old = {}
     if recorded_teachers(dataset):
         old, old_views = _recorded_so_far(dataset, views)
-        for name in described:
-            if name in old:
-                first_view[name] = _views_to_keep(name, old[name], described[name], views, old_views)
-        left_behind = [name for name in old if name not in described]
+        for name in [name for name in described if name in old]:
+            _check_same_teacher(name, old[name], described[name])
+            if keeps_recorded:
+                del described[name], first_view[name]
+            else:
+                first_view[name] = _views_to_keep(name, views, old_views)
+        left_behind = [name for name in old if name not in described and not keeps_recorded]
         if left_behind and views is not None and views.num_views != old_views.num_views:
             raise ValueError(
                 f"num_views={views.num_views}, but {left_behind} have {old_views.num_views} views in this table. Record "
                 f"{old_views.num_views}, or pass these teachers as well, so that they get {views.num_views}."
             )
     return _Plan(
-        teachers=teachers,
+        teachers=[teacher for teacher in teachers if teacher.name in described],
         first_view=first_view,
         views=views,
         encoding=encoding,
-        record=build_record(list({**old, **described}.values()), _describe_dataset(dataset), views),
+        record=build_record(list({**old, **described}.values()), _describe_dataset(dataset, sample_keys), views),
         layout=layout,
     )
 
 
 def _recorded_so_far(dataset, views) -> tuple[dict[str, dict], ViewRecipe | None]:
     """The teachers whose logits the dataset holds already, and their views."""
+    check_files(dataset)
     records = read_records(dataset)
     if len(records) != 1:
         raise ValueError(
@@ -217,13 +283,16 @@ def _recorded_so_far(dataset, views) -> tuple[dict[str, dict], ViewRecipe | None
     return {teacher["name"]: teacher for teacher in kept}, old_views
 
 
-def _views_to_keep(name, old, new, views, old_views) -> int:
+def _check_same_teacher(name, old, new) -> None:
     differences = teacher_differences(new, old)
     if differences:
         raise ValueError(
             f'The dataset already has a column "{column_name(name)}" of another teacher ({", ".join(differences)} '
             "differ). Rename the teacher, or remove the column."
         )
+
+
+def _views_to_keep(name, views, old_views) -> int:
     if views is None or views.num_views <= old_views.num_views:
         raise ValueError(
             f'The dataset already has the column "{column_name(name)}"'
@@ -233,41 +302,40 @@ def _views_to_keep(name, old, new, views, old_views) -> int:
     return old_views.num_views
 
 
-def _describe_dataset(dataset) -> dict:
+def _describe_dataset(dataset, sample_keys) -> dict:
     """What distinguishes this dataset from others: its size, its labels, and a sample of its images."""
     digest = hashlib.sha256(label_ids(dataset).tobytes())
-    sample = sorted({int(row) for row in np.linspace(0, len(dataset) - 1, 64)})
-    for row in ImageRows(dataset, skip_unreadable=True).__getitems__(sample):
-        digest.update(b"" if row[IMAGE] is None else row_key(row[IMAGE]).to_bytes(8, "little", signed=True))
+    for key in sample_keys:
+        digest.update(b"" if key is None else key.to_bytes(8, "little", signed=True))
     source = dataset.info.dataset_name or dataset.builder_name
     return {"source": source, "split": str(dataset.split), "num_rows": len(dataset), "sha256": digest.hexdigest()}
 
 
 def _record_split(accelerator, dataset, plan, folder, num_workers) -> Dataset:
-    with accelerator.main_process_first():
-        finished = open_folder(folder, plan.record, plan.layout)
-    if finished:
-        logger.warning("%s already holds this recording; nothing to do.", folder)
-        return load_from_disk(str(folder))
-    size = plan.rows_per_shard
-    shards = [range(start, min(start + size, len(dataset))) for start in range(0, len(dataset), size)]
-    pending = [rows for rows in shards if not shard_is_whole(shard_path(folder, rows))]
-    # No process writes before every process has listed the finished shards.
-    accelerator.wait_for_everyone()
-    with accelerator.split_between_processes(pending) as own_shards:
-        _record_shards(accelerator, dataset, plan, own_shards, folder, num_workers)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        assemble(dataset, plan.record, [shard_path(folder, rows) for rows in shards], folder)
-    accelerator.wait_for_everyone()
-    return load_from_disk(str(folder))
+    # One process holds the lock for all processes of this recording.
+    with lock_folder(folder) if accelerator.is_main_process else nullcontext():
+        with accelerator.main_process_first():
+            finished = open_folder(folder, plan.record, plan.layout)
+        if finished:
+            logger.warning("%s already holds this recording; nothing to do.", folder)
+            return open_saved(folder)
+        size = plan.rows_per_shard
+        shards = [range(start, min(start + size, len(dataset))) for start in range(0, len(dataset), size)]
+        pending = [rows for rows in shards if not shard_is_whole(shard_path(folder, rows))]
+        # No process writes before every process has listed the finished shards.
+        accelerator.wait_for_everyone()
+        with accelerator.split_between_processes(pending) as own_shards:
+            _record_shards(accelerator, dataset, plan, own_shards, folder, num_workers)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            assemble(dataset, plan.record, [shard_path(folder, rows) for rows in shards], folder)
+        accelerator.wait_for_everyone()
+        return open_saved(folder)
 
 
 def _record_shards(accelerator, dataset, plan, shards, folder, num_workers) -> None:
-    for teacher in plan.teachers:
-        teacher.model.to(accelerator.device)
     columns = {column_name(t.name): _feature(plan, t) for t in plan.teachers}
-    features = Features({ROW: Value("int64"), ROW_KEY: Value("int64"), **columns})
+    features = Features({**dict.fromkeys((ROW, ROW_KEY, FILE_KEY), Value("int64")), **columns})
     if num_workers is None:
         num_workers = default_num_workers(use_cpu=accelerator.device.type == "cpu")
     batches = _teacher_outputs(accelerator, plan, _image_batches(dataset, plan, shards, num_workers))
@@ -296,34 +364,36 @@ def _feature(plan, teacher):
 
 
 def _image_batches(dataset, plan, shards, num_workers) -> torch.utils.data.DataLoader:
-    """(rows, row numbers, row keys, pixel values of each teacher), batch by batch in the order of the shards. The new
-    views of a row follow one another."""
-    images = ImageRows(dataset, skip_unreadable=plan.layout["skip_unreadable"])
+    """(rows, row numbers, (row key, file key) of each, pixel values of each teacher), batch by batch in the order of the
+    shards. The new views of a row follow one another."""
+    # Views that were recorded before follow from the key that was recorded with them.
+    kept = [ROW_KEY] if recorded_teachers(dataset) and ROW_KEY in dataset.column_names else []
+    images = ImageRows(dataset, kept, skip_unreadable=plan.layout["skip_unreadable"], file_keys=True)
     processors = {teacher.name: teacher.image_processor for teacher in plan.teachers}
     size = plan.rows_per_batch
     batches = [list(rows[start : start + size]) for rows in shards for start in range(0, len(rows), size)]
 
-    def collate(rows):
-        readable = [(number, row[IMAGE]) for number, row in rows if row[IMAGE] is not None]
-        numbers, keys = [number for number, _ in readable], [row_key(image) for _, image in readable]
-        pictures = [image for _, image in readable]
-        if plan.views is not None:
-            views = list(plan.new_views)
-            pictures = make_views(
-                [picture for picture in pictures for _ in views],
-                plan.views,
-                [key for key in keys for _ in views],
-                views * len(pictures),
-            )
-        return len(rows), numbers, keys, pixel_values(pictures, processors) if readable else {}
-
     return torch.utils.data.DataLoader(
         _Numbered(images),
         batch_sampler=batches,
-        collate_fn=collate,
+        collate_fn=partial(_collate, processors, plan.views, None if plan.views is None else plan.new_views),
         num_workers=num_workers,
         pin_memory=torch.accelerator.is_available(),
     )
+
+
+def _collate(processors, recipe, views, rows):
+    readable = [(number, row) for number, row in rows if row[IMAGE] is not None]
+    numbers, pictures = [number for number, _ in readable], [row[IMAGE] for _, row in readable]
+    keys = [(row[ROW_KEY] if ROW_KEY in row else row_key(row[IMAGE]), row[FILE_KEY]) for _, row in readable]
+    if recipe is not None:
+        pictures = make_views(
+            [picture for picture in pictures for _ in views],
+            recipe,
+            [key for key, _ in keys for _ in views],
+            list(views) * len(pictures),
+        )
+    return len(rows), numbers, keys, pixel_values(pictures, processors) if readable else {}
 
 
 class _Numbered(torch.utils.data.Dataset):
@@ -339,7 +409,9 @@ class _Numbered(torch.utils.data.Dataset):
         return list(zip(indices, self.rows.__getitems__(indices)))
 
 
-def _teacher_outputs(accelerator, plan, loader) -> Iterator[tuple[int, list[int], list[int], dict[str, np.ndarray]]]:
+def _teacher_outputs(
+    accelerator, plan, loader
+) -> Iterator[tuple[int, list[int], list[tuple[int, int]], dict[str, np.ndarray]]]:
     for size, numbers, keys, inputs in loader:
         inputs = send_to_device(inputs, accelerator.device)
         with torch.inference_mode():
@@ -358,7 +430,8 @@ def _logits_that_fit(teacher, pixel_values) -> torch.Tensor:
 
 
 def _encode(dataset, plan, numbers, keys, logits, features) -> pa.Table:
-    columns = {ROW: pa.array(numbers, pa.int64()), ROW_KEY: pa.array(keys, pa.int64())}
+    identity = zip((ROW, ROW_KEY, FILE_KEY), (numbers, *zip(*keys)))
+    columns = {name: pa.array(values, pa.int64()) for name, values in identity}
     for name, values in logits.items():
         column, first = column_name(name), plan.first_view[name]
         if plan.views is not None:

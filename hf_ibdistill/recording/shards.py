@@ -7,23 +7,69 @@ interrupted recording keeps every finished shard and continues with the next.
 import json
 import logging
 import os
+import platform
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
-from datasets import Dataset, concatenate_datasets, load_from_disk
+from datasets import Dataset, concatenate_datasets
+from filelock import FileLock, Timeout
 
-from ..files import explain_full_disk, sha256, write_text, write_whole
-from ..logits.provenance import attach_record, read_records, record_differences
+from ..data.sources import open_saved
+from ..files import checksums, explain_full_disk, flush, sha256, write_text, write_whole
+from ..logits.provenance import CHECKSUMS, attach_record, read_records, record_differences
 
 
 logger = logging.getLogger(__name__)
 
 ROW = "__row__"
 _MANIFEST = "recording.json"
-_CHECKSUMS = "checksums.json"
+_ROWS = "rows.arrow"
+_LOCK, _HOLDER = "recording.lock", "recording.holder"
 _FULL_DISK = "Finished shards are kept. Free space and call again."
+
+
+@contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Keep other processes from recording into the folder. The operating system releases the lock of a process that dies.
+
+    Raises:
+        ValueError: another process is recording into the folder.
+    """
+    if (folder / "state.json").exists() or _holds_something_else(folder):
+        yield  # Nothing is going to be written.
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    lock, holder = FileLock(folder / _LOCK), folder / _HOLDER
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        other = holder.read_text(encoding="utf-8") if holder.exists() else "another process"
+        raise ValueError(
+            f"{folder} is being recorded by {other}. Wait until it has finished, or stop it and call again. If that process "
+            f"is gone, as may happen on a network disk, delete {folder / _LOCK}."
+        ) from None
+    try:
+        if holder.exists():
+            other = holder.read_text(encoding="utf-8")
+            logger.warning("%s: %s stopped before it had finished. Its recording is continued.", folder, other)
+        since = datetime.now().astimezone().isoformat(" ", "seconds")
+        write_text(holder, f"process {os.getpid()} on {platform.node()} since {since}")
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        # The file of the lock stays until the recording is finished, so that all processes lock the same file.
+        lock.release()
+
+
+def _holds_something_else(folder):
+    """Whether there are files, but no recording. One that is killed before its manifest exists leaves parts of it."""
+    if not folder.exists() or (folder / _MANIFEST).exists():
+        return False
+    return any(entry.name not in (_LOCK, _HOLDER) and entry.suffix != ".partial" for entry in folder.iterdir())
 
 
 def open_folder(folder: Path, record: dict, layout: dict) -> bool:
@@ -42,7 +88,7 @@ def open_folder(folder: Path, record: dict, layout: dict) -> bool:
     """
     path = folder / _MANIFEST
     if (folder / "state.json").exists():
-        records = read_records(load_from_disk(str(folder)))
+        records = read_records(open_saved(folder))
         if len(records) != 1:
             raise ValueError(f"{folder} holds another table. Choose an empty folder.")
         differences = record_differences(record, records[0])
@@ -54,7 +100,7 @@ def open_folder(folder: Path, record: dict, layout: dict) -> bool:
         _remove_scaffolding(folder)
         return True
     if path.exists():
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
         differences = record_differences(record, found["record"])
         differences += [
             f"{key} {found['layout'].get(key)} instead of {value}"
@@ -67,8 +113,7 @@ def open_folder(folder: Path, record: dict, layout: dict) -> bool:
                 "Continue it with the settings that it began with, choose another folder, or delete this one."
             )
         return False
-    # A recording that is killed before its manifest exists leaves only parts of the manifest.
-    if folder.exists() and any(not entry.name.endswith(".partial") for entry in folder.iterdir()):
+    if _holds_something_else(folder):
         raise ValueError(f"{folder} is not empty and holds no recording. Choose an empty folder.")
     write_text(path, json.dumps({"record": record, "layout": layout}, indent=2))
     return False
@@ -101,18 +146,8 @@ def write_shard(path: Path, write: Callable[[Path], object]) -> None:
 
 def shard_is_whole(path: Path) -> bool:
     """Whether the shard exists and has the content that was written."""
-    return path.exists() and _checksum_path(path).exists() and _checksum_path(path).read_text() == sha256(path)
-
-
-def damaged_files(dataset: Dataset) -> list[str]:
-    """The files of a finished table that are missing or have another content than recording wrote."""
-    damaged = []
-    for folder in sorted({Path(file["filename"]).parent for file in dataset.cache_files}):
-        if (folder / _CHECKSUMS).exists():
-            for name, checksum in json.loads((folder / _CHECKSUMS).read_text()).items():
-                if not (folder / name).exists() or sha256(folder / name) != checksum:
-                    damaged.append(name)
-    return damaged
+    checksum = _checksum_path(path)
+    return path.exists() and checksum.exists() and checksum.read_text(encoding="utf-8") == sha256(path)
 
 
 def assemble(dataset: Dataset, record: dict, shards: list[Path], folder: Path) -> None:
@@ -120,13 +155,32 @@ def assemble(dataset: Dataset, record: dict, shards: list[Path], folder: Path) -
     table as finished.
 
     Raises:
-        OSError: the disk is full; the shards are kept.
+        OSError: the disk is full, or it changed what was written; whole shards are kept.
     """
-    with explain_full_disk(folder, _FULL_DISK):
-        _assemble(dataset, record, shards, folder)
+    finished = folder / "finished"
+    shutil.rmtree(finished, ignore_errors=True)
+    try:
+        with explain_full_disk(folder, _FULL_DISK):
+            _write_table(dataset, record, shards, finished)
+            sums = {path.name: checksums(path) for path in sorted(finished.glob("*.arrow"))}
+            write_text(finished / CHECKSUMS, json.dumps(sums, indent=2))
+            for path in sorted(finished.iterdir(), key=lambda path: path.name == "state.json"):
+                flush(path)
+                os.replace(path, folder / path.name)
+    finally:
+        shutil.rmtree(finished, ignore_errors=True)
+        (folder / _ROWS).unlink(missing_ok=True)
+    _remove_scaffolding(folder)
 
 
-def _assemble(dataset, record, shards, folder):
+def _write_table(dataset, record, shards, finished):
+    # Its own function, so that the files are closed when it returns: Windows neither moves nor removes open ones.
+    damaged = [path for path in shards if not shard_is_whole(path)]
+    if damaged:
+        raise OSError(
+            f"{len(damaged)} of {len(shards)} shards are damaged, because their content is not what was written: "
+            f"{', '.join(map(str, damaged[:3]))}. Call again: these are recorded again, and the others are kept."
+        )
     logits = concatenate_datasets([Dataset.from_file(str(path)) for path in shards])
     rows = logits.select_columns([ROW]).with_format("arrow")[:][ROW].to_numpy()
     if len(rows) < len(dataset):
@@ -135,29 +189,32 @@ def _assemble(dataset, record, shards, folder):
             "%d rows were left out because their images cannot be decoded: %s.", len(skipped), skipped.tolist()
         )
         dataset = dataset.select(rows)
+    if dataset._indices is not None:
+        # Joining columns copies selected rows, by default beside the files of the user.
+        dataset = dataset.flatten_indices(cache_file_name=str(finished.with_name(_ROWS)))
     logits = logits.remove_columns(ROW)
     replaced = [name for name in logits.column_names if name in dataset.column_names]
     table = concatenate_datasets([dataset.remove_columns(replaced), logits], axis=1)
     attach_record(table, record)
-    finished = folder / "finished"
-    shutil.rmtree(finished, ignore_errors=True)
-    try:
-        table.save_to_disk(str(finished))
-        checksums = {path.name: sha256(path) for path in sorted(finished.glob("*.arrow"))}
-        (finished / _CHECKSUMS).write_text(json.dumps(checksums, indent=2))
-        for path in sorted(finished.iterdir(), key=lambda path: path.name == "state.json"):
-            os.replace(path, folder / path.name)
-    finally:
-        shutil.rmtree(finished, ignore_errors=True)
-    _remove_scaffolding(folder)
+    table.save_to_disk(str(finished))
+    # The shards are the only copy of the logits until the table is known to have them.
+    written = open_saved(finished).select_columns(logits.column_names)
+    if not written.data.table.equals(logits.data.table):
+        raise OSError(
+            f"{finished} does not hold what was written to it. Check the disk, and call again. The shards are kept."
+        )
 
 
 def _remove_scaffolding(folder):
     """Remove what only an unfinished recording needs, and what killed processes left of it."""
     for name in ("shards", "finished"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for path in (folder / _MANIFEST, *folder.glob("*.partial")):
-        path.unlink(missing_ok=True)
+    # A folder that must not be written to has none of them.
+    for path in (folder / _MANIFEST, folder / _HOLDER, folder / _LOCK, *folder.glob("*.partial")):
+        if path.exists():
+            # Windows removes the file of a lock when it is released, and not before.
+            with suppress(PermissionError):
+                path.unlink(missing_ok=True)
 
 
 def _checksum_path(shard):

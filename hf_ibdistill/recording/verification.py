@@ -6,14 +6,17 @@ from dataclasses import dataclass
 import numpy as np
 from datasets import Dataset
 
+from ..checks import check_numbers
 from ..data.columns import IMAGE, as_image_table, require_table
 from ..images.preprocessing import pixel_values
 from ..images.views import make_view, row_key
 from ..logits.encoding import ROW_KEY, LogitsEncoding, StoredLogits, column_name, decode, describe_column
-from ..logits.provenance import read_records, stored_views, teacher_differences
+from ..logits.provenance import damaged_files, read_records, stored_views, teacher_differences
 from ..rows import ImageRows
 from ..teachers import TeacherLike, load_teachers
-from .shards import damaged_files
+
+
+_BATCH_SIZE = 32
 
 
 @dataclass
@@ -55,10 +58,13 @@ def verify_teacher_logits(
         ValueError: a teacher without a column, a table without provenance, or an image that cannot be decoded.
     """
     require_table(dataset, "dataset")
+    check_numbers(1, whole=True, num_rows=num_rows)
+    check_numbers(0, whole=True, seed=seed)
+    check_numbers(0, tolerance=tolerance)
     dataset = as_image_table(dataset, image_column, needs_label=False)
     loaded = load_teachers(teachers, trust_remote_code=trust_remote_code)
     described = {teacher["name"]: teacher for record in read_records(dataset) for teacher in record["teachers"]}
-    problems = [f"The file {name} is not the one that recording wrote." for name in damaged_files(dataset)]
+    problems = [f"The file {path.name} is not the one that recording wrote." for path in damaged_files(dataset)]
     for teacher in loaded:
         column = column_name(teacher.name)
         if column not in dataset.column_names or teacher.name not in described:
@@ -79,24 +85,30 @@ def verify_teacher_logits(
     sample = np.sort(random.choice(len(dataset), size=min(num_rows, len(dataset)), replace=False)).tolist()
     recipe = stored_views(dataset)
     views = random.integers(1 if recipe is None else recipe.num_views, size=len(sample)).tolist()
-    images = [row[IMAGE] for row in ImageRows(dataset).__getitems__(sample)]
-    keys = [row_key(image) for image in images]
-    if ROW_KEY in dataset.column_names:
-        recorded_keys = dataset.select_columns([ROW_KEY])[sample][ROW_KEY]
-        wrong = [row for row, key, other in zip(sample, keys, recorded_keys) if key != other]
-        if wrong:
-            problems.append(
-                f"The images of {len(wrong)} rows are not the ones that were recorded (first {wrong[:10]})."
-            )
-    if recipe is not None:
-        images = [make_view(image, recipe, key, view) for image, key, view in zip(images, keys, views)]
+    has_keys, wrong = ROW_KEY in dataset.column_names, []
+    rows = ImageRows(dataset, [ROW_KEY] if has_keys else [])
+    comparable = [t for t in loaded if len(t.class_names) == len(described[t.name]["label_names"])]
+    predicted: dict[str, list[np.ndarray]] = {teacher.name: [] for teacher in comparable}
+    for start in range(0, len(sample), _BATCH_SIZE):
+        batch, images = sample[start : start + _BATCH_SIZE], []
+        for number, view, row in zip(batch, views[start:], rows.read(batch)):
+            key = row_key(row[IMAGE])
+            if has_keys and key != row[ROW_KEY]:
+                wrong.append(number)
+                key = row[ROW_KEY]
+            images.append(row[IMAGE] if recipe is None else make_view(row[IMAGE], recipe, key, view))
+        for teacher in comparable:
+            inputs = pixel_values(images, {"": teacher.image_processor})[""]
+            predicted[teacher.name].append(teacher.logits(inputs).cpu().numpy())
+    if wrong:
+        problems.append(f"The images of {len(wrong)} rows are not the ones that were recorded (first {wrong[:10]}).")
 
     largest = {}
     for teacher in loaded:
-        if len(teacher.class_names) != len(described[teacher.name]["label_names"]):
+        if teacher.name not in predicted:
             largest[teacher.name] = float("inf")
             continue
-        fresh = teacher.logits(pixel_values(images, {"": teacher.image_processor})[""]).numpy()
+        fresh = np.concatenate(predicted[teacher.name])
         column = column_name(teacher.name)
         encoding, num_views, _ = describe_column(dataset.features[column])
         # Encoded and decoded, so that what top-k leaves out is missing on both sides.

@@ -1,11 +1,14 @@
 """Training arguments: defaults for small images, and the settings of distillation."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
+from ..checks import check_numbers
 from ..rows import default_num_workers
 from .losses import MODES
 
@@ -42,6 +45,9 @@ class ImageTrainingArguments(TrainingArguments):
     eval_strategy: str = _default("epoch", 'When to evaluate on the validation split: "epoch", "steps" or "no".')
     save_strategy: str = _default("no", 'When to save a checkpoint to resume from: "epoch", "steps" or "no".')
     logging_strategy: str = _default("epoch", 'When to log the loss: "epoch", "steps" or "no".')
+    shuffle_buffer_size: int = _default(
+        0, "Rows of a stream that are held and drawn from at random; 0 keeps the order of the stream."
+    )
     dataloader_num_workers: int | None = field(
         default=None,
         metadata={
@@ -73,6 +79,14 @@ class ImageTrainingArguments(TrainingArguments):
         if self.bf16 is None:
             self.bf16 = not self.fp16 and has_bf16_units(self.use_cpu)
         super().__post_init__()
+
+
+class _Numbers(list):
+    """A list of numbers that one number makes, because a hyperparameter search converts its value to the type that it
+    finds."""
+
+    def __init__(self, values):
+        super().__init__(float(value) for value in ([values] if isinstance(values, (int, float, str)) else values))
 
 
 @dataclass(repr=False)  # transformers' own hides tokens
@@ -118,9 +132,11 @@ class DistillationArguments(ImageTrainingArguments):
         super().__post_init__()
         for name in ("temperature", "teacher_weights"):
             value = getattr(self, name)
-            setattr(self, name, [float(value)] if isinstance(value, (int, float)) else [float(v) for v in value])
-            if not getattr(self, name):
-                raise ValueError(f"{name}=[] is empty. Give one number for all teachers, or one for each.")
+            try:
+                setattr(self, name, _Numbers(value))
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{name}={value!r} is neither a number nor a list of numbers.") from error
+        check_numbers(0, label_weight=self.label_weight)
         if self.distillation_mode not in MODES:
             raise ValueError(f'distillation_mode="{self.distillation_mode}" is unknown. Choose "soft" or "hard".')
         if self.distillation_mode == "hard" and self.standardize_logits:
@@ -128,10 +144,29 @@ class DistillationArguments(ImageTrainingArguments):
                 'standardize_logits=True has no effect with distillation_mode="hard", which uses first choices alone. Leave '
                 "one of them out."
             )
-        # Not `any(… <= 0)`: NaN compares false with everything.
-        if not all(value > 0 for value in self.temperature):
-            raise ValueError(f"temperature={self.temperature} must be above 0.")
-        if not all(value >= 0 for value in [*self.teacher_weights, self.label_weight]):
+        self.for_each_teacher("temperature")
+        self.for_each_teacher("teacher_weights")
+
+    def for_each_teacher(self, name: str, teacher_names: Sequence[str] | None = None) -> list[float]:
+        """The numbers of `temperature` or `teacher_weights`, one for each teacher.
+
+        Args:
+            name: which of the two.
+            teacher_names: the teachers of the student; `None` if they are not known yet.
+
+        Raises:
+            ValueError: a number is out of range, or there is neither one for all teachers nor one for each.
+        """
+        values = _Numbers(getattr(self, name))
+        count = len(values) if teacher_names is None else len(teacher_names)
+        if len(values) not in (1, count) or not values:
+            teachers = ", ".join(teacher_names or ["the teachers"])
             raise ValueError(
-                f"teacher_weights={self.teacher_weights} and label_weight={self.label_weight} must be at least 0."
+                f"{name}={values} has {len(values)} numbers. Give one for all, or one for each of {teachers}."
             )
+        # Not `any(… <= 0)`: NaN compares false with everything.
+        if name == "temperature" and not all(0 < value < math.inf for value in values):
+            raise ValueError(f"temperature={values} must be above 0 and finite.")
+        if not all(0 <= value < math.inf for value in [*values, self.label_weight]):
+            raise ValueError(f"{name}={values} and label_weight={self.label_weight} must be at least 0 and finite.")
+        return values * count if len(values) == 1 else values

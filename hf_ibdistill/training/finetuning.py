@@ -1,10 +1,7 @@
-"""Fine-tune a student without teachers, by any `Trainer`: freeze layers, set learning rates by layer, train every head."""
+"""Fine-tune a student without teachers, by any `Trainer`: freeze layers, and set learning rates by layer."""
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel, Trainer
-
-from ..models.modeling_ibvit import IBViTImageClassifierOutput
 
 
 def _parts(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
@@ -87,39 +84,3 @@ def layer_decay_groups(
         }
         for depth, is_decayed in sorted(groups, reverse=True)
     ]
-
-
-def all_heads_loss(
-    outputs: IBViTImageClassifierOutput,
-    labels: torch.Tensor,
-    num_items_in_batch: torch.Tensor | int | None = None,
-    label_smoothing: float = 0.0,
-) -> torch.Tensor:
-    """The cross-entropy of the labels, mean over the class head and all teacher heads, for the `compute_loss_func` of
-    `Trainer`.
-
-    The loss that a student returns is that of its class head alone, because teachers train the other heads.
-
-    Args:
-        outputs: the outputs of a student.
-        labels: (N,), class ids.
-        num_items_in_batch: number of rows in the accumulated batch, which divides the sum over these rows; by default N.
-        label_smoothing: as in `torch.nn.functional.cross_entropy`.
-
-    Example:
-
-    ```python
-    >>> trainer = Trainer(model, args, compute_loss_func=all_heads_loss, train_dataset=images)
-    ```
-    """
-    logits = outputs.class_logits[:, None]
-    if outputs.teacher_token_logits is not None:
-        logits = torch.cat((logits, outputs.teacher_token_logits), dim=1)
-    num_heads = logits.shape[1]
-    losses = nn.functional.cross_entropy(
-        logits.flatten(0, 1).float(),
-        labels.repeat_interleave(num_heads),
-        reduction="sum",
-        label_smoothing=label_smoothing,
-    )
-    return losses / num_heads / (len(labels) if num_items_in_batch is None else num_items_in_batch)

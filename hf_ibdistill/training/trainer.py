@@ -2,21 +2,23 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from functools import partial
+from contextlib import contextmanager
 
 import torch
 from datasets import Dataset, IterableDataset
 from transformers import BaseImageProcessor, PreTrainedModel, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
 from ..data.classes import check_class_names, class_names, config_class_names
 from ..data.columns import LABEL, as_image_table
-from ..evaluation import compute_metrics
+from ..evaluation import RunningMetrics
 from ..images.views import ViewRecipe
-from ..logits.encoding import column_name, describe_column
-from ..logits.provenance import check_columns, stored_views
+from ..logits.encoding import check_teacher_names, column_name, describe_column
+from ..logits.provenance import check_columns, check_files, stored_views
 from ..rows import DistillationCollator, ImageRows, StreamedImageRows
 from ..teachers import TeacherLike, load_teachers
 from .arguments import DistillationArguments, ImageTrainingArguments
+from .checkpoints import checkpoint_to_resume
 from .losses import ensemble_distillation_loss
 from .publishing import PublishingTrainer
 
@@ -24,22 +26,49 @@ from .publishing import PublishingTrainer
 logger = logging.getLogger(__name__)
 
 
-class _StartEpoch(TrainerCallback):
-    """Switches the training rows to the views of the epoch, even if training resumes in the middle of it."""
+class _StartEpoch(TrainerCallback, ExportableState):
+    """Switches the training rows to the views of the epoch, even if training resumes in the middle of it.
+
+    A stream has no length, so its epochs are its passes. A checkpoint holds the number of the pass and its first step.
+    """
 
     def __init__(self, trainer):
-        self.trainer, self.passes = trainer, 0
+        self.trainer, self.passes, self.first_step = trainer, 0, 0
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.passes = 0
+    def state(self) -> dict:
+        return {"args": {}, "attributes": {"passes": self.passes, "first_step": self.first_step}}
+
+    @property
+    def _is_streamed(self) -> bool:
+        return isinstance(self.trainer.train_dataset, StreamedImageRows)
+
+    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        self.passes, self.first_step = 0, 0
+        if self._is_streamed and state.global_step > 0:
+            saved = state.stateful_callbacks.get(type(self).__name__)
+            if saved is None:
+                logger.warning(
+                    "The checkpoint does not hold its place in the stream. Training goes on at the first row."
+                )
+                self.first_step = state.global_step
+            else:
+                self.passes, self.first_step = (saved["attributes"][name] for name in ("passes", "first_step"))
+            if not self.trainer.ignores_data_skip:
+                batches = (state.global_step - self.first_step) * args.gradient_accumulation_steps
+                train_dataloader.skip_batches = batches
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        rows = self.trainer.train_dataset
-        # A stream has no length, so its epochs are the passes since training began or was resumed. For a table,
         # `state.epoch` is a sum of fractions that may end just below the whole number.
-        is_streamed = isinstance(rows, StreamedImageRows)
-        rows.start_epoch(self.passes if is_streamed else int((state.epoch or 0) + 1e-6))
-        self.passes += 1
+        epoch = self.passes if self._is_streamed else int((state.epoch or 0) + 1e-6)
+        self.trainer.train_dataset.start_epoch(epoch)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.trainer.accelerator.gradient_state.end_of_dataloader:
+            self.passes, self.first_step = self.passes + 1, state.global_step
+
+    def on_epoch_end(self, args, state, control, train_dataloader=None, **kwargs):
+        if self._is_streamed:
+            train_dataloader.skip_batches = 0
 
 
 class ImageClassificationTrainer(PublishingTrainer):
@@ -49,9 +78,10 @@ class ImageClassificationTrainer(PublishingTrainer):
 
     Args:
         model: any image classifier.
-        args: training arguments. `remove_unused_columns` has no effect and is set to `False`.
-        train_dataset: a table with an image and a `ClassLabel` column. It may be a stream (an `IterableDataset`); shuffle
-            a stream yourself (`dataset.shuffle(buffer_size=…)`).
+        args: training arguments. `remove_unused_columns` has no effect and is set to `False`. Without a `compute_metrics`,
+            metrics are counted batch by batch (`batch_eval_metrics`). Evaluation never drops the last batch.
+        train_dataset: a table with an image and a `ClassLabel` column. It may be a stream (an `IterableDataset`), which
+            `shuffle_buffer_size` of the arguments shuffles.
         eval_dataset: such a table, or name → table.
         processing_class: the image processor of the model, saved with every checkpoint.
         image_column: the image column of the tables; found if not given.
@@ -65,8 +95,8 @@ class ImageClassificationTrainer(PublishingTrainer):
 
     Raises:
         TypeError: a table is not a `datasets.Dataset`.
-        ValueError: before the first step, if columns cannot be found, a table is empty, or model and table differ in
-            their classes.
+        ValueError: before the first step, if columns cannot be found, a table is empty, model and table differ in their
+            classes, or an argument has no effect on images.
     """
 
     default_arguments = ImageTrainingArguments
@@ -103,11 +133,19 @@ class ImageClassificationTrainer(PublishingTrainer):
         self.image_column, self.label_column = image_column, label_column
         self.views = self._given_views = views
         self._wrapped: dict[str, tuple[ImageRows | StreamedImageRows, Sequence[float] | None]] = {}
+        self.ignores_data_skip = self.args.ignore_data_skip
+        self.ignores_data_skip = self.args.ignore_data_skip
+        self.ignores_data_skip = self.args.ignore_data_skip
+        self.ignores_data_skip = self.args.ignore_data_skip
         self.add_callback(_StartEpoch(self))
+        self._refuse_arguments_without_effect()
         self._measures_tokens = self.compute_metrics is None
         if self._measures_tokens:
-            teacher_names = getattr(self.model.config, "teacher_names", None)
-            self.compute_metrics = partial(compute_metrics, teacher_names=teacher_names)
+            self.compute_metrics = RunningMetrics(getattr(self.model.config, "teacher_names", None))
+            self.args.batch_eval_metrics = True
+        if self._is_student:
+            # It would smooth the fused prediction; `compute_loss` smooths each head.
+            self.label_smoother = None
         self._prepare()
         if kwargs.get("data_collator") is None:
             self.data_collator = self._build_collator()
@@ -116,6 +154,39 @@ class ImageClassificationTrainer(PublishingTrainer):
 
     def _prepare(self) -> None:
         """Check what the constructor was given, before any table is read."""
+
+    def _refuse_arguments_without_effect(self) -> None:
+        args = self.args
+        refused = {
+            f"label_names={args.label_names}: a batch has its labels under the name labels": (
+                args.label_names not in (None, ["labels"])
+            ),
+            f"train_sampling_strategy={args.train_sampling_strategy}: images have no length": (
+                "length" in args.train_sampling_strategy
+            ),
+            f"neftune_noise_alpha={args.neftune_noise_alpha}: it is noise for embeddings of words": (
+                args.neftune_noise_alpha is not None
+            ),
+            "preprocess_logits_for_metrics without compute_metrics: the metrics of this trainer need the logits": (
+                self.preprocess_logits_for_metrics is not None and self.compute_metrics is None
+            ),
+        }
+        for reason, is_refused in refused.items():
+            if is_refused:
+                raise ValueError(f"{reason}. Leave it out.")
+
+    @property
+    def _is_student(self) -> bool:
+        return bool(getattr(self.model.config, "teacher_names", None))
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir, self.model)
+        return super().train(checkpoint, *args, **kwargs)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self._is_student and self.compute_loss_func is None and model.training:
+            inputs = {**inputs, "label_smoothing": self.args.label_smoothing_factor}
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def _build_collator(self) -> DistillationCollator:
         return DistillationCollator(self.processing_class)
@@ -126,17 +197,42 @@ class ImageClassificationTrainer(PublishingTrainer):
 
     def get_train_dataloader(self):
         self._wrap_train_dataset()
-        return super().get_train_dataloader()
+        loader = super().get_train_dataloader()
+        is_streamed = isinstance(self.train_dataset, StreamedImageRows)
+        # `_StartEpoch` finds the place in a stream; `Trainer` would count the batches of all passes.
+        self.args.ignore_data_skip = is_streamed or self.ignores_data_skip
+        if is_streamed:
+            # Otherwise each pass would draw a seed from the generator that dropout uses, and resuming one more.
+            loader.base_dataloader.generator = torch.Generator()
+        elif len(loader) == 0:
+            raise ValueError(
+                f"dataloader_drop_last=True leaves no batch: the training set has {len(self.train_dataset)} rows, a step takes "
+                f"{self.args.train_batch_size * self.args.world_size}. Set it to False, or take smaller batches."
+            )
+        return loader
 
     def get_eval_dataloader(self, eval_dataset=None):
-        if eval_dataset is None or isinstance(eval_dataset, str) or eval_dataset is self.eval_dataset:
-            self._wrap_eval_dataset()
-            return super().get_eval_dataloader(eval_dataset if isinstance(eval_dataset, str) else None)
-        # Not `Trainer.get_eval_dataloader`: with persistent workers it returns the loader of the table before.
-        return super().get_test_dataloader(self._rows(eval_dataset, "evaluation set"))
+        with self._all_rows():
+            if eval_dataset is None or isinstance(eval_dataset, str) or eval_dataset is self.eval_dataset:
+                self._wrap_eval_dataset()
+                return super().get_eval_dataloader(eval_dataset if isinstance(eval_dataset, str) else None)
+            # Not `Trainer.get_eval_dataloader`: with persistent workers it returns the loader of the table before.
+            return super().get_test_dataloader(self._rows(eval_dataset, "evaluation set"))
 
     def get_test_dataloader(self, test_dataset):
-        return super().get_test_dataloader(self._rows(test_dataset, "test set"))
+        with self._all_rows():
+            return super().get_test_dataloader(self._rows(test_dataset, "test set"))
+
+    @contextmanager
+    def _all_rows(self):
+        """While a loader for evaluation is made: it has every row, and metrics begin at the first."""
+        if self._measures_tokens:
+            self.compute_metrics.reset()
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            yield
+        finally:
+            self.args.dataloader_drop_last = drop_last
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         if ignore_keys is None and self._measures_tokens:
@@ -182,15 +278,19 @@ class ImageClassificationTrainer(PublishingTrainer):
         if not is_streamed and len(table) == 0:
             raise ValueError(f"The {what} is empty; it needs at least one row.")
         try:
+            check_files(table, quickly=True)
             table = as_image_table(table, *columns)
             check_class_names(self._class_names, class_names(table), "the model")
             logits = self._logits_columns(table, is_training)
         except ValueError as error:
             raise ValueError(f"The {what}: {error}") from error
         views = self.views if is_training else None
-        kind = StreamedImageRows if is_streamed else ImageRows
-        num_classes, temperatures = self.model.config.num_labels, self._temperatures
-        return kind(table, [LABEL], logits, num_classes, views, temperatures=temperatures)
+        given = (table, [LABEL], logits, self.model.config.num_labels, views)
+        if not is_streamed:
+            return ImageRows(*given, temperatures=self._temperatures)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        buffer_size = getattr(self.args, "shuffle_buffer_size", 0)
+        return StreamedImageRows(*given, temperatures=self._temperatures, buffer_size=buffer_size, seed=seed)
 
     _temperatures = None
 
@@ -259,13 +359,12 @@ class EnsembleDistillationTrainer(ImageClassificationTrainer):
                 f"The student ({type(self.model).__name__}) has no teacher tokens. Build it with "
                 "IBViTConfig(teacher_names=(…)), or train it without teachers with ImageClassificationTrainer."
             )
-        for name in ("teacher_weights", "temperature"):
-            values = getattr(self.args, name)
-            if len(values) not in (1, len(self.teacher_names)):
-                raise ValueError(
-                    f"{name}={values} has {len(values)} numbers. Give one for all teachers, or one for each of "
-                    f"{', '.join(self.teacher_names)}."
-                )
+        if self.compute_loss_func is not None:
+            raise ValueError(
+                f"compute_loss_func={self.compute_loss_func} has no effect on the distillation loss. Leave it out, or "
+                "override compute_loss."
+            )
+        check_teacher_names(self.teacher_names)
         self._warn_of_untaught_heads()
         teachers, self.teachers = self._given_teachers, []
         if teachers is not None:
@@ -282,24 +381,22 @@ class EnsembleDistillationTrainer(ImageClassificationTrainer):
         self._loss_terms = torch.zeros(2 + len(self.teacher_names))
 
     def _warn_of_untaught_heads(self) -> None:
-        teacher_weights = dict(zip(self.teacher_names, self._for_each_teacher(self.args.teacher_weights)))
-        fusion = self.model.config.fusion
-        counted = {"class": self.args.label_weight, **(teacher_weights if fusion != "class_token" else {})}
-        untaught = [name for name, weight in counted.items() if weight == 0]
+        weights = {"class": self.args.label_weight, **dict(zip(self.teacher_names, self._teacher_weights))}
+        untaught = [name for name, weight in weights.items() if weight == 0]
         if untaught:
             logger.warning(
-                'fusion="%s" uses the head of the %s token, which a weight of 0 leaves untrained. Give it a small weight, '
-                "such as 0.1.",
-                fusion,
+                "A weight of 0 leaves the head of the %s token untrained (fusion=%s). Give it a small weight, such as 0.1.",
                 " and ".join(untaught),
+                self.model.config.fusion,
             )
 
-    def _for_each_teacher(self, values: list[float]) -> list[float]:
-        return values * len(self.teacher_names) if len(values) == 1 else list(values)
+    @property
+    def _teacher_weights(self) -> list[float]:
+        return self.args.for_each_teacher("teacher_weights", self.teacher_names)
 
     @property
     def _temperatures(self) -> list[float]:
-        return self._for_each_teacher(self.args.temperature)
+        return self.args.for_each_teacher("temperature", self.teacher_names)
 
     def _build_collator(self) -> DistillationCollator:
         processors = {teacher.name: teacher.image_processor for teacher in self.teachers}
@@ -339,7 +436,8 @@ class EnsembleDistillationTrainer(ImageClassificationTrainer):
         """The mean over the rows of the batch, times their share of the accumulated batch of all processes. So the losses
         of these batches add up to the mean over all rows."""
         labels = inputs["labels"]
-        outputs = model(pixel_values=inputs["pixel_values"])
+        # With the labels, because the student would warn that it gets none.
+        outputs = model(pixel_values=inputs["pixel_values"], labels=labels, return_dict=True)
         teacher_logits = inputs.get("teacher_logits")
         if self.teachers and model.training:
             images = inputs["teacher_pixel_values"]
@@ -353,7 +451,7 @@ class EnsembleDistillationTrainer(ImageClassificationTrainer):
             teacher_token_logits,
             labels,
             teacher_logits,
-            weights=self._for_each_teacher(self.args.teacher_weights)[:num_teachers],
+            weights=self._teacher_weights[:num_teachers],
             temperature=self._temperatures[:num_teachers],
             label_weight=self.args.label_weight,
             mode=self.args.distillation_mode,

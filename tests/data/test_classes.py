@@ -1,5 +1,7 @@
 """Classes: their names and ids, and whether those of a model and of a dataset fit."""
 
+import unicodedata
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -172,3 +174,47 @@ def test_composed_and_decomposed_names_are_the_same_class():
     check_class_names(["caf\u00e9", "bar"], ["cafe\u0301", "bar"], "the teacher")
     with pytest.raises(ValueError, match="cafe"):
         check_class_names(["caf\u00e9", "bar"], ["cafe", "bar"], "the teacher")
+
+
+@pytest.mark.parametrize(
+    ("labels", "feature", "names"),
+    [
+        ([1.0, 2.0, 10.0], Value("float64"), ["1", "2", "10"]),
+        ([True, False], Value("bool"), ["False", "True"]),
+        (["2", "10", "1"], STRING, ["1", "2", "10"]),
+        (["b", "10", "1"], STRING, ["1", "10", "b"]),
+        (["caf\u00e9", "cafe\u0301", "bar"], STRING, ["bar", "caf\u00e9"]),
+    ],
+)
+def test_labels_of_other_types_become_classes(labels, feature, names):
+    split = encode(train=table(labels, feature))["train"]
+    assert class_names(split) == names
+    read = str if feature.dtype != "float64" else lambda value: str(int(value))
+    expected = [unicodedata.normalize("NFC", read(label)) for label in labels]
+    assert label_names(split) == expected
+
+
+@pytest.mark.parametrize(
+    ("labels", "feature", "words"),
+    [
+        ([1.0, 0.5, 2.0], Value("float32"), "row 1 is 0.5"),
+        ([1.0, float("inf")], Value("float64"), "row 1 is inf"),
+        ([b"cat", b"dog"], Value("binary"), "binary"),
+    ],
+)
+def test_labels_that_are_no_classes_are_refused(labels, feature, words):
+    with pytest.raises(ValueError, match=f'"train" .*{words}'):
+        encode(train=table(labels, feature))
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_splits_are_matched_by_name_if_one_has_names_as_text(split):
+    text, named = table(["dog", "cat", "owl"], STRING), table([1, 0, 2])
+    for train, other in ((named, text), (text, named)):
+        splits = encode(**{"train": train, split: other})
+        assert all(class_names(rows) == ANIMALS and rows["label"][:] == [1, 0, 2] for rows in splits.values())
+    with pytest.raises(ValueError, match=f'"{split}" .*fox'):
+        encode(**{"train": named, split: table(["cat", "fox"], STRING)})
+    # Numbers beside names: neither is the other.
+    with pytest.raises(ValueError, match=f'"{split}" .*1'):
+        encode(**{"train": named, split: table([1, 0], INTEGER)})

@@ -89,11 +89,12 @@ def test_provenance_passes_the_door():
         assert read_records(found) == [record]
 
 
-def test_formats_neither_matter_nor_change():
+def test_formats_do_not_matter():
     table = make(scan=IMAGES, kind=CLASSES, width=NUMBERS)
-    found = as_image_table(table.with_format("torch", columns=["width"]))
-    assert found.format["type"] == "torch" and found.format["columns"] == ["width"]
-    assert [row["label"] for row in ImageRows(found, ["label"])] == [0, 2]
+    for name in (None, "torch", "numpy", "pandas", "arrow"):
+        found = as_image_table(table.with_format(name, columns=["width"]))
+        assert found.format["type"] is None and found[1]["label"] == 2
+        assert [row["label"] for row in ImageRows(found, ["label"])] == [0, 2]
     for name in ("torch", "arrow", "pandas"):
         stream = as_image_table(table.to_iterable_dataset().with_format(name))
         assert [row["label"] for row in StreamedImageRows(stream, ["label"])] == [0, 2]

@@ -1,6 +1,7 @@
 """Sources: every format on disk. Folders of images are in test_folders.py, the digits in test_loading.py."""
 
 import gzip
+import shutil
 import struct
 
 import numpy as np
@@ -70,6 +71,72 @@ def test_a_folder_of_images(tmp_path):
         for start, name in ((0, "train"), (100, "test"))
     }
     assert opened["test"].features["label"].names == ANIMALS
+
+
+def test_a_saved_table_that_is_not_whole_is_named(tmp_path):
+    source = save(tmp_path, train=table([0, 1, 2]), test=table([0]))
+    for name in ("dataset_dict.json", "train/state.json", "test/dataset_info.json", "test/data-00000-of-00001.arrow"):
+        content = (source / name).read_bytes()
+        for part in (content[: len(content) // 2], None):
+            if part is not None:
+                (source / name).write_bytes(part)
+            elif name != "dataset_dict.json":
+                (source / name).unlink()
+            with pytest.raises(ValueError, match=f"{source} cannot be opened as a saved table"):
+                open_source(source, {})
+        (source / name).write_bytes(content)
+    assert open_source(source, {}).keys() == {"train", "test"}
+
+
+def test_what_is_not_read_is_named_with_its_number(tmp_path, caplog):
+    source = save(tmp_path, train=table([0, 1, 2]))
+    table([1]).save_to_disk(source / "test")
+    open_source(source, {})
+    assert "1 files that dataset_dict.json does not name are left out (test)" in caplog.text
+
+    rows = table([0, 1, 2])
+    for name in ("train.parquet", "test.PARQUET", "metadata.csv", "deep/photo.jpg", "elsewhere/more.parquet"):
+        (tmp_path / "p" / name).parent.mkdir(parents=True, exist_ok=True)
+        rows.to_parquet(tmp_path / "p" / name)
+    (tmp_path / "p" / "elsewhere").rename(tmp_path / "linked")
+    (tmp_path / "p" / "val").symlink_to(tmp_path / "linked")
+    opened = open_source(tmp_path / "p", {})
+    assert {name: len(split) for name, split in opened.items()} == {"train": 3, "test": 3, "validation": 3}
+    assert "2 files beside the Parquet files are left out (photo.jpg, metadata.csv)" in caplog.text
+
+    (tmp_path / "idx").mkdir()
+    write_idx_folder(tmp_path / "idx", train=6)
+    for name in ("extra-images-idx3-ubyte", "LICENSE", ".DS_Store"):
+        (tmp_path / "idx" / name).write_bytes(b"")
+    open_source(tmp_path / "idx", {})
+    assert "2 files beside the IDX files are left out (LICENSE, extra-images-idx3-ubyte)" in caplog.text
+
+
+def test_an_unfinished_recording_is_no_dataset(tmp_path):
+    for folder in (tmp_path, tmp_path / "train"):
+        folder.mkdir(exist_ok=True)
+        (folder / "recording.json").write_text("{}")
+        with pytest.raises(ValueError, match=f"{folder} holds a recording that is not finished"):
+            open_source(tmp_path, {})
+        (folder / "recording.json").unlink()
+
+
+@pytest.mark.parametrize("name", ["my [v2] set", "what? a*b {x,y}"])
+def test_a_folder_is_a_name_and_no_pattern(name, tmp_path):
+    for other in ("my v set", "whatx aab x"):
+        (tmp_path / other).mkdir()
+        table([2, 2]).to_parquet(tmp_path / other / "train.parquet")
+    (tmp_path / name).mkdir()
+    table([0, 1]).to_parquet(tmp_path / name / "train.parquet")
+    table([0, 1]).save_to_disk(tmp_path / name / "saved")
+    write_class_folders(tmp_path / name / "images")
+    expected = {"train": [(0, 0), (1, 1)]}
+    assert contents(open_source(tmp_path / name / "train.parquet", {})) == expected
+    assert contents(open_source(tmp_path / name / "saved", {})) == expected
+    assert len(open_source(tmp_path / name / "images", {})["train"]) == 6
+    for path in (tmp_path / name / "images", tmp_path / name / "saved"):
+        shutil.rmtree(path)
+    assert contents(open_source(tmp_path / name, {})) == expected
 
 
 # IDX files
@@ -151,3 +218,5 @@ def test_a_card_shows_no_path_of_this_machine(tmp_path, monkeypatch):
     )
     assert public_name(tmp_path / "gone") == "gone"
     assert public_name("user/pets") == "user/pets" and public_name("digits") == "digits"
+    for gone in (r"C:\Users\me\gone", r"data\gone", "./gone", "~/gone", "a/b/gone", "/home/me/gone"):
+        assert public_name(gone) == "gone"

@@ -164,9 +164,9 @@ def test_rows_without_a_label_are_in_no_subset():
     assert sorted(numbers(select_per_class(dataset, 1, seed=2)))[:2] == [0, 2]
 
 
-@pytest.mark.parametrize(("asked", "name", "found"), [(7, "dog", 6), (0, "cat", 9), (-1, "cat", 9)])
-def test_subsets_that_cannot_be_drawn_are_refused(asked, name, found):
-    with pytest.raises(ValueError, match=f'images_per_class={asked}.*"{name}".* {found} '):
+@pytest.mark.parametrize(("asked", "words"), [(7, '.*"dog".* 6 '), (0, ""), (-1, ""), (1.5, ""), ("2", "")])
+def test_subsets_that_cannot_be_drawn_are_refused(asked, words):
+    with pytest.raises(ValueError, match=f"images_per_class={asked!r}{words}"):
         select_per_class(table(LABELS), asked)
 
 

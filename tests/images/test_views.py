@@ -1,7 +1,9 @@
 """Views: pure functions of recipe, row key and index, that do what the recipe asks for."""
 
+import hashlib
 import json
 import re
+from fractions import Fraction
 
 import numpy as np
 import PIL.Image
@@ -9,8 +11,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torchvision.transforms.functional import pil_to_tensor
 
 from hf_ibdistill import ViewRecipe
+from hf_ibdistill.images import views
 from hf_ibdistill.images.views import make_view, row_key
 
 
@@ -80,6 +84,75 @@ def test_pad_and_crop_shifts_by_whole_pixels_with_black_beside():
     assert views == shifted
 
 
+def by_hand(view, size):
+    """Resize along one axis after the other, each with whole weights, as the published code of Pillow and torch does."""
+    for axis, end in ((2, size), (1, size)):
+        start = view.shape[axis]
+        if start == end:
+            continue
+        reach, weights = max(start / end, 1.0), np.zeros((end, start))
+        for i in range(end):
+            middle = start / end * (i + 0.5)
+            covered = np.arange(max(int(middle - reach + 0.5), 0), min(int(middle + reach + 0.5), start))
+            triangle = np.maximum(0, 1 - np.abs((covered - middle + 0.5) / reach))
+            weights[i, covered] = triangle / triangle.sum()
+        # As many bits as the largest weight leaves in an int16.
+        bits = 0
+        while bits < 22 and int(0.5 + weights.max() * 2 ** (bits + 1)) < 2**15:
+            bits += 1
+        weights = np.floor(weights * 2**bits + 0.5).astype(np.int64)
+        sums = np.moveaxis(np.tensordot(weights, view.astype(np.int64), (1, axis)), 0, axis)
+        view = ((sums + (1 << bits - 1)) >> bits).clip(0, 255)
+    return view
+
+
+@pytest.mark.parametrize("size", [(40, 30), (16, 14), (1, 9), (9, 1), (1, 1), (300, 2), (5, 80)])
+def test_resizing_is_in_whole_numbers(size):
+    for side in (1, 2, 12, 33):
+        found = make_view(image(size=size), ViewRecipe(crop="none", image_size=side), 0, 0).numpy()
+        np.testing.assert_array_equal(found, by_hand(np.asarray(image(size=size)).transpose(2, 0, 1), side))
+
+
+@pytest.mark.parametrize("factor", [0.1, 0.28, 1.0, 1.45, 1.9])
+def test_colors_follow_their_formulas(factor):
+    view = pil_to_tensor(image())
+    pixels = view.numpy().astype(np.float64)
+    gray = np.floor(np.tensordot((0.2989, 0.587, 0.114), pixels, 1))
+    np.testing.assert_array_equal(views._gray(view), gray)
+    shifts = [(y, x) for y in range(3) for x in range(3)]
+    sums = 4 * pixels[:, 1:-1, 1:-1] + sum(pixels[:, y : y + 12, x : x + 14] for y, x in shifts)
+    blurred = pixels.copy()
+    blurred[:, 1:-1, 1:-1] = np.rint(sums / 13)
+    brightness, mean = views._blend(view, 0, factor), Fraction(int(gray.sum()), gray.size)
+    contrast, saturation = views._blend(view, mean, factor), views._blend(view, views._gray(view), factor)
+    sharpness = views._sharpen(view.clone(), factor)
+    found = (brightness, contrast, saturation, sharpness)
+    for result, other in zip(found, (0, gray.mean(), gray, blurred), strict=True):
+        expected = (factor * pixels + (1 - factor) * other).clip(0, 255)
+        # Rounded down, with a bias of 1/16384.
+        assert np.abs(result.numpy() - expected + 0.5).max() < 0.5002
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_every_processor_makes_the_same_views(threads):
+    y, x = np.mgrid[:48, :60]
+    pixels = np.stack([(5 * x + y * y // 9) % 256, (x * y // 7) % 256, (3 * y + x) % 256], axis=-1)
+    picture, digest = PIL.Image.fromarray(pixels.astype(np.uint8)), hashlib.sha256()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    for recipe in (
+        ViewRecipe(horizontal_flip=0.5, erasing=0.5),
+        ViewRecipe(crop="resized", image_size=32),
+        ViewRecipe(crop="none", image_size=72),
+        ViewRecipe(crop="resized", image_size=40, photometric_ops=3, magnitude=9, horizontal_flip=0.5, erasing=0.5),
+    ):
+        for index in range(40):
+            digest.update(make_view(picture, recipe, 11, index).contiguous().numpy())
+    torch.set_num_threads(before)
+    # The same with AVX2 and, by ATEN_CPU_CAPABILITY=default, without vector instructions.
+    assert digest.hexdigest() == "fd9ddf5989b9c8df63e9caba98928dc2f3824e0cae82b488ceb82627a682cc55"
+
+
 def test_flips_are_as_frequent_as_asked():
     mirrored = np.asarray(image()).transpose(2, 0, 1)[:, :, ::-1].tobytes()
     recipe = ViewRecipe(crop="none", horizontal_flip=0.25)
@@ -118,5 +191,6 @@ def test_same_views_whatever_their_number():
 )
 def test_wrong_recipes_are_refused(settings):
     ((name, value),) = settings.items()
-    with pytest.raises(ValueError, match=re.escape(f"{name}={json.dumps(value) if name == 'crop' else value} ")):
+    shown = {"crop": '"middle"', "scale": "(" if value == (0.9, 0.5) else "1.1"}.get(name, str(value))
+    with pytest.raises(ValueError, match=re.escape(f"{name}={shown}")):
         ViewRecipe(**settings)

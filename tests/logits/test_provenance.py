@@ -11,11 +11,16 @@ from datasets import ClassLabel, Dataset, Features, Value, concatenate_datasets,
 from transformers import ViTImageProcessor
 
 from hf_ibdistill import IBResNetConfig, IBResNetForImageClassification, ViewRecipe
+from hf_ibdistill.files import checksums, sha256
+from hf_ibdistill.logits import provenance
 from hf_ibdistill.logits.encoding import LogitsEncoding
 from hf_ibdistill.logits.provenance import (
+    CHECKSUMS,
     attach_record,
     build_record,
     check_columns,
+    check_files,
+    damaged_files,
     read_records,
     record_differences,
     stored_views,
@@ -73,7 +78,55 @@ def test_concatenated_tables_have_both_records():
     assert len(read_records(same)) == 1
 
 
-@pytest.mark.parametrize("description", ["", "A set of pets.", '{"format": "else"}', '{"broken'])
+TEXTS = [
+    "A set of pets.",
+    '{"format": "else", "more": {"x": [1, {}]}}',
+    '{"broken',
+    "Braces { and } } { and {}.",
+    "größe 🐈",
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_description_and_the_records_keep_each_other(text, tmp_path):
+    """Whatever the images are described as, before and after joining, saving and recording again."""
+    first, second, third = table(), table(), table()
+    ours, others = (json.loads(json.dumps(record(teacher(seed=seed)))) for seed in (0, 1))
+    for dataset, own in ((first, text), (second, "Another set."), (third, text)):
+        dataset.info.description = own
+    attach_record(first, ours)
+    attach_record(second, others)
+    assert read_records(first) == [ours] and first.info.description.startswith(text + "\n\n{")
+    changed = first.select([1]).cast_column("x", Value("int32")).map(lambda row: row).rename_column("x", "y")
+    assert read_records(changed) == [ours]
+    for joined, expected in (
+        ([first, second], [ours, others]),
+        ([third, first], [ours]),
+        ([first, third], [ours]),
+        ([first, third, second], [ours, others]),
+    ):
+        joined = concatenate_datasets(joined)
+        assert read_records(joined) == expected
+        joined.shuffle(seed=0).save_to_disk(tmp_path / str(len(list(tmp_path.iterdir()))))
+    for folder in sorted(tmp_path.iterdir()):
+        assert ours in read_records(load_from_disk(folder)) and text in load_from_disk(folder).info.description
+    # A new record replaces the old one, and the text stays once.
+    attach_record(first, others)
+    assert read_records(first) == [others] and first.info.description.count(text) == 1
+
+
+def test_the_same_recording_under_two_descriptions_is_one():
+    first, second = table(), table()
+    first.info.description, second.info.description = "One half.", "The other half."
+    ours = record()
+    for half in (first, second):
+        attach_record(half, ours)
+    joined = concatenate_datasets([first, second])
+    assert len(read_records(joined)) == 1
+    assert "One half." in joined.info.description and "The other half." in joined.info.description
+
+
+@pytest.mark.parametrize("description", ["", *TEXTS])
 def test_a_table_without_record_has_none(description):
     dataset = table()
     dataset.info.description = description
@@ -178,3 +231,71 @@ def test_top_k_columns_are_checked():
 def test_a_column_of_something_else_is_named():
     with pytest.raises(ValueError, match='"x_logits" .*fixed number of logits but Value'):
         check_columns(table().rename_column("x", "x_logits"), ["x"], NAMES)
+
+
+# Files
+
+
+@pytest.fixture
+def saved(tmp_path, monkeypatch):
+    """A table in three files with checksums of parts of 64 bytes, of which a quick check reads two."""
+    monkeypatch.setattr("hf_ibdistill.files.PART", 64)
+    monkeypatch.setattr(provenance, "PART", 64)
+    monkeypatch.setattr(provenance, "_QUICK_PARTS", 2)
+    table().save_to_disk(tmp_path / "t", num_shards=3)
+    files = sorted((tmp_path / "t").glob("*.arrow"))
+    (tmp_path / "t" / CHECKSUMS).write_text(json.dumps({path.name: checksums(path) for path in files}))
+    return tmp_path / "t"
+
+
+def flip(path, position):
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+
+
+def test_every_damage_is_found_in_every_table_that_reads_the_file(saved):
+    whole = load_from_disk(saved)
+    assert damaged_files(whole) == damaged_files(whole, quickly=True) == []
+    path = sorted(saved.glob("*.arrow"))[1]
+    content = path.read_bytes()
+    for position in (0, 63, 64, len(content) // 2, len(content) - 1):
+        flip(path, position)
+        for made in (whole, whole.select([5, 2]), whole.shuffle(seed=0), concatenate_datasets([table(), whole])):
+            assert damaged_files(made) == [path]
+        with pytest.raises(ValueError, match=f"1 files .*{path}"):
+            check_files(whole)
+        path.write_bytes(content)
+    # Rows of another file are whole.
+    flip(path, 100)
+    assert damaged_files(whole.select([0, 1])) == []
+    path.unlink()
+    assert damaged_files(whole, quickly=True) == [path]
+
+
+def test_a_quick_check_reads_a_part_of_bounded_size_and_all_sizes(saved, monkeypatch):
+    whole, read = load_from_disk(saved), []
+    monkeypatch.setattr(provenance, "sha256", lambda *args: read.append(args) or sha256(*args))
+    state = np.random.get_state()[1].tolist()
+    for _ in range(3):
+        read.clear()
+        check_files(whole, quickly=True)
+        assert len(read) == 2
+    assert np.random.get_state()[1].tolist() == state
+    path = sorted(saved.glob("*.arrow"))[2]
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=f"damaged.*{path}"):
+        check_files(whole, quickly=True)
+
+
+def test_checksums_of_version_0_1_0_and_none_and_half_of_them(saved):
+    whole, path = load_from_disk(saved), sorted(saved.glob("*.arrow"))[0]
+    sums = {file.name: sha256(file) for file in saved.glob("*.arrow")}
+    (saved / CHECKSUMS).write_text(json.dumps(sums))
+    assert damaged_files(whole) == []
+    flip(path, 70)
+    assert damaged_files(whole) == [path]
+    (saved / CHECKSUMS).write_text(json.dumps(sums)[:20])
+    assert damaged_files(whole) == [saved / CHECKSUMS]
+    (saved / CHECKSUMS).unlink()
+    assert damaged_files(whole) == damaged_files(table()) == []

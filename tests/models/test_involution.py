@@ -19,7 +19,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 # Half a unit in the last place, relative: what one rounding to this type may change.
-ROUNDING = {torch.float32: 2**-24, torch.float16: 2**-11, torch.bfloat16: 2**-8}
+ROUNDING = {torch.float64: 2**-53, torch.float32: 2**-24, torch.float16: 2**-11, torch.bfloat16: 2**-8}
 
 
 def loops(input, kernel, grad_output, stride):
@@ -70,11 +70,12 @@ def check_against_loops(input, kernel, stride):
     expected = loops(input.detach(), kernel.detach(), grad_output, stride)
     assert output.dtype == torch.promote_types(input.dtype, kernel.dtype)
     assert actual[1].dtype == input.dtype and actual[2].dtype == kernel.dtype
+    atol = 1e-13 if output.dtype == torch.float64 else 3e-5
     for value, reference in zip(actual, expected):
         assert value.shape == reference.shape
         # The loops start from the same (already rounded) numbers, so what may differ is one rounding of the result and
         # the float32 sum of at most 49·8 products of order 1, about 400 · 2^-24 < 3e-5.
-        torch.testing.assert_close(value.double(), reference, rtol=ROUNDING[value.dtype], atol=3e-5)
+        torch.testing.assert_close(value.double(), reference, rtol=ROUNDING[value.dtype], atol=atol)
 
 
 @pytest.mark.parametrize("stride", [1, 2])
@@ -94,10 +95,12 @@ def test_value_and_gradients_equal_plain_loops(stride, kernel_size, size, groups
         (torch.float16, torch.float16),
         (torch.float32, torch.bfloat16),  # what autocast gives: a float32 feature map, a kernel out of a convolution
         (torch.bfloat16, torch.float32),
+        (torch.float64, torch.float64),
+        (torch.float32, torch.float64),
     ],
     ids=lambda dtypes: "-".join(str(dtype).removeprefix("torch.") for dtype in dtypes),
 )
-def test_half_precision_is_rounded_once(stride, kernel_size, dtypes):
+def test_every_type_is_rounded_once(stride, kernel_size, dtypes):
     check_against_loops(*random_inputs(8, 2, kernel_size, stride, 5, 6, dtypes=dtypes), stride)
 
 
@@ -134,7 +137,7 @@ def test_equals_the_published_unfold_formulation(groups, channels_of_group, kern
 )
 def test_chunks_fit_together_and_the_last_may_be_shorter(way, kernel_size, stride, size, batch):
     input, kernel = random_inputs(4, 2, kernel_size, stride, *size, batch)
-    chosen = _way(*size, kernel_size, stride, torch.device("cpu"))
+    chosen = _way(*size, kernel_size, stride, torch.device("cpu"), torch.float32)
     chunks = _chunks(torch.empty(2 * batch, 2, *size), kernel_size**2, chosen)
     assert isinstance(chosen, way) and len(chunks) > 2 and chunks[-1].stop > 2 * batch
     output, expected = involution2d(input, kernel, stride), unfold_formulation(input, kernel, stride)

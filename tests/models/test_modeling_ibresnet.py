@@ -198,10 +198,38 @@ def test_hidden_states_are_returned_on_request_only():
     assert model(pixel_values, output_hidden_states=False).hidden_states is None
 
 
-def test_return_dict_false_gives_a_tuple():
-    model, pixel_values = small_model().eval(), torch.randn(2, 3, 8, 8)
-    loss, logits = model(pixel_values, labels=torch.tensor([0, 3]), return_dict=False)
-    assert loss.dim() == 0 and torch.equal(logits, model(pixel_values).logits)
+@pytest.mark.parametrize("by_config", [False, True])
+def test_return_dict_false_gives_a_tuple(by_config):
+    model = small_model(return_dict=not by_config).eval()
+    inputs = {"pixel_values": torch.randn(2, 3, 8, 8), "labels": torch.tensor([0, 3]), "output_hidden_states": True}
+    outputs, expected = model(**inputs, return_dict=None if by_config else False), model(**inputs, return_dict=True)
+    torch.testing.assert_close(outputs, expected.to_tuple(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("operator", ["convolution", "involution"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@torch.no_grad()
+def test_every_type_of_weights_takes_the_pixels_of_an_image_processor(dtype, operator):
+    model, pixel_values = small_model(operator), torch.randn(8, 3, 8, 8)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None
+    model(pixel_values)  # moves the statistics of the batch norms
+    expected = model.eval()(pixel_values).logits
+    logits = model.to(dtype)(pixel_values).logits
+    assert logits.dtype == dtype
+    torch.testing.assert_close(logits.float(), expected, rtol=0, atol=0.1 if dtype.itemsize < 4 else 1e-4)
+
+
+def test_bytes_are_no_pixel_values():
+    # An image that no image processor has rescaled is refused, not converted.
+    with pytest.raises(RuntimeError, match="Byte|unsigned char"):
+        small_model()(torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
+
+
+def test_input_embeddings_are_the_stem():
+    model = small_model()
+    assert model.get_input_embeddings() is model.stem
 
 
 @pytest.mark.parametrize("operator", ["convolution", "involution"])

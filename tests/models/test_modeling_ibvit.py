@@ -1,12 +1,17 @@
 """The student and its configuration."""
 
+import json
+import unittest.mock
+
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors.torch import save_file
 from torch import nn
 from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
+from transformers.utils.generic import find_labels
 
-from hf_ibdistill import IBViTConfig, IBViTForImageClassification, IBViTModel
+from hf_ibdistill import IBViTConfig, IBViTForImageClassification, IBViTModel, load_student
 from hf_ibdistill.models.modeling_ibvit import IBViTPatchProjection, fastest_attention_forward
 
 
@@ -129,22 +134,86 @@ def test_hidden_states_and_attentions():
     assert torch.equal(model.class_head(tokens[:, 0]), outputs.class_logits)
 
 
-def test_return_dict_false_gives_a_tuple():
-    model, pixel_values, labels = small_model(), torch.randn(2, 3, 16, 16), torch.tensor([0, 3])
-    expected = model(pixel_values, labels=labels)
-    outputs = model(pixel_values, labels=labels, return_dict=False)
-    for output, name in zip(outputs, ("loss", "logits", "class_logits", "teacher_token_logits"), strict=True):
-        assert torch.equal(output, expected[name])
+@pytest.mark.parametrize("by_config", [False, True])
+def test_return_dict_false_gives_a_tuple(by_config):
+    model, inputs = small_model(), {"pixel_values": torch.randn(2, 3, 16, 16), "output_hidden_states": True}
+    for part, options in ((model, {"labels": torch.tensor([0, 3])}), (model.ibvit, {})):
+        expected = part(**inputs, **options)
+        model.config.return_dict = not by_config
+        outputs = part(**inputs, **options, **({} if by_config else {"return_dict": False}))
+        model.config.return_dict = True
+        torch.testing.assert_close(outputs, expected.to_tuple(), rtol=0, atol=0)
 
 
-def test_loss_is_the_class_heads_cross_entropy():
-    model, pixel_values, labels = small_model(), torch.randn(3, 3, 16, 16), torch.tensor([0, 4, 2])
-    outputs = model(pixel_values, labels=labels)
-    torch.testing.assert_close(outputs.loss, nn.functional.cross_entropy(outputs.class_logits, labels))
-    assert abs(outputs.loss - nn.functional.cross_entropy(outputs.logits, labels)) > 0.01
-    # The Trainer divides the sum over an accumulated step's batches by the number of rows in all of them.
-    accumulated = model(pixel_values, labels=labels, num_items_in_batch=12).loss
-    torch.testing.assert_close(accumulated, outputs.loss * 3 / 12)
+NAMES = [(), ("a",), ("a", "b")]
+FUSIONS = ["mean_probabilities", "mean_logits", "class_token"]
+
+
+@pytest.mark.parametrize("num_items", [None, 12, torch.tensor(12)])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.3])
+@pytest.mark.parametrize("names", NAMES)
+def test_loss_is_the_mean_cross_entropy_of_all_heads(names, label_smoothing, num_items):
+    model = small_model(teacher_names=names)
+    # One row has no label.
+    pixel_values, labels = torch.randn(4, 3, 16, 16), torch.tensor([0, 4, -100, 2])
+    options = {"label_smoothing": label_smoothing} if label_smoothing else {}
+    outputs = model(pixel_values, labels=labels, num_items_in_batch=num_items, **options)
+    heads = [outputs.class_logits, *(outputs.teacher_token_logits.unbind(1) if names else ())]
+    losses = []
+    for head in heads:
+        log_probabilities = head.log_softmax(-1)[[0, 1, 3]]
+        targets = nn.functional.one_hot(labels[[0, 1, 3]], NUM_LABELS) * (1 - label_smoothing)
+        losses.append(-((targets + label_smoothing / NUM_LABELS) * log_probabilities).sum())
+    # `Trainer` divides the sum over the batches of a step by the number of their rows.
+    torch.testing.assert_close(outputs.loss, sum(losses) / len(heads) / (3 if num_items is None else num_items))
+
+
+def test_loss_is_computed_in_float32():
+    outputs = small_model().to(torch.bfloat16)(torch.randn(3, 3, 16, 16), labels=torch.tensor([0, 4, 2]))
+    heads = [outputs.class_logits, *outputs.teacher_token_logits.unbind(1)]
+    expected = sum(nn.functional.cross_entropy(head.float(), torch.tensor([0, 4, 2])) for head in heads) / 3
+    assert outputs.loss.dtype == torch.float32
+    torch.testing.assert_close(outputs.loss, expected)
+
+
+def test_smoothing_of_labels_that_are_no_class_ids():
+    with pytest.raises(ValueError, match="label_smoothing=0.1.*torch.float32"):
+        small_model()(torch.randn(2, 3, 16, 16), labels=torch.rand(2, NUM_LABELS), label_smoothing=0.1)
+
+
+def test_labels_are_the_only_labels_that_a_trainer_looks_for():
+    # `Trainer` measures nothing if a row lacks one of them.
+    assert find_labels(IBViTForImageClassification) == ["labels"]
+
+
+@pytest.mark.parametrize("patch_embedding", PATCH_EMBEDDINGS)
+@pytest.mark.parametrize("names", NAMES)
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_the_loss_reaches_every_parameter(fusion, names, patch_embedding):
+    # `DistributedDataParallel` waits for the gradient of every parameter.
+    model = small_model(fusion=fusion, teacher_names=names, patch_embedding=patch_embedding).train()
+    model(torch.randn(3, 3, 16, 16), labels=torch.tensor([0, 1, 2])).loss.backward()
+    assert all(parameter.grad is not None and parameter.numel() for parameter in model.parameters())
+    zero = [name for name, parameter in model.named_parameters() if not parameter.grad.abs().sum() > 0]
+    # A bias on the keys adds the same number to all of a query's scores, so its gradient is zero but for rounding.
+    assert [name for name in zero if not name.endswith("k_proj.bias")] == []
+
+
+def warnings_of(model, **inputs):
+    with unittest.mock.patch("hf_ibdistill.models.modeling_ibvit.logger.warning_once") as warning_once:
+        model(torch.randn(2, 3, 16, 16), **inputs)
+    return [call.args[0] for call in warning_once.call_args_list]
+
+
+def test_heads_that_may_stay_untrained_are_not_silent():
+    model = small_model(fusion="class_token").train()
+    (warning,) = warnings_of(model)
+    assert 'fusion="class_token"' in warning and "labels=" in warning and "label_smoothing=" in warning
+    assert warnings_of(torch.compile(model, fullgraph=True, backend="eager")) == [warning]
+    assert warnings_of(model, labels=torch.tensor([0, 1])) == []
+    with torch.no_grad():
+        assert warnings_of(model) == []
+    assert warnings_of(model.eval()) == [] and warnings_of(small_model(teacher_names=()).train()) == []
 
 
 def test_trainer_sees_the_fused_prediction_alone(tmp_path):
@@ -215,9 +284,6 @@ def as_vit(model):
     vit = ViTForImageClassification(ViTConfig(**{**shared, "num_labels": config.num_labels})).eval()
     weights = {}
     for name, tensor in model.state_dict().items():
-        if name == "ibvit.embeddings.teacher_tokens":
-            assert tensor.numel() == 0
-            continue
         name = name.replace("ibvit.", "vit.").replace("class_head", "classifier").replace("class_token", "cls_token")
         weights[name.replace("stems.convolution.0", "patch_embeddings.projection")] = tensor
     vit.load_state_dict(weights)
@@ -335,20 +401,6 @@ def test_dropout_acts_in_training_only():
 
 
 @pytest.mark.parametrize("patch_embedding", PATCH_EMBEDDINGS)
-def test_every_parameter_gets_a_gradient(patch_embedding):
-    model = small_model(patch_embedding=patch_embedding).train()
-    labels = torch.tensor([0, 1, 2])
-    outputs = model(torch.randn(3, 3, 16, 16), labels=labels)
-    teacher_losses = [nn.functional.cross_entropy(head, labels) for head in outputs.teacher_token_logits.unbind(1)]
-    (outputs.loss + sum(teacher_losses)).backward()
-    without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
-    zero = [name for name, parameter in model.named_parameters() if not parameter.grad.abs().sum() > 0]
-    assert without == []
-    # A bias on the keys adds the same number to all of a query's scores, so its gradient is zero but for rounding.
-    assert [name for name in zero if not name.endswith("k_proj.bias")] == []
-
-
-@pytest.mark.parametrize("patch_embedding", PATCH_EMBEDDINGS)
 def test_bf16_autocast_forward_and_backward(patch_embedding):
     model = IBViTForImageClassification(small_config(patch_embedding=patch_embedding))
     pixel_values, labels = torch.randn(3, 3, 16, 16), torch.tensor([0, 1, 2])
@@ -463,6 +515,67 @@ def test_wrong_number_of_channels_is_named():
     assert small_model(num_channels=1)(torch.randn(2, 1, 16, 16)).logits.shape == (2, NUM_LABELS)
 
 
+# In the hands of other libraries
+
+
+@pytest.mark.parametrize("patch_embedding", PATCH_EMBEDDINGS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@torch.no_grad()
+def test_every_type_of_weights_takes_the_pixels_of_an_image_processor(dtype, patch_embedding):
+    model, pixel_values = small_model(patch_embedding=patch_embedding), torch.randn(2, 3, 16, 16)
+    expected = model(pixel_values)
+    outputs = model.to(dtype)(pixel_values, labels=torch.tensor([0, 3]))
+    assert outputs.loss.isfinite() and outputs.class_logits.dtype == dtype
+    is_half = dtype.itemsize < 4
+    assert outputs.logits.dtype == outputs.loss.dtype == (torch.float32 if is_half else dtype)
+    torch.testing.assert_close(
+        outputs.class_logits.float(), expected.class_logits, rtol=0, atol=0.15 if is_half else 1e-4
+    )
+
+
+@pytest.mark.parametrize("patch_embedding", PATCH_EMBEDDINGS)
+def test_bytes_are_no_pixel_values(patch_embedding):
+    # An image that no image processor has rescaled is refused, not converted.
+    with pytest.raises(RuntimeError, match="Byte|unsigned char"):
+        small_model(patch_embedding=patch_embedding)(torch.zeros(2, 3, 16, 16, dtype=torch.uint8))
+
+
+def test_float64_is_exact():
+    model = small_model(patch_embedding="bias_stems", hidden_act="gelu_new").double()
+    pixel_values, labels = torch.randn(2, 3, 16, 16, dtype=torch.float64, requires_grad=True), torch.tensor([0, 3])
+    assert torch.autograd.gradcheck(lambda pixels: model(pixels, labels=labels).loss, pixel_values, fast_mode=True)
+    assert torch.autograd.gradcheck(lambda pixels: model(pixels).logits, pixel_values, fast_mode=True)
+
+
+@pytest.mark.parametrize("patch_embedding", PATCH_EMBEDDINGS)
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_adapters_in_a_frozen_student_learn_under_checkpointing(use_reentrant, patch_embedding):
+    model = small_model(patch_embedding=patch_embedding).train()
+    model.requires_grad_(False)
+    adapters = [nn.Linear(24, 24, bias=False) for _ in model.ibvit.layers]
+    for layer, adapter in zip(model.ibvit.layers, adapters):
+        layer.attention.register_forward_hook(lambda _, __, output, a=adapter: (output[0] + a(output[0]), *output[1:]))
+    inputs, gradients = {"pixel_values": torch.randn(2, 3, 16, 16), "labels": torch.tensor([0, 1])}, []
+    for checkpointing in (False, True):
+        if checkpointing:
+            # As PEFT does.
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+            model.enable_input_require_grads()
+        model(**inputs).loss.backward()
+        gradients.append([adapter.weight.grad for adapter in adapters])
+        for adapter in adapters:
+            adapter.weight.grad = None
+    assert all(gradient.abs().sum() > 0 for gradient in gradients[0])
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_input_embeddings_are_those_of_the_transformer():
+    model = small_model()
+    assert model.get_input_embeddings() is model.ibvit.get_input_embeddings() is model.ibvit.embeddings
+    model.set_input_embeddings(new := nn.Identity())
+    assert model.ibvit.embeddings is new
+
+
 # Saving and loading
 
 
@@ -491,6 +604,28 @@ def test_the_transformer_loads_without_its_heads(tmp_path):
     model = small_model(patch_embedding="bias_stems")
     model.save_pretrained(tmp_path)
     assert equal_state_dicts(IBViTModel.from_pretrained(tmp_path), model.ibvit)
+
+
+def test_a_student_without_teachers_of_version_0_1_0_loads_without_a_warning(tmp_path):
+    model = small_model(teacher_names=())
+    model.save_pretrained(tmp_path)
+    weights = {**model.state_dict(), "ibvit.embeddings.teacher_tokens": torch.zeros(1, 0, 24)}
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    for model_class in (IBViTForImageClassification, IBViTModel):
+        with unittest.mock.patch("transformers.modeling_utils.logger.warning") as warning:
+            loaded = model_class.from_pretrained(tmp_path)
+        if model_class is IBViTForImageClassification:
+            assert not warning.called and equal_state_dicts(loaded, model)
+    assert equal_state_dicts(load_student(tmp_path, ("a",)).ibvit.layers, model.ibvit.layers)
+
+
+@pytest.mark.parametrize("model_class", [IBViTForImageClassification, IBViTModel])
+def test_the_auto_map_names_what_a_saved_folder_loads_as(model_class, tmp_path):
+    model_class(small_config()).save_pretrained(tmp_path)
+    classes = {"AutoConfig": "configuration_ibvit.IBViTConfig", "AutoModel": "modeling_ibvit.IBViTModel"}
+    if model_class is IBViTForImageClassification:
+        classes["AutoModelForImageClassification"] = "modeling_ibvit.IBViTForImageClassification"
+    assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == classes
 
 
 def test_loading_with_another_number_of_labels(tmp_path):

@@ -136,6 +136,7 @@ def test_the_folder_holds_what_from_pretrained_needs_and_no_pickle(finished):
     name = "IBViT" if kind == "student" else "IBResNet"
     assert json.loads((folder / "config.json").read_text())["auto_map"] == {
         "AutoConfig": f"configuration_{family}.{name}Config",
+        **({"AutoModel": "modeling_ibvit.IBViTModel"} if kind == "student" else {}),
         "AutoModelForImageClassification": f"modeling_{family}.{name}ForImageClassification",
     }
 
@@ -304,17 +305,23 @@ def test_hardware_and_time_are_the_measured_ones(finished):
 
 
 def test_a_card_links_the_teachers_that_recorded_its_table(tables, tmp_path):
-    folder = tmp_path / "inv"
     recorded = load_from_disk(tables / "train")
-    sources = {"conv": "user/conv", "inv": str(folder)}
-    teachers = [{"name": name, "source": source, "label_names": CLASSES} for name, source in sources.items()]
+    # A relative folder that is gone looks like a Hub id, which alone has a revision.
+    sources = {"conv": ("user/conv", "0123456789abcdef"), "inv": ("outputs/inv", None)}
+    teachers = [
+        {"name": name, "source": source, "revision": revision, "label_names": CLASSES}
+        for name, (source, revision) in sources.items()
+    ]
     attach_record(recorded, {"format": "hf_ibdistill/1", "teachers": teachers, "views": None})
     shutil.copytree(tables / "test", tmp_path / "test")
     recorded.save_to_disk(tmp_path / "train")
     finish("student", tmp_path, tmp_path / "student")
     card = ModelCard.load(tmp_path / "student" / "README.md")
     assert "| conv | [user/conv](https://huggingface.co/user/conv) | 81.25 % |\n| inv | inv | 68.75 % |" in card.text
-    assert str(tmp_path) not in card.content
+    assert str(tmp_path) not in card.content and "outputs" not in card.content
+    # results.json has the fact, so a card that is made of it elsewhere has no other links.
+    stored = results_in(tmp_path / "student")["teachers"]
+    assert {name: teacher["source"] for name, teacher in stored.items()} == {"conv": "user/conv", "inv": "inv"}
 
 
 def test_tables_with_several_candidates_are_measured_by_the_columns_of_the_trainer(tables, tmp_path):

@@ -1,17 +1,20 @@
 """Recorded tables as Parquet files: what is written opens again, with its provenance."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
-from datasets import DatasetDict, load_dataset
+from datasets import DatasetDict, load_dataset, load_from_disk
 from huggingface_hub import DatasetCard
 
 from hf_ibdistill import (
     ViewRecipe,
+    attach_record,
     attach_teacher_logits,
     export_logits_table,
     open_logits_table,
+    push_logits_to_hub,
     record_teacher_logits,
 )
 from hf_ibdistill.logits.provenance import read_records
@@ -66,6 +69,60 @@ def test_logits_without_images_find_their_images(table, images, tmp_path):
     assert joined["conv_logits"][:] == table["conv_logits"][:]
 
 
+def test_a_folder_is_a_name_and_no_pattern(table, tmp_path):
+    # What the name would match as a pattern.
+    export_logits_table(table.select(range(3)), tmp_path / "my v z aab {x,y}")
+    folder = export_logits_table(
+        table.select(range(9)), tmp_path / "my [v2] ? a*b {x,y}", split="validation", rows_per_file=4
+    )
+    how = {"cache_dir": str(tmp_path / "cache [1]")}
+    for streaming in (False, True):
+        opened = open_logits_table(folder, split="validation", streaming=streaming, **how)
+        assert [row["note"] for row in opened] == table["note"][:9]
+    with pytest.raises(ValueError, match='"train"'):
+        open_logits_table(folder)
+    # Another file beside them belongs to another split.
+    table.select(range(9, 12)).to_parquet(folder / "data" / "test-00000-of-00001.parquet")
+    assert len(open_logits_table(folder, split="validation", **how)) == 9
+    assert open_logits_table(folder, split="test[:1]", **how)["note"] == ["row 9"]
+
+
+def test_a_damaged_table_is_neither_exported_nor_published(teachers, images, tmp_path):
+    record_teacher_logits(images(20), teachers, output_dir=tmp_path / "t")
+    data = tmp_path / "t" / "data-00000-of-00001.arrow"
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    damaged = load_from_disk(tmp_path / "t")
+    for move in (
+        lambda: export_logits_table(damaged, tmp_path / "p"),
+        # Before a repository is made.
+        lambda: push_logits_to_hub(damaged, "user/logits", token="no"),
+        lambda: push_logits_to_hub(damaged.shuffle(seed=0), "user/logits", with_images=True, token="no"),
+        lambda: attach_teacher_logits(images(20), damaged),
+    ):
+        with pytest.raises(ValueError, match=f"damaged.*{data}"):
+            move()
+    assert not (tmp_path / "p").exists()
+
+
+def test_what_is_published_has_no_path_of_this_machine(save_teacher, images, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_teacher("outputs/conv")
+    # Windows and Linux read each other's tables.
+    recorded = record_teacher_logits(images(10), {"conv": "outputs/conv"}, output_dir="t")
+    record = read_records(recorded)[0]
+    shutil.rmtree("outputs")
+    for source in ("outputs/conv", r"C:\Users\me\conv", r"outputs\conv", "/home/me/conv", "../me/conv"):
+        record["teachers"][0]["source"] = source
+        attach_record(recorded, record)
+        folder = export_logits_table(recorded, tmp_path / f"p{len(list(tmp_path.iterdir()))}")
+        text = (folder / "README.md").read_text() + (folder / "provenance.json").read_text()
+        for word in ("outputs", "me/", "me\\", str(tmp_path), "huggingface.co/outputs"):
+            assert word not in text, (source, word)
+        assert json.loads((folder / "provenance.json").read_text())["teachers"][0]["source"] == "conv"
+
+
 def test_nothing_is_overwritten_and_provenance_is_needed(table, tmp_path):
     folder = export_logits_table(table, tmp_path / "p")
     before = sorted((path.name, path.stat().st_mtime_ns) for path in folder.rglob("*"))
@@ -81,9 +138,10 @@ def test_nothing_is_overwritten_and_provenance_is_needed(table, tmp_path):
     bare.info.description = ""
     for dataset, changes, kind, message in (
         (bare, {}, ValueError, "has 0 provenance records"),
-        (table.select([]), {}, ValueError, "^0 rows"),
+        (table.select([]), {}, ValueError, "is empty"),
         (table, {"rows_per_file": 0}, ValueError, "rows_per_file=0"),
         (table, {"rows_per_file": -1}, ValueError, "rows_per_file=-1"),
+        (table, {"split": "../train"}, ValueError, 'split="../train"'),
         (DatasetDict({"train": table}), {}, TypeError, "^dataset .*train"),
     ):
         with pytest.raises(kind, match=message):

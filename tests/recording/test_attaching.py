@@ -5,7 +5,7 @@ import pytest
 from comparing import same_bytes
 from datasets import Dataset, DatasetDict, Features, Image, Value, concatenate_datasets, load_from_disk
 
-from hf_ibdistill import ViewRecipe, attach_teacher_logits, record_teacher_logits
+from hf_ibdistill import ViewRecipe, attach_teacher_logits, record_teacher_logits, rows
 from hf_ibdistill.logits.provenance import read_records, stored_views
 
 
@@ -19,8 +19,15 @@ def recorded(loaded, images, tmp_path_factory):
 def published(recorded, tmp_path_factory):
     """A table of logits without the images."""
     folder = tmp_path_factory.mktemp("published")
-    recorded.select_columns(["row_key", "conv_logits", "inv_logits"]).save_to_disk(folder)
+    recorded.remove_columns(["image", "label", "note"]).save_to_disk(folder)
     return load_from_disk(folder)
+
+
+@pytest.fixture
+def other_decoder(monkeypatch):
+    """Images that come out of their files one level brighter, as other versions of a JPEG library make them."""
+    decode = rows.decode_image
+    monkeypatch.setattr(rows, "decode_image", lambda cell: decode(cell).point(lambda level: min(level + 1, 255)))
 
 
 def by_note(table):
@@ -41,7 +48,7 @@ def test_logits_find_their_images_in_any_order(recorded, published, images):
 def test_columns_of_any_name_become_image_and_label(recorded, published, images):
     named = images(30).rename_columns({"image": "picture", "label": "animal"})
     joined = attach_teacher_logits(named, published, image_column="picture")
-    assert joined.column_names == ["image", "label", "note", "row_key", "conv_logits", "inv_logits"]
+    assert joined.column_names == ["image", "label", "note", "row_key", "file_key", "conv_logits", "inv_logits"]
     assert same_bytes(joined, recorded)
     # The only image column is found.
     assert same_bytes(attach_teacher_logits(named, published), joined)
@@ -75,6 +82,55 @@ def test_images_without_a_partner_are_named_or_left_out(published, images, caplo
     assert "3 of 33 images" in caplog.text
 
 
+def test_another_decoder_finds_the_files(recorded, published, images, loaded, other_decoder, caplog, tmp_path):
+    own = images(30).shuffle(seed=1)
+    joined = attach_teacher_logits(own, published)
+    assert by_note(joined) == by_note(recorded)
+    assert "30 of 30 images" in caplog.text and "same files" in caplog.text
+    # Training makes the views that the teachers saw, from the recorded key.
+    keys = dict(zip(recorded["note"], recorded["row_key"]))
+    assert joined["row_key"][:] == [keys[note] for note in own["note"]]
+    # So does a recording of more views.
+    more = record_teacher_logits(joined, loaded, output_dir=tmp_path / "more", views=ViewRecipe(num_views=3))
+    assert more["row_key"][:] == joined["row_key"][:] and more["file_key"][:] == joined["file_key"][:]
+    assert [views[:2] for views in more["conv_logits"]] == joined["conv_logits"][:]
+
+
+def test_without_file_keys_the_message_names_the_decoder(published, images, other_decoder):
+    of_version_0_1_0 = published.remove_columns("file_key")
+    with pytest.raises(ValueError, match="3 of 3 images .*decoder.*file_key"):
+        attach_teacher_logits(images(3), of_version_0_1_0)
+
+
+def test_a_table_of_an_earlier_version_still_matches_pixels(recorded, published, images):
+    joined = attach_teacher_logits(images(30), published.remove_columns("file_key"))
+    assert same_bytes(joined, recorded.remove_columns("file_key"))
+    some = published.map(
+        lambda row, number: {"file_key": None if number < 20 else row["file_key"]},
+        with_indices=True,
+        features=published.features,
+    )
+    assert by_note(attach_teacher_logits(images(30), some)) == by_note(recorded)
+
+
+def test_one_decoded_image_is_held_at_a_time(published, images, monkeypatch):
+    alive, most = [0], [0]
+    decode = rows.decode_image
+
+    class Counted:
+        def __init__(self, image):
+            self.size, self.tobytes = image.size, image.tobytes
+            alive[0] += 1
+            most[0] = max(most[0], alive[0])
+
+        def __del__(self):
+            alive[0] -= 1
+
+    monkeypatch.setattr(rows, "decode_image", lambda cell: Counted(decode(cell)))
+    attach_teacher_logits(images(30), published)
+    assert 1 <= most[0] <= 2
+
+
 def test_several_processes_give_the_same(recorded, published, images):
     assert same_bytes(attach_teacher_logits(images(30), published, num_workers=2), recorded)
 
@@ -84,7 +140,12 @@ def test_wrong_tables_are_refused(published, images):
     no_image = Dataset.from_dict({"x": [1]}, features=Features({"x": Value("int64")}))
     for own, table, kind, message in (
         (images(3), images(3), ValueError, '"row_key" and a logits column; its columns are image'),
-        (joined, published, ValueError, r"already have the columns \['row_key', 'conv_logits', 'inv_logits'\]"),
+        (
+            joined,
+            published,
+            ValueError,
+            r"already have the columns \['row_key', 'file_key', 'conv_logits', 'inv_logits'\]",
+        ),
         (no_image, published, ValueError, "no image column; the columns are x"),
         (DatasetDict({"train": images(3)}), published, TypeError, "^images .*train"),
         (images(3), published.to_iterable_dataset(), TypeError, "^logits_table .*IterableDataset"),

@@ -1,5 +1,10 @@
 """The recorded table: its logits against the teachers called by hand, its columns, and what is refused."""
 
+import copy
+import pickle
+import re
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +13,13 @@ from accelerate.state import AcceleratorState
 from comparing import columns, logits_by_hand, same_bytes
 from datasets import DatasetDict, List, Value, concatenate_datasets, load_dataset, load_from_disk
 from small import NAMES
-from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTImageProcessor
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+)
 
 from hf_ibdistill import (
     IBResNetForImageClassification,
@@ -21,6 +32,8 @@ from hf_ibdistill import (
 from hf_ibdistill.images.views import row_key
 from hf_ibdistill.logits.encoding import decode
 from hf_ibdistill.logits.provenance import read_records, stored_views
+from hf_ibdistill.recording.recorder import _collate, _Numbered
+from hf_ibdistill.rows import ImageRows
 
 
 FIVE_VIEWS = ViewRecipe(num_views=5, horizontal_flip=0.5, erasing=0.5)
@@ -56,7 +69,7 @@ def test_the_columns_are_what_each_teacher_predicts_alone(recorded, teachers, im
 
 def test_the_input_columns_are_kept(recorded, images):
     original = images()
-    assert recorded.column_names == ["image", "label", "note", "row_key", "conv_logits", "inv_logits"]
+    assert recorded.column_names == ["image", "label", "note", "row_key", "file_key", "conv_logits", "inv_logits"]
     assert recorded.features["label"].names == NAMES
     for name in ("label", "note"):
         assert recorded[name][:] == original[name][:]
@@ -75,7 +88,16 @@ def test_columns_of_any_name_become_image_and_label(recorded, loaded, tmp_path, 
     settings = {"image_column": "picture", "label_column": "animal", "batch_size": 8, "shard_size": 16}
     tables = record_teacher_logits(splits, loaded, output_dir=tmp_path, **settings)
     for name, table in tables.items():
-        assert table.column_names == ["image", "label", "note", "thumbnail", "row_key", "conv_logits", "inv_logits"]
+        assert table.column_names == [
+            "image",
+            "label",
+            "note",
+            "thumbnail",
+            "row_key",
+            "file_key",
+            "conv_logits",
+            "inv_logits",
+        ]
         expected = recorded if name == "train" else recorded.select(range(8))
         assert same_bytes(table.remove_columns("thumbnail"), expected)
 
@@ -203,7 +225,7 @@ def test_wrong_input_is_refused_before_anything_is_written(loaded, tmp_path, ima
     for dataset, changes, kind, message in (
         (images(5).select([]), {}, ValueError, "dataset is empty"),
         (splits, {}, ValueError, '"test" is empty'),
-        (images(5).to_iterable_dataset(), {}, TypeError, "got IterableDataset"),
+        (images(5).to_iterable_dataset(), {}, TypeError, "dataset is an IterableDataset"),
         (images(5).rename_column("note", "conv_logits"), {}, ValueError, r"\(conv_logits\) and 0 provenance records"),
         (number, {}, ValueError, '"row_key" would be overwritten'),
         (images(5).remove_columns("image"), {}, ValueError, "no image column; the columns are label, note"),
@@ -261,7 +283,7 @@ def test_the_error_about_a_logit_that_is_not_finite_names_teacher_and_row(teache
     def fail_in_the_second_batch(**inputs):
         outputs = forward(**inputs)
         calls.append(len(outputs.logits))
-        if len(calls) == 2:
+        if len(calls) == 3:  # after one image that is tried first, and a batch
             outputs.logits[3] = float("nan")
         return outputs
 
@@ -355,3 +377,83 @@ def test_what_cannot_be_added_is_refused(viewed, loaded, tmp_path, save_teacher)
         with pytest.raises(ValueError, match=message):
             record_teacher_logits(viewed, given, output_dir=tmp_path / "x", views=views)
     assert not (tmp_path / "x").exists()
+
+
+# Before the first shard
+
+
+@pytest.mark.parametrize("name", ["label", "class", "view", "train", "eval", "test", "Label", "eval_conv"])
+def test_names_of_other_metrics_are_refused(name, loaded, tmp_path, images):
+    with pytest.raises(ValueError, match=f'"{name}" cannot name a teacher'):
+        record_teacher_logits(images(3), {name: loaded["conv"]}, output_dir=tmp_path / "t")
+    assert not (tmp_path / "t").exists()
+
+
+@pytest.mark.parametrize("views", [None, FIVE_VIEWS], ids=["plain", "views"])
+@pytest.mark.parametrize("fault", ["head", "channels", "processor"])
+def test_a_teacher_that_does_not_fit_is_refused_before_anything_is_written(fault, views, loaded, tmp_path, images):
+    model, processor = copy.deepcopy(loaded["conv"][0]), loaded["conv"][1]
+    if fault == "head":
+        model.classifier = torch.nn.Linear(model.classifier.in_features, 5)
+    if fault == "channels":
+        model = ViTForImageClassification(
+            ViTConfig(
+                image_size=8, patch_size=4, num_channels=1, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+                intermediate_size=8, id2label=dict(enumerate(NAMES)),
+            )
+        )  # fmt: skip
+    if fault == "processor":
+        processor = ViTImageProcessor(size={"height": 8, "width": 8}, image_mean=[0.5, 0.5])
+    pair = {"inv": loaded["inv"], "odd": (model, processor)}
+    with pytest.raises(ValueError, match='teacher "odd"'):
+        record_teacher_logits(images(4), pair, output_dir=tmp_path / "t", views=views, top_k=2)
+    assert not (tmp_path / "t").exists()
+
+
+@pytest.mark.parametrize("skip_unreadable", [False, True])
+def test_images_of_which_none_can_be_read_are_refused(skip_unreadable, loaded, tmp_path, images):
+    broken = images(6, broken=range(6))
+    for dataset, what in ((broken, "dataset"), (DatasetDict(train=images(3), test=broken), 'split "test"')):
+        with pytest.raises(ValueError, match=f"None of 6 .*{what} .*decoded.*Row 0"):
+            record_teacher_logits(dataset, loaded, output_dir=tmp_path / "t", skip_unreadable=skip_unreadable)
+    assert not (tmp_path / "t").exists()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"batch_size": "8"}, {"shard_size": 1.5}, {"num_workers": -1}, {"top_k": True}, {"views": {"num_views": 2}}],
+)
+def test_arguments_of_other_types_are_named(settings, loaded, tmp_path, images):
+    ((name, value),) = settings.items()
+    with pytest.raises((ValueError, TypeError), match=re.escape(f"{name}={value!r}")):
+        record_teacher_logits(images(4), loaded, output_dir=tmp_path / "t", **settings)
+
+
+def test_more_views_leave_the_other_splits_as_they_are(loaded, tmp_path, images):
+    splits = DatasetDict(train=images(6), test=images(4))
+    two = ViewRecipe(num_views=2, horizontal_flip=0.5, erasing=0.5)
+    first = record_teacher_logits(splits, loaded, output_dir=tmp_path / "2", views=two, batch_size=1)
+    more = record_teacher_logits(first, loaded, output_dir=tmp_path / "5", views=FIVE_VIEWS, batch_size=1)
+    whole = record_teacher_logits(splits, loaded, output_dir=tmp_path / "w", views=FIVE_VIEWS, batch_size=1)
+    assert stored_views(more["train"]) == FIVE_VIEWS and stored_views(more["test"]) is None
+    for name in splits:
+        for teacher, values in columns(more[name]).items():
+            np.testing.assert_allclose(values, columns(whole[name])[teacher], rtol=5e-3, atol=5e-3)
+    assert read_records(more["test"])[0]["teachers"] == read_records(first["test"])[0]["teachers"]
+    with pytest.raises(ValueError, match="already has the column"):
+        record_teacher_logits(first, loaded, output_dir=tmp_path / "x", views=two)
+    other = {**loaded, "inv": loaded["conv"]}
+    with pytest.raises(ValueError, match='"inv_logits" of another teacher'):
+        record_teacher_logits(DatasetDict(train=splits["train"], test=first["test"]), other, output_dir=tmp_path / "y")
+
+
+def test_what_workers_get_can_be_sent_to_a_new_process(loaded, images):
+    # Under spawn and forkserver a worker starts from a pickle, not from a copy of this process.
+    processors = {name: processor for name, (_, processor) in loaded.items()}
+    make = partial(_collate, processors, FIVE_VIEWS, range(1, 3))
+    rows = _Numbered(ImageRows(images(4), file_keys=True))
+    expected = make(rows.__getitems__([1, 3]))
+    rows, make = pickle.loads(pickle.dumps((rows, make)))
+    found = make(rows.__getitems__([1, 3]))
+    assert found[:-1] == expected[:-1]
+    assert all(torch.equal(found[-1][name], expected[-1][name]) for name in processors)

@@ -1,5 +1,6 @@
 """The folder of a recording: whatever interrupts it, finished shards are kept and the table becomes the same."""
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -16,11 +17,13 @@ import torch
 import tqdm.std
 from accelerate.state import AcceleratorState, PartialState
 from comparing import same_bytes
-from datasets import DatasetDict, load_from_disk
+from datasets import Dataset, DatasetDict, load_from_disk
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from hf_ibdistill import ViewRecipe, record_teacher_logits
+from hf_ibdistill.logits.provenance import read_records
+from hf_ibdistill.recording import recorder
 
 
 NUM_ROWS = 96
@@ -54,7 +57,9 @@ def batches(loaded):
 
 def before_each_batch(loaded, call):
     def pass_size(_, arguments, keywords):
-        call(len(keywords["pixel_values"]))
+        # Not the trial on one image, before the first shard.
+        if len(keywords["pixel_values"]) > 1:
+            call(len(keywords["pixel_values"]))
 
     return loaded["conv"][0].register_forward_pre_hook(pass_size, with_kwargs=True)
 
@@ -131,9 +136,7 @@ def test_an_interrupted_recording_continues_with_the_same_settings_only(
 
     # A damaged shard is recorded again, with the seven that are missing.
     damaged = folder / "shards" / names[2]
-    content = bytearray(damaged.read_bytes())
-    content[len(content) // 2] ^= 255
-    damaged.write_bytes(content)
+    flip(damaged)
     batches.clear()
     continued = record_teacher_logits(dataset, loaded, output_dir=folder, **SETTINGS)
     assert batches == [16] * 8
@@ -153,6 +156,126 @@ def test_what_a_killed_process_left_is_removed(is_finished, finished, dataset, l
         folder.mkdir()
     (folder / "recording.json.123.partial").write_text("{")
     table = record_teacher_logits(dataset, loaded, output_dir=folder, **SETTINGS)
+    assert same_bytes(table, load_from_disk(finished))
+    assert file_times(folder).keys() == file_times(finished).keys()
+
+
+def flip(path, position=None):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 if position is None else position] ^= 255
+    path.write_bytes(content)
+
+
+def test_a_shard_that_is_damaged_before_assembly_is_recorded_again(
+    finished, dataset, loaded, batches, tmp_path, monkeypatch
+):
+    folder, assemble = tmp_path / "t", recorder.assemble
+
+    def damage_then_assemble(dataset, record, shards, folder):
+        flip(shards[3])
+        shards[7].write_bytes(shards[7].read_bytes()[:-1])
+        assemble(dataset, record, shards, folder)
+
+    monkeypatch.setattr(recorder, "assemble", damage_then_assemble)
+    with pytest.raises(OSError, match="2 of 12 shards are damaged.*000000000024-000000000032.arrow, .*Call again"):
+        record_teacher_logits(dataset, loaded, output_dir=folder, **SETTINGS)
+    assert not (folder / "state.json").exists() and not (folder / "finished").exists()
+    monkeypatch.undo()
+    before = file_times(folder / "shards", "*.arrow")
+    batches.clear()
+    table = record_teacher_logits(dataset, loaded, output_dir=folder, **SETTINGS)
+    # Not the ten whole ones.
+    assert len(before) == 12 and batches.count(16) == 2
+    assert same_bytes(table, load_from_disk(finished))
+
+
+def test_a_table_that_is_not_what_was_written_keeps_the_shards(dataset, loaded, tmp_path, monkeypatch):
+    save = Dataset.save_to_disk
+
+    def save_other_rows(table, path):
+        save(table.select(range(NUM_ROWS)[::-1]), path)
+
+    monkeypatch.setattr(Dataset, "save_to_disk", save_other_rows)
+    with pytest.raises(OSError, match="does not hold what was written"):
+        record_teacher_logits(dataset, loaded, output_dir=tmp_path / "t", **SETTINGS)
+    assert len(file_times(tmp_path / "t" / "shards", "*.arrow")) == 12
+    assert not (tmp_path / "t" / "state.json").exists()
+
+
+@pytest.mark.parametrize("name", ["state.json", "dataset_info.json", "data-00000-of-00001.arrow"])
+def test_a_finished_folder_that_is_not_whole_is_named(name, finished, dataset, loaded, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "t")
+    for content in ((folder / name).read_bytes()[:30], None):
+        (folder / name).unlink()
+        if content is None and name == "state.json":
+            continue  # It marks the table as finished.
+        if content is not None:
+            (folder / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{folder} cannot be opened as a saved table"):
+            record_teacher_logits(dataset, loaded, output_dir=folder, **SETTINGS)
+
+
+def test_a_damaged_table_takes_no_more_teachers_or_views(finished, dataset, loaded, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "t")
+    flip(folder / "data-00000-of-00001.arrow")
+    table = load_from_disk(folder)
+    for given, changes in (
+        (table.remove_columns("inv_logits"), {"teachers": {"inv": loaded["inv"]}}),
+        (table, {"teachers": loaded, "views": dataclasses.replace(SETTINGS["views"], num_views=3)}),
+    ):
+        with pytest.raises(ValueError, match="data-00000-of-00001.arrow.*Restore"):
+            record_teacher_logits(given, output_dir=tmp_path / "more", **{**SETTINGS, **changes})
+    assert not (tmp_path / "more").exists()
+
+
+def test_recording_keeps_the_description_of_the_images(dataset, loaded, tmp_path):
+    described = dataset.select(range(16))
+    described.info.description = "Pictures of {cats}."
+    table = record_teacher_logits(described, {"conv": loaded["conv"]}, output_dir=tmp_path / "t")
+    assert table.info.description.startswith("Pictures of {cats}.\n\n") and len(read_records(table)) == 1
+    assert described.info.description == "Pictures of {cats}."
+
+
+# Two recorders
+
+
+def test_a_second_recorder_is_refused_and_a_killed_one_is_taken_over(
+    finished, dataset, loaded, batches, tmp_path, caplog
+):
+    folder = tmp_path / "t"
+
+    def record_and_stop():
+        give_own_lock(tqdm.std.tqdm)
+        sizes = []
+
+        def stop_in_the_third_shard(size):
+            sizes.append(size)
+            if sizes.count(16) == 3:
+                (tmp_path / "stopped").touch()
+                time.sleep(600)
+
+        before_each_batch(loaded, stop_in_the_third_shard)
+        record_teacher_logits(dataset, loaded, output_dir=folder, **SETTINGS)
+
+    process = multiprocessing.get_context("fork").Process(target=record_and_stop)
+    process.start()
+    try:
+        while process.is_alive() and not (tmp_path / "stopped").exists():
+            time.sleep(0.01)
+        before = file_times(folder / "shards")
+        batches.clear()
+        with pytest.raises(ValueError, match=f"{folder} is being recorded by process {process.pid} on .* since 20"):
+            record_teacher_logits(dataset, loaded, output_dir=folder, **SETTINGS)
+        assert 16 not in batches and file_times(folder / "shards") == before
+        # Another folder is free.
+        record_teacher_logits(dataset.select(range(8)), loaded, output_dir=tmp_path / "other")
+    finally:
+        process.kill()
+        process.join()
+    batches.clear()
+    table = record_teacher_logits(dataset, loaded, output_dir=folder, **SETTINGS)
+    assert f"process {process.pid} on" in caplog.text and "stopped before it had finished" in caplog.text
+    assert batches.count(16) == 10
     assert same_bytes(table, load_from_disk(finished))
     assert file_times(folder).keys() == file_times(finished).keys()
 

@@ -4,7 +4,6 @@ import re
 
 import pytest
 import torch
-from torch import nn
 from transformers import (
     DeiTConfig,
     DeiTForImageClassification,
@@ -21,7 +20,6 @@ from hf_ibdistill import (
     IBResNetForImageClassification,
     IBViTConfig,
     IBViTForImageClassification,
-    all_heads_loss,
     freeze_layers,
     layer_decay_groups,
 )
@@ -72,11 +70,11 @@ def examples(num_rows=8, size=8):
 
 
 def train(model, folder, **settings):
-    trainer_settings = {name: settings.pop(name) for name in ("optimizers", "compute_loss_func") if name in settings}
+    optimizers = settings.pop("optimizers", (None, None))
     defaults = {"max_steps": 1, "learning_rate": 1e-3, "lr_scheduler_type": "constant", "weight_decay": 0.1}
     defaults |= {"per_device_train_batch_size": 8, "save_strategy": "no", "report_to": "none", "disable_tqdm": True}
     args = TrainingArguments(str(folder), use_cpu=True, **{**defaults, **settings})
-    trainer = Trainer(model, args, train_dataset=examples(), **trainer_settings)
+    trainer = Trainer(model, args, train_dataset=examples(), optimizers=optimizers)
     trainer.train()
     return trainer
 
@@ -131,7 +129,7 @@ def test_the_trainer_takes_steps_of_these_sizes_and_logs_the_heads_rate(tmp_path
     model = build("bias_stems")
     before = copy_of(model)
     optimizer = torch.optim.AdamW(layer_decay_groups(model, 1e-2, 0.5), eps=1e-12)
-    options = {"optimizers": (optimizer, None), "compute_loss_func": all_heads_loss, "logging_steps": 1}
+    options = {"optimizers": (optimizer, None), "logging_steps": 1}
     trainer = train(model, tmp_path, **options)
     assert trainer.state.log_history[0]["learning_rate"] == 1e-2
     for name, parameter in model.named_parameters():
@@ -191,7 +189,6 @@ def test_what_is_frozen_stays_and_all_else_moves(layer_decay, checkpointing, tmp
         model,
         tmp_path,
         max_steps=3,
-        compute_loss_func=all_heads_loss,
         activation_checkpointing=checkpointing,
         **options,
     )
@@ -199,29 +196,7 @@ def test_what_is_frozen_stays_and_all_else_moves(layer_decay, checkpointing, tmp
         assert torch.equal(parameter, before[name]) == (depth_by_name(name) <= 2), name
 
 
-# The loss
-
-
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_the_loss_is_the_mean_over_the_heads(smoothing):
-    model = build("linear")
-    images, labels = torch.randn(5, 3, 8, 8), torch.tensor([0, 1, 2, 1, 0])
-    outputs = model(images)
-    entropy = nn.CrossEntropyLoss(label_smoothing=smoothing)
-    heads = [outputs.class_logits, outputs.teacher_token_logits[:, 0], outputs.teacher_token_logits[:, 1]]
-    expected = sum(entropy(logits, labels) for logits in heads) / 3
-    loss = all_heads_loss(outputs, labels, label_smoothing=smoothing)
-    torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(all_heads_loss(outputs, labels, 20, smoothing), expected / 4)
-    loss.backward()
-    assert all(head.weight.grad.abs().min() > 0 for head in (model.class_head, *model.teacher_heads))
-
-
-def test_without_teachers_it_is_the_students_own():
-    model = build("no teachers")
-    labels = torch.tensor([0, 1, 2])
-    outputs = model(torch.randn(3, 3, 8, 8), labels=labels)
-    torch.testing.assert_close(all_heads_loss(outputs, labels), outputs.loss)
+# The loss that the student returns
 
 
 def test_accumulated_batches_take_the_steps_of_whole_ones(tmp_path):
@@ -230,7 +205,7 @@ def test_accumulated_batches_take_the_steps_of_whole_ones(tmp_path):
         torch.manual_seed(0)
         model = build("linear")
         settings = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": 8 // batch_size}
-        options = {"compute_loss_func": all_heads_loss, "optim": "sgd", "learning_rate": 0.5, "max_grad_norm": 0}
+        options = {"optim": "sgd", "learning_rate": 0.5, "max_grad_norm": 0}
         train(model, tmp_path, max_steps=2, **settings, **options)
         weights.append(copy_of(model))
     for name, parameter in weights[0].items():

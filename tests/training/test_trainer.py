@@ -17,6 +17,7 @@ from datasets import (
     DatasetDict,
     DatasetInfo,
     Features,
+    Image,
     List,
     Value,
     concatenate_datasets,
@@ -194,19 +195,19 @@ def test_stored_logits_and_online_teachers_take_the_same_steps(plain_table, tabl
         ("mean_probabilities", {"label_weight": 0.0}, "class"),
         ("mean_logits", {"teacher_weights": [1.0, 0.0]}, "inv"),
         ("mean_logits", {"label_weight": 0.0, "teacher_weights": 0.0}, "class and conv and inv"),
-        ("class_token", {"label_weight": 0.0, "teacher_weights": [1.0, 0.0]}, "class"),
-        ("class_token", {"teacher_weights": 0.0}, None),
+        ("class_token", {"label_weight": 0.0, "teacher_weights": [1.0, 0.0]}, "class and inv"),
+        ("class_token", {"teacher_weights": 0.0}, "conv and inv"),
         ("mean_probabilities", {"label_weight": 0.01}, None),
     ],
 )
-def test_a_head_that_is_used_but_not_taught_is_warned_of(fusion, settings, untaught, table, tmp_path, caplog):
+def test_a_head_that_is_not_taught_is_warned_of(fusion, settings, untaught, table, tmp_path, caplog):
     distill(tmp_path, table, small_student(fusion=fusion), train=False, **settings)
     warning = [record.getMessage() for record in caplog.records if "fusion=" in record.getMessage()]
     if untaught is None:
         assert not warning
     else:
         (warning,) = warning
-        assert f'fusion="{fusion}"' in warning and f" {untaught} token" in warning
+        assert f"fusion={fusion}" in warning and f" {untaught} token" in warning
 
 
 def test_an_online_teacher_with_the_classes_in_another_order_is_put_right(plain_table, teachers, tmp_path, caplog):
@@ -766,10 +767,29 @@ def test_any_classifier_learns_from_labels(kind, plain_table, tmp_path):
     assert not any("token" in name for name in results)
 
 
-def test_a_student_with_teacher_tokens_can_train_on_labels_alone(table, tmp_path):
-    trainer = distill(tmp_path, table, trainer_class=ImageClassificationTrainer, per_device_train_batch_size=NUM_ROWS)
-    expected = textbook_terms(small_student(), table)[0].item()
-    assert logged(trainer, ["loss"]) == [[pytest.approx(expected, rel=1e-4)]]
+@pytest.mark.parametrize("fusion", ["mean_probabilities", "class_token"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_every_head_of_a_student_learns_from_labels_alone(smoothing, fusion, table, tmp_path):
+    trainer = distill(
+        tmp_path, table, small_student(fusion=fusion), trainer_class=ImageClassificationTrainer, eval_dataset=table,
+        per_device_train_batch_size=NUM_ROWS, label_smoothing_factor=smoothing,
+    )  # fmt: skip
+    student = small_student()
+    pixels, labels = PROCESSOR(list(table["image"]), return_tensors="pt")["pixel_values"], torch.tensor(table["label"])
+    outputs = student(pixels)
+    targets = (1 - smoothing) * torch.nn.functional.one_hot(labels, len(CLASSES)) + smoothing / len(CLASSES)
+    heads = [outputs.class_logits, *outputs.teacher_token_logits.unbind(1)]
+    expected = sum(-(targets * head.log_softmax(-1)).sum(-1).mean() for head in heads) / 3
+    assert logged(trainer, ["loss"]) == [[pytest.approx(expected.item(), rel=1e-4)]]
+    # The step that plain gradient descent takes on that loss.
+    expected.backward()
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter -= SGD["learning_rate"] * parameter.grad
+    assert_same_weights(trainer.model, student, rtol=1e-4, atol=1e-5)
+    # Evaluation measures the labels as they are.
+    outputs = student(pixels, labels=labels)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(outputs.loss.item(), rel=1e-3)
 
 
 def test_the_image_processor_is_saved_with_every_checkpoint(table, tmp_path):
@@ -840,7 +860,7 @@ def test_a_hyperparameter_search_equals_separate_trainings(table, tmp_path, monk
     stored = Dataset(data, info=DatasetInfo(features=features))
     trials = [
         {"temperature": [6.0, 8.0], "learning_rate": 0.1},
-        {"temperature": [1.0, 2.0], "learning_rate": 0.2, "per_device_train_batch_size": 4},
+        {"temperature": 2.0, "teacher_weights": 0.5, "learning_rate": 0.2, "per_device_train_batch_size": 4},
     ]
     monkeypatch.setattr(Search, "trials", trials)
     monkeypatch.setattr(Search, "histories", [])
@@ -921,6 +941,94 @@ def test_no_teacher_tokens(student, table, tmp_path):
 @pytest.mark.parametrize("values", [[1.0, 2.0, 3.0], [0.5] * 5])
 def test_wrong_number_of_settings(name, values, table, tmp_path):
     refuse(tmp_path, table, rf"{re.escape(f'{name}={values}')} .*{len(values)} .*conv, inv", **{name: values})
+
+
+@BOTH_TRAINERS
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"label_names": ["labels", "kind"]},
+        {"train_sampling_strategy": "group_by_length"},
+        {"neftune_noise_alpha": 5.0},
+    ],
+    ids=str,
+)
+def test_arguments_that_have_no_effect_on_images(settings, trainer_class, table, tmp_path):
+    ((name, value),) = settings.items()
+    with pytest.raises(ValueError, match=re.escape(f"{name}={value}")):
+        distill(tmp_path, table, trainer_class=trainer_class, train=False, **settings)
+
+
+def test_functions_that_have_no_effect(table, tmp_path):
+    given = {"args": arguments(tmp_path), "train_dataset": table, "processing_class": PROCESSOR}
+    with pytest.raises(ValueError, match="compute_loss_func"):
+        EnsembleDistillationTrainer(small_student(), compute_loss_func=lambda *a, **k: 0, **given)
+    with pytest.raises(ValueError, match="preprocess_logits_for_metrics"):
+        EnsembleDistillationTrainer(
+            small_student(), preprocess_logits_for_metrics=lambda logits, labels: logits, **given
+        )
+
+
+@BOTH_TRAINERS
+def test_dropping_the_last_batch_never_drops_all_rows_or_rows_of_the_evaluation(trainer_class, table, tmp_path):
+    few = distill(
+        tmp_path, table.select(range(5)), trainer_class=trainer_class, per_device_train_batch_size=8, train=False,
+        dataloader_drop_last=True,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="dataloader_drop_last=True.* 5 rows.* 8"):
+        few.train()
+    seen = []
+    trainer = distill(
+        tmp_path, table, trainer_class=trainer_class, per_device_train_batch_size=8, per_device_eval_batch_size=5,
+        dataloader_drop_last=True, eval_dataset=table.select(range(7)), compute_metrics=lambda p: seen.append(p) or {},
+    )  # fmt: skip
+    trainer.evaluate()
+    assert seen[-1].label_ids.tolist() == table["label"][:7]
+    assert len(trainer.predict(table.select(range(6))).label_ids) == 6
+    assert trainer.args.dataloader_drop_last
+
+
+@BOTH_TRAINERS
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"batch_eval_metrics": True}, {"batch_eval_metrics": False}, {"include_for_metrics": ["inputs", "loss"]},
+        {"eval_accumulation_steps": 1}, {"eval_do_concat_batches": False}, {"bf16_full_eval": True},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_arguments_of_evaluation_leave_the_metrics_alone(settings, trainer_class, plain_table, table, tmp_path):
+    given = {
+        "trainer_class": trainer_class,
+        "per_device_eval_batch_size": 5,
+        "eval_dataset": plain_table,
+        "train": False,
+    }
+    trainer = distill(tmp_path, table, **given, **settings)
+    expected = hf_ibdistill.evaluate_model(small_student(), PROCESSOR, plain_table)
+    found = trainer.evaluate()
+    tolerance = {"abs": 0.13} if "bf16_full_eval" in settings else {"rel": 1e-5}
+    assert {name: found[f"eval_{name}"] for name in expected} == pytest.approx(expected, **tolerance)
+
+
+@BOTH_TRAINERS
+def test_an_interrupted_evaluation_leaves_no_rows_behind(trainer_class, plain_table, table, tmp_path):
+    trainer = distill(
+        tmp_path,
+        table,
+        trainer_class=trainer_class,
+        per_device_eval_batch_size=4,
+        eval_dataset=plain_table,
+        train=False,
+    )
+    expected = trainer.evaluate()["eval_negative_log_likelihood"]
+    broken = plain_table.cast_column("image", Image(decode=False))
+    broken = broken.map(
+        lambda row, i: {"image": {"bytes": b"" if i == 9 else row["image"]["bytes"]}}, with_indices=True
+    )
+    with pytest.raises(ValueError, match="Row 9"):
+        trainer.evaluate(broken.cast_column("image", Image()))
+    assert trainer.evaluate()["eval_negative_log_likelihood"] == expected
 
 
 def test_arguments_without_distillation(table, tmp_path):
@@ -1045,6 +1153,18 @@ def test_an_evaluation_set_of_other_classes(trainer_class, plain_table, table, t
     refuse(tmp_path, table, "evaluation set: .*cow.*fox", eval_dataset=other, **settings)
     sets = {"day": plain_table, "night": other}
     refuse(tmp_path, table, 'evaluation set "night": .*cow.*fox', eval_dataset=sets, **settings)
+
+
+@BOTH_TRAINERS
+def test_a_damaged_table_is_refused_before_training(trainer_class, plain_table, teachers, tmp_path):
+    recorded = hf_ibdistill.record_teacher_logits(plain_table, teachers, output_dir=tmp_path / "table")
+    (path,) = (tmp_path / "table").glob("*.arrow")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    for given in ({}, {"eval_dataset": recorded}):
+        with pytest.raises(ValueError, match=f"training set: .*damaged.*{path}"):
+            distill(tmp_path, recorded, trainer_class=trainer_class, train=False, **given)
 
 
 @BOTH_TRAINERS

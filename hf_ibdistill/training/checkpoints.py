@@ -1,0 +1,127 @@
+"""Check a checkpoint before training resumes from it."""
+
+import json
+import logging
+import os
+import zipfile
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
+
+
+logger = logging.getLogger(__name__)
+
+_NEEDED = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
+
+
+def checkpoint_to_resume(given: str | os.PathLike | bool | None, output_dir: str, model: nn.Module) -> str | None:
+    """The checkpoint that `Trainer.train(resume_from_checkpoint=given)` resumes from, after a check.
+
+    Args:
+        given: a folder; `True` for the last whole checkpoint in `output_dir`; or `None` or `False` for none.
+        output_dir: the folder of the run.
+        model: the model to train.
+
+    Raises:
+        ValueError: the checkpoint, or with `True` every checkpoint, is not whole, or it belongs to another model.
+    """
+    if not given:
+        return None
+    if given is not True:
+        check_checkpoint(given, model)
+        return str(given)
+    problem = f"{output_dir} has no checkpoint. Train without resume_from_checkpoint."
+    folders = sort_checkpoints(output_dir) if os.path.isdir(output_dir) and get_last_checkpoint(output_dir) else []
+    for folder in reversed(folders):
+        damage = _damage(Path(folder))
+        if not damage:
+            check_checkpoint(folder, model)
+            return folder
+        problem = f"{folder} is not a whole checkpoint, because {damage}."
+        logger.warning("%s It is skipped.", problem)
+    raise ValueError(f"resume_from_checkpoint=True: {problem}")
+
+
+def check_checkpoint(folder: str | os.PathLike, model: nn.Module) -> None:
+    """Refuse a checkpoint that is not whole, or whose weights do not fit the model.
+
+    Checkpoints of FSDP and DeepSpeed, which have other files, pass.
+
+    Raises:
+        ValueError: a file is missing or cut off, or the checkpoint belongs to another model.
+    """
+    folder = Path(folder)
+    damage = _damage(folder)
+    if damage:
+        raise ValueError(
+            f"resume_from_checkpoint={folder} is not a whole checkpoint, because {damage}. Choose an earlier one, or True "
+            "for the last whole one."
+        )
+    differences = _differences(folder, model)
+    if differences:
+        raise ValueError(
+            f"resume_from_checkpoint={folder} belongs to another model: {'; '.join(differences[:3])}"
+            f"{f'; and {len(differences) - 3} more' if len(differences) > 3 else ''}. Resume with the settings that it "
+            "began with, or choose another output_dir."
+        )
+
+
+def _damage(folder: Path) -> str | None:
+    """What keeps training from resuming at a checkpoint, or `None`."""
+    if not folder.is_dir():
+        return "there is no such folder"
+    if any(path.is_dir() for path in folder.iterdir()):
+        return None  # of FSDP, DeepSpeed or several adapters
+    names = {path.name for path in folder.iterdir()}
+    missing = [name for name in _NEEDED if name not in names]
+    if not any(name.endswith(".safetensors") or name.endswith("model.bin") for name in names):
+        missing.append("model.safetensors")
+    if missing:
+        return f"it has no {', '.join(missing)}"
+    for path in folder.glob("*.json"):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            return f"{path.name} is cut off"
+        # The index of weights in several files.
+        absent = sorted(set(content["weight_map"].values()) - names) if "weight_map" in content else []
+        if absent:
+            return f"it has no {', '.join(absent)}"
+    for path in folder.glob("*.safetensors"):
+        try:
+            # It compares the length of the file with its header.
+            safe_open(path, "pt")
+        except SafetensorError:
+            return f"{path.name} is cut off"
+    for path in folder.glob("*.pt"):
+        if not zipfile.is_zipfile(path):
+            return f"{path.name} is cut off"
+    return None
+
+
+def _differences(folder: Path, model: nn.Module) -> list[str]:
+    """How the weights and classes of a checkpoint differ from those of the model."""
+    lines = []
+    config = getattr(model, "config", None)
+    if config is not None and (folder / "config.json").exists():
+        found = type(config).from_pretrained(folder)
+        for name in ("teacher_names", "id2label"):
+            ours, theirs = getattr(config, name, None), getattr(found, name, None)
+            if ours != theirs:
+                lines.append(f"{name} {theirs} instead of {ours}")
+    files = list(folder.glob("model*.safetensors"))
+    if lines or not files:
+        return lines
+    shapes = {}
+    for path in files:
+        with safe_open(path, "pt") as weights:
+            shapes |= {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+    # Tied weights are saved once.
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name in sorted({*shapes, *expected} - tied):
+        if shapes.get(name) != expected.get(name):
+            lines.append(f"{name} has the shape {shapes.get(name)} instead of {expected.get(name)}")
+    return lines
