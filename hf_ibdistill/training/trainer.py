@@ -199,16 +199,15 @@ class ImageClassificationTrainer(PublishingTrainer):
         self._wrap_train_dataset()
         loader = super().get_train_dataloader()
         is_streamed = isinstance(self.train_dataset, StreamedImageRows)
-        # `_StartEpoch` finds the place in a stream; `Trainer` would count the batches of all passes.
-        self.args.ignore_data_skip = is_streamed or self.ignores_data_skip
-        if is_streamed:
-            # Otherwise each pass would draw a seed from the generator that dropout uses, and resuming one more.
-            loader.base_dataloader.generator = torch.Generator()
-        elif len(loader) == 0:
+        if not is_streamed and len(loader) == 0:
             raise ValueError(
                 f"dataloader_drop_last=True leaves no batch: the training set has {len(self.train_dataset)} rows, a step takes "
                 f"{self.args.train_batch_size * self.args.world_size}. Set it to False, or take smaller batches."
             )
+        # `_StartEpoch` finds the place in a stream; `Trainer` would count the batches of all passes.
+        self.args.ignore_data_skip = is_streamed or self.ignores_data_skip
+        # Otherwise some epochs would draw a seed from the generator that dropout uses, and resuming one more.
+        getattr(loader, "base_dataloader", loader).generator = torch.Generator().manual_seed(self.args.seed)
         return loader
 
     def get_eval_dataloader(self, eval_dataset=None):

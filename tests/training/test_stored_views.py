@@ -166,6 +166,16 @@ def test_resuming_within_an_epoch_goes_on_with_its_view(table, whole, tmp_path):
     assert_same(resumed, weights, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resuming_with_dropout_and_workers_ends_bit_identical(workers, table, tmp_path):
+    settings = {"dropout": 0.3, "dataloader_num_workers": workers}
+    whole = trained(tmp_path, table, save_strategy="steps", save_steps=1, **settings)
+    for step in (3, 5):  # at the end of an epoch, and within one
+        checkpoint = str(tmp_path / f"checkpoint-{step}")
+        resumed = trained(tmp_path / "b", table, student_seed=1, resume_from=checkpoint, **settings)
+        assert_same(resumed, whole, rtol=0, atol=0)
+
+
 def test_a_student_without_teachers_sees_the_same_views(images, table, tmp_path):
     keys_stored = trained(tmp_path, table, ImageClassificationTrainer, views=stored_views(table))
     keys_computed = trained(tmp_path, images, ImageClassificationTrainer, views=RECIPE)
