@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from transformers import BaseImageProcessor, EvalPrediction, PreTrainedModel
 
 from .checks import check_numbers
-from .data.classes import check_class_names, class_names, config_class_names
+from .data.classes import check_class_names, check_labels, class_names, config_class_names
 from .data.columns import LABEL, as_image_table, require_table
 from .logits.encoding import column_name, describe_column
 from .models.modeling_ibvit import IBViTForImageClassification
@@ -255,7 +255,7 @@ def evaluate_model(
 ) -> dict[str, float]:
     """[`classification_metrics`] of what a classifier predicts for a table, in memory that does not depend on the number
     of rows. Arguments and errors are those of [`predict`]."""
-    metrics = RunningMetrics(getattr(model.config, "teacher_names", None))
+    metrics = RunningMetrics(getattr(getattr(model, "config", None), "teacher_names", None))
     for batch in _predict(model, image_processor, dataset, batch_size, num_workers, image_column, label_column):
         metrics.update(**batch)
     return metrics.compute()
@@ -271,6 +271,7 @@ def _predict(
         raise ValueError("The dataset is empty; it needs at least one row.")
     dataset, config = as_image_table(dataset, image_column, label_column), model.config
     check_class_names(config_class_names(config), class_names(dataset), "the model")
+    check_labels(dataset)
     teacher_names = getattr(config, "teacher_names", [])
     columns = [column_name(name) for name in teacher_names if column_name(name) in dataset.column_names]
     if len(columns) < len(teacher_names) or any(describe_column(dataset.features[c])[1] is not None for c in columns):

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,6 +38,46 @@ def write_whole(
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Write a text file whole or not at all, in UTF-8."""
     write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def read_json(path: str | os.PathLike) -> dict:
+    """Read a JSON file that holds a dict.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}, not a dict")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}. Restore it from a copy, or write its folder again.") from error
+    return content
+
+
+def user_path(path: str | os.PathLike, argument: str) -> str:
+    """The path that a user gives, with "~" replaced by the folder of the user.
+
+    Raises:
+        ValueError: it is no path.
+    """
+    if not isinstance(path, (str, os.PathLike)) or not str(path) or "\0" in str(path):
+        raise ValueError(f"{argument}={path!r} is not a path. Give the path of a folder.")
+    return os.path.expanduser(os.fspath(path))
+
+
+def output_folder(path: str | os.PathLike) -> Path:
+    """The `output_dir` that a user gives, which need not exist yet.
+
+    Raises:
+        ValueError: it is no path, or a file or a link to nothing is in its place or above it.
+    """
+    folder = Path(user_path(path, "output_dir"))
+    for part in (folder, *folder.parents):
+        if os.path.lexists(part) and not part.is_dir():
+            raise ValueError(f"output_dir={path}: {part} is not a folder. Choose another path.")
+    return folder
 
 
 def flush(path: str | os.PathLike) -> None:

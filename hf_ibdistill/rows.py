@@ -48,6 +48,7 @@ class _RowDecoder:
         if table.features[IMAGE].decode:
             encoded = encoded.cast_column(IMAGE, Image(decode=False))
         self._encoded = encoded.with_format("arrow")
+        self._mode = table.features[IMAGE].mode
         # Shared memory: persistent workers hold a copy of this object, made before the first epoch.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -70,7 +71,8 @@ class _RowDecoder:
             # A new dict, because the rows that are to come hold no decoded image yet, and those that came no longer.
             encoded, row = row[IMAGE], {**row, IMAGE: None}
             try:
-                row[IMAGE] = decode_image(encoded)
+                image = decode_image(encoded)
+                row[IMAGE] = image if self._mode in (None, "RGB") else image.convert(self._mode).convert("RGB")
                 if self.file_keys:
                     row[FILE_KEY] = file_key(encoded)
             except ValueError as error:
@@ -85,7 +87,7 @@ class _RowDecoder:
 
 def _as_rows(table: pa.Table, logits: Mapping[str, np.ndarray]) -> list[dict]:
     values = {name: table[name].to_pylist() for name in table.column_names if name not in logits} | logits
-    return [dict(zip(values, row)) for row in zip(*values.values())]
+    return [dict(zip(values, row)) for row in zip(*values.values(), strict=True)]
 
 
 class ImageRows(_RowDecoder, torch.utils.data.Dataset):
@@ -178,7 +180,9 @@ class StreamedImageRows(_RowDecoder, torch.utils.data.IterableDataset):
                 for name in self.logits_columns:
                     # A stream cannot be checked before it is trained on.
                     if not np.isfinite(row[name]).all():
-                        raise ValueError(f'Row {number}: the column "{name}" has NaN or infinite logits.')
+                        raise ValueError(f'Row {number}: the column "{name}" has missing, NaN or infinite logits.')
+                if LABEL in row and (row[LABEL] is None or row[LABEL] == -1):
+                    raise ValueError(f"Row {number} has no label. Remove such rows before the table is streamed.")
                 yield number, row
             first += len(batch)
 

@@ -11,6 +11,7 @@ from .data.classes import config_class_names
 from .models.configuration_ibvit import IBViTConfig
 from .models.conversion_vit import interpolate_positions
 from .models.modeling_ibvit import IBViTForImageClassification
+from .teachers import explain_loading
 
 
 def load_student(
@@ -32,7 +33,8 @@ def load_student(
             the field of the checkpoint.
 
     Raises:
-        ValueError: the checkpoint is of another type.
+        TypeError: `name_or_path` is no path, or a field does not exist.
+        ValueError: the checkpoint is of another type, or its files are damaged.
         StrictDataclassClassValidationError: as from [`IBViTConfig`].
         RuntimeError: the weights do not fit a given field, such as `patch_size`.
         OSError: there is no such checkpoint.
@@ -44,13 +46,16 @@ def load_student(
     >>> model = load_student("facebook/deit-tiny-patch16-224", teacher_names=("conv", "inv"), **class_config(images))
     ```
     """
-    model_type = PreTrainedConfig.get_config_dict(name_or_path)[0].get("model_type")
-    if model_type == IBViTConfig.model_type:
-        model = IBViTForImageClassification.from_pretrained(name_or_path, dtype=torch.float32)
-    else:
-        # Unless it has another name, `from_vit` would keep a distillation token that is not wanted.
-        names = () if teacher_names is None else teacher_names or ("left_out",)
-        model = IBViTForImageClassification.from_vit(name_or_path, teacher_names=names, dtype=torch.float32)
+    if not isinstance(name_or_path, (str, os.PathLike)):
+        raise TypeError(f"name_or_path is a {type(name_or_path).__name__}. Pass the folder or Hub id of a checkpoint.")
+    with explain_loading("The student", name_or_path):
+        model_type = PreTrainedConfig.get_config_dict(name_or_path)[0].get("model_type")
+        if model_type == IBViTConfig.model_type:
+            model = IBViTForImageClassification.from_pretrained(name_or_path, dtype=torch.float32)
+        else:
+            # Unless it has another name, `from_vit` would keep a distillation token that is not wanted.
+            names = () if teacher_names is None else teacher_names or ("left_out",)
+            model = IBViTForImageClassification.from_vit(name_or_path, teacher_names=names, dtype=torch.float32)
     old, weights = model.config, model.state_dict()
     fields = old.to_dict()
     if teacher_names is not None:
@@ -62,6 +67,9 @@ def load_student(
             fields["teacher_spatial_operators"] = [stems.get(n, stem) for n, stem in zip(teacher_names, alternating)]
     kwargs = {name: value for name, value in kwargs.items() if value is not None}
     config, kwargs = IBViTConfig.from_dict(fields, return_unused_kwargs=True, **kwargs)
+    if kwargs:
+        name, value = next(iter(kwargs.items()))
+        raise TypeError(f"{name}={value!r} is no field of IBViTConfig. Check its spelling.")
     config.validate()
     weights = _match_teachers(weights, old.teacher_names, config.teacher_names)
     if config_class_names(config) != config_class_names(old):
@@ -70,9 +78,7 @@ def load_student(
     if config.image_size != old.image_size:
         name, side = "ibvit.embeddings.position_embeddings", config.image_size // old.patch_size
         weights[name] = interpolate_positions(weights[name], old.image_size // old.patch_size, (side, side))
-    model = IBViTForImageClassification.from_pretrained(
-        None, config=config, state_dict=weights, dtype=torch.float32, **kwargs
-    )
+    model = IBViTForImageClassification.from_pretrained(None, config=config, state_dict=weights, dtype=torch.float32)
     model.config.name_or_path = model.name_or_path = str(name_or_path)
     return model
 

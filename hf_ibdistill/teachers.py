@@ -6,13 +6,15 @@ import json
 import logging
 import os
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate.utils import extract_model_from_parallel
 from huggingface_hub import HfApi
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -148,7 +150,7 @@ class Teacher:
             except (AttributeError, RuntimeError, TypeError, NotImplementedError) as error:
                 raise ValueError(
                     f'The teacher "{self.name}" has the weight {name} of type {type(tensor).__name__}, whose content cannot '
-                    "be hashed for the provenance. Pass the model before it was quantized."
+                    "be hashed for the provenance. Pass the model with its weights loaded, before it was quantized."
                 ) from error
         return digest.hexdigest()
 
@@ -197,7 +199,8 @@ def _load_teacher(name, teacher, bf16, trust_remote_code):
     revision, source = None, model
     if isinstance(model, _Path):
         revision = _resolve_revision(model)
-        model = _load_model(model, revision=revision or "main", trust_remote_code=trust_remote_code)
+        options = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
+        model = load_classifier(model, f'The teacher "{name}"', **options)
     elif isinstance(model, torch.nn.Module):
         model = without_autocast(model)
         source = getattr(model, "name_or_path", "")
@@ -218,9 +221,57 @@ def _load_teacher(name, teacher, bf16, trust_remote_code):
     return Teacher(name, model.eval(), processor, bf16, revision)
 
 
+def load_classifier(source: _Path, owner: str = "The model", **options) -> PreTrainedModel:
+    """An image classifier of transformers, none of whose weights start at random.
+
+    Args:
+        source: folder or Hub id.
+        owner: what an error calls it.
+        options: of `from_pretrained`.
+
+    Raises:
+        ValueError: weights are missing, or the files are damaged.
+        OSError: it cannot be found.
+    """
+    with explain_loading(owner, source):
+        model, info = _load_model(source, **options)
+    parameters = dict(model.named_parameters())
+    # An older student without teachers was saved without an empty tensor.
+    missing = sorted(name for name in info["missing_keys"] if name in parameters and parameters[name].numel())
+    if missing:
+        raise ValueError(
+            f"{owner} has no {', '.join(missing[:4])}{' …' if missing[4:] else ''} in {source}. Give an image classifier "
+            "with its head, trained on the classes of the dataset."
+        )
+    return model
+
+
+@contextmanager
+def explain_loading(owner: str, source: _Path) -> Iterator[None]:
+    """Name what cannot be loaded, and from where.
+
+    Raises:
+        ValueError, OSError: in place of whatever the code of any model raises, except `ImportError` and what a
+            configuration refuses.
+    """
+    try:
+        yield
+    except (ImportError, StrictDataclassError):
+        raise
+    except OSError as error:
+        raise OSError(f"{owner} cannot be loaded from {source}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{owner} cannot be loaded from {source}: {error}") from error
+    except Exception as error:
+        raise ValueError(
+            f"{owner} cannot be loaded from {source}, because its files are damaged or do not fit each other "
+            f"({type(error).__name__}). Copy or save it again."
+        ) from error
+
+
 def _load_model(source, **options):
     try:
-        return AutoModelForImageClassification.from_pretrained(source, **options)
+        return AutoModelForImageClassification.from_pretrained(source, output_loading_info=True, **options)
     except TypeError:
         # timm 1.0.31 and later saves the number of classes among the arguments of the model, and the wrapper of
         # transformers then passes it twice.
@@ -228,7 +279,8 @@ def _load_model(source, **options):
         if "num_classes" not in (getattr(config, "model_args", None) or {}):
             raise
         del config.model_args["num_classes"]
-        return AutoModelForImageClassification.from_pretrained(source, config=config, **options)
+        options |= {"config": config, "output_loading_info": True}
+        return AutoModelForImageClassification.from_pretrained(source, **options)
 
 
 def _resolve_revision(source):
@@ -237,7 +289,7 @@ def _resolve_revision(source):
         return None
     try:
         return HfApi().resolve_revision(str(source)).resolved
-    except (OSError, ValueError):  # the error of `from_pretrained` is clearer
+    except Exception:  # the error of `from_pretrained` is clearer
         return None
 
 
@@ -249,6 +301,12 @@ def _load_processor(name, source, trust_remote_code, revision="main"):
     if not source:
         raise ValueError(missing)
     try:
-        return AutoImageProcessor.from_pretrained(str(source), revision=revision, trust_remote_code=trust_remote_code)
+        with explain_loading(f'The image processor of the teacher "{name}"', source):
+            return AutoImageProcessor.from_pretrained(
+                str(source), revision=revision, trust_remote_code=trust_remote_code
+            )
     except OSError as error:
+        # timm needs no such file, so it is looked for only now.
+        if not Path(source).is_dir() or any(Path(source).glob("*processor_config.json")):
+            raise
         raise ValueError(missing) from error

@@ -4,13 +4,23 @@ import ast
 import errno
 import hashlib
 import os
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import hf_ibdistill
-from hf_ibdistill.files import PART, checksums, explain_full_disk, sha256, write_text, write_whole
+from hf_ibdistill.files import (
+    PART,
+    checksums,
+    explain_full_disk,
+    output_folder,
+    read_json,
+    sha256,
+    write_text,
+    write_whole,
+)
 
 
 def names(folder):
@@ -118,3 +128,31 @@ def test_text_has_the_same_encoding_on_every_system():
     for path in sorted(Path(hf_ibdistill.__file__).parent.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             assert not (isinstance(node, ast.Call) and opens_text_without_encoding(node)), f"{path}:{node.lineno}"
+
+
+def test_the_folder_of_a_user(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert output_folder("~/a/b") == tmp_path / "a" / "b"
+    assert output_folder(tmp_path) == tmp_path
+    (tmp_path / "file").write_text("x", encoding="utf-8")
+    (tmp_path / "link").symlink_to("nowhere")
+    for path in (
+        None,
+        "",
+        3,
+        "a\0b",
+        tmp_path / "file",
+        tmp_path / "file" / "below",
+        "~/link",
+        tmp_path / "link" / "a",
+    ):
+        with pytest.raises(ValueError, match="output_dir="):
+            output_folder(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"null", b"{", b"\xff", b"[" * 10_000])
+def test_damaged_json_is_named(content, tmp_path):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path / "a.json"))):
+        read_json(tmp_path / "a.json")

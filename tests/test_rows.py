@@ -323,3 +323,12 @@ def test_a_shuffle_buffer_yields_every_row_once_with_its_own_logits(size):
     assert orders[0] == orders[2]
     if size > 1:
         assert orders[0] != orders[1] and orders[0] != sorted(orders[0])
+
+
+def test_the_mode_of_the_image_column_is_kept():
+    colors = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (4, 4, 3), dtype=np.uint8))
+    table = cell_table([encoded(colors)]).cast_column("image", Image(mode="L"))
+    expected = np.asarray(table[0]["image"])
+    assert expected.ndim == 2
+    for row in (ImageRows(table)[0], *StreamedImageRows(stream(table))):
+        np.testing.assert_array_equal(np.asarray(row["image"]), np.stack([expected] * 3, axis=-1))

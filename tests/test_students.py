@@ -234,3 +234,22 @@ def test_patches_are_many_enough_and_few_enough(size):
 def test_patches_divide_every_image(image_size, patch_size):
     assert default_patch_size(image_size) == patch_size
     assert all(size % default_patch_size(size) == 0 for size in range(1, 300))
+
+
+def test_what_load_student_cannot_use_is_named(tmp_path):
+    build("linear").save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match="imagesize=16"):
+        load_student(tmp_path, imagesize=16)
+    with pytest.raises(TypeError, match="name_or_path is a dict"):
+        load_student({})
+    with pytest.raises(StrictDataclassError, match="num_hidden_layers=0"):
+        load_student(tmp_path, num_hidden_layers=0)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(ValueError, match=f"cannot be loaded from {tmp_path}"):
+        load_student(tmp_path)
+
+
+@pytest.mark.parametrize("kind", [IBViTConfig, IBResNetConfig])
+def test_class_names_may_be_a_list(kind):
+    assert kind(id2label=["cat", "dog"]).id2label == {0: "cat", 1: "dog"}

@@ -314,3 +314,39 @@ class Packed(torch.nn.Module):
 def test_weights_that_cannot_be_hashed_are_named():
     with pytest.raises(ValueError, match='teacher "a" .*_extra_state'):
         Teacher("a", Packed(), PROCESSOR).weights_sha256()
+
+
+# Damaged files
+
+
+@pytest.mark.parametrize("family", ["vit", "resnet"])
+def test_a_teacher_without_its_head_is_refused(family, tmp_path):
+    model = small_model(family)
+    save(model.base_model, tmp_path)
+    head = next(name for name, _ in model.named_parameters() if name.startswith("classifier"))
+    with pytest.raises(ValueError, match=f'teacher "conv" has no .*{head}') as error:
+        load_teachers({"conv": tmp_path})
+    assert str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "preprocessor_config.json"])
+@pytest.mark.parametrize("content", [b"", b"[]", None], ids=["empty", "list", "half"])
+def test_a_damaged_file_is_named_with_its_teacher(name, content, tmp_path):
+    save(small_model("convolution"), tmp_path)
+    whole = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(whole[: len(whole) // 2] if content is None else content)
+    with pytest.raises((ValueError, OSError), match='teacher "conv" cannot be loaded from') as error:
+        load_teachers({"conv": tmp_path})
+    assert str(tmp_path) in str(error.value) and ("image processor" in str(error.value)) == name.startswith("pre")
+
+
+def test_a_teacher_that_cannot_be_found_is_named():
+    with pytest.raises(OSError, match='teacher "conv" cannot be loaded from nobody/nothing'):
+        load_teachers({"conv": "nobody/nothing"})
+
+
+def test_weights_on_the_meta_device_are_named():
+    with torch.device("meta"):
+        model = small_model("convolution")
+    with pytest.raises(ValueError, match='teacher "conv" .*with its weights loaded'):
+        Teacher("conv", model, PROCESSOR).weights_sha256()

@@ -8,7 +8,7 @@ import logging
 import re
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
 
+from ..checks import check_numbers
 from ..data.loading import load_image_dataset
 from ..data.splits import select_per_class
 from ..images.decoding import scale_pixels
@@ -121,6 +122,26 @@ _COMMON_TRAINING_ARGUMENTS = {
 }
 
 
+_TEACHING = ("teachers", "teacher_names", "temperature", "teacher_weights", "label_weight", "distillation_mode")
+_TEACHING += ("standardize_logits", "confidence_weighting", "fusion")
+_SHAPE = ("patch_size", "patch_embedding", "hidden_size", "num_hidden_layers", "num_attention_heads", "mlp_ratio")
+_VIEWS = tuple(field.name for field in dataclasses.fields(ViewArguments) if field.name != "num_views")
+# An argument, whether its value leaves others without effect, and these others.
+_WITHOUT_EFFECT = [
+    ("model", bool, _SHAPE),
+    ("without_teachers", bool, _TEACHING),
+    ("linear_probe", bool, ("layer_decay", "freeze_layers")),
+    ("num_views", lambda value: value == 0, _VIEWS),
+    ("crop", lambda value: value != "pad", ("padding",)),
+    ("crop", lambda value: value != "resized", ("min_scale",)),
+    ("photometric_ops", lambda value: value == 0, ("magnitude",)),
+    *(
+        (f"{kind}_strategy", lambda value: value != "steps", (f"{kind}_steps",))
+        for kind in ("save", "eval", "logging")
+    ),
+]
+
+
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """One spelling of each argument, and each default once."""
 
@@ -166,7 +187,8 @@ def parse(command: str, description: str, arguments: Sequence[str], *types: type
         An instance of each dataclass.
 
     Raises:
-        ValueError: an argument is unknown, missing or malformed, or the file cannot be read.
+        ValueError: an argument is unknown, missing, malformed, given twice or without effect, the file cannot be read, or
+            `output_dir` is a folder that the command reads.
         SystemExit: help was asked for.
     """
     arguments = list(arguments)
@@ -191,12 +213,51 @@ def parse(command: str, description: str, arguments: Sequence[str], *types: type
     known = parser._option_string_actions
     unknown = [name for flag in arguments if flag.startswith("--") and (name := flag.partition("=")[0]) not in known]
     # Looked for first: the parser would complain about a required argument whose name was misspelled.
+    if sum(flag.partition("=")[0] == "--config" for flag in arguments) > 1:
+        parser.error("--config is given twice; put all arguments into one file")
     flags = [] if unknown else _read_config(parser, arguments) + arguments
     unknown = unknown or parser.parse_known_args(flags)[1]
     if unknown:
         parser.reject(unknown[0], [name for name in known if "-" not in name[2:]])
-    *parsed, _ = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
+    try:
+        *parsed, _ = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
+    except TypeError as error:  # of the settings that are mappings
+        parser.error(str(error))
+    given = {known[name].dest for flag in flags if (name := flag.partition("=")[0]) in known}
+    values = {name: value for part in parsed for name, value in vars(part).items()}
+    _check_effects(values, given)
+    if values.get("image_size") is not None:
+        check_numbers(1, whole=True, image_size=values["image_size"])
+    if command != "export" and values.get("output_dir"):  # export adds files to the folder of the model
+        sources = {f"teachers={name}": folder for name, folder in name_folders(values.get("teachers") or ()).items()}
+        check_output_dir(values["output_dir"], sources | {name: values.get(name) for name in ("model", "dataset")})
     return tuple(parsed)
+
+
+def _check_effects(values, given):
+    """Refuse an argument that another one leaves without effect."""
+    for cause, is_cause, names in _WITHOUT_EFFECT:
+        for name in names:
+            if name in given and values[name] is not False and cause in values and is_cause(values[cause]):
+                value = getattr(values[cause], "value", values[cause])
+                raise ValueError(
+                    f"{name}={values[name]} has no effect with {cause}={value}. Leave out --{name}, or change --{cause}."
+                )
+
+
+def check_output_dir(output_dir: str, sources: Mapping[str, str | None]) -> None:
+    """Refuse to write into a folder that the command reads.
+
+    Args:
+        output_dir: the folder to write.
+        sources: what is read → its folder or Hub id.
+
+    Raises:
+        ValueError: they are the same folder.
+    """
+    for name, folder in sources.items():
+        if folder and Path(folder).resolve() == Path(output_dir).resolve():
+            raise ValueError(f"output_dir={output_dir} is the folder of {name}. Choose another folder.")
 
 
 def _arrange_help(parser, types, command, hides_rare):
@@ -235,7 +296,7 @@ def _read_config(parser, arguments) -> list[str]:
         if isinstance(root, yaml.MappingNode):
             loader.flatten_mapping(root)
             entries = [(str(name.value), _as_text(loader, value)) for name, value in root.value]
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
         parser.error(f"--config {path} cannot be read: {' '.join(str(error).split())}")
     if not isinstance(root, yaml.MappingNode):
         kind = "list" if isinstance(root, yaml.SequenceNode) else "str"
@@ -255,7 +316,14 @@ def _read_config(parser, arguments) -> list[str]:
 
 
 class _YamlLoader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-3 as a text."""
+    """YAML 1.1 reads 1e-3 as a text, and takes the last of two equal keys."""
+
+    def flatten_mapping(self, node):
+        names = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            raise ValueError(f"{twice[0]} is given twice; leave one out")
+        super().flatten_mapping(node)
 
 
 _YamlLoader.add_implicit_resolver(
@@ -268,7 +336,7 @@ def _as_text(loader, node) -> str | list | None:
     if isinstance(node, yaml.SequenceNode):
         return [_as_text(loader, item) for item in node.value]
     if isinstance(node, yaml.MappingNode):
-        return json.dumps(loader.construct_document(node))
+        return json.dumps(loader.construct_document(node), default=str)
     return None if node.tag == "tag:yaml.org,2002:null" else node.value
 
 
@@ -316,7 +384,7 @@ def run(command: str, main: Callable[[Sequence[str]], None], arguments: Sequence
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
         main(arguments)
-    except (ValueError, OSError, ImportError, StrictDataclassError) as error:
+    except (TypeError, ValueError, OSError, ImportError, StrictDataclassError) as error:
         if "--traceback" in arguments:
             raise
         sys.exit(f"hf-ibdistill {command}: {' '.join(str(error).split())}")

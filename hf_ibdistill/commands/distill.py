@@ -10,6 +10,7 @@ DeiT.
 """
 
 import json
+import math
 from dataclasses import dataclass, field
 
 from transformers import set_seed
@@ -17,14 +18,23 @@ from transformers import set_seed
 from ..data.classes import class_config
 from ..images.preprocessing import build_image_processor
 from ..logits.encoding import recorded_teachers
-from ..logits.provenance import stored_views
+from ..logits.provenance import read_records, stored_views
 from ..models.configuration_ibvit import IBViTConfig
 from ..models.modeling_ibvit import IBViTForImageClassification
 from ..publishing.results import evaluate_and_save
 from ..students import default_patch_size, load_image_processor, load_student
 from ..training.arguments import DistillationArguments
 from ..training.trainer import EnsembleDistillationTrainer, ImageClassificationTrainer
-from .arguments import DataArguments, ViewArguments, last_checkpoint, name_folders, parse, result_split, run
+from .arguments import (
+    DataArguments,
+    ViewArguments,
+    check_output_dir,
+    last_checkpoint,
+    name_folders,
+    parse,
+    result_split,
+    run,
+)
 
 
 @dataclass
@@ -71,14 +81,16 @@ class StudentArguments:
         },
     )
 
+    def __post_init__(self):
+        if not 0 < self.mlp_ratio < math.inf:
+            raise ValueError(f"mlp_ratio={self.mlp_ratio} must be above 0 and finite.")
+
     def build(self, train) -> tuple[IBViTForImageClassification, object]:
         """The student and its image processor.
 
         Raises:
-            ValueError: there is no teacher, or there are some but `without_teachers` is set.
+            ValueError: there is no teacher.
         """
-        if self.without_teachers and (self.teachers or self.teacher_names):
-            raise ValueError("--without_teachers excludes --teachers and --teacher_names. Leave out one of them.")
         names = self.teacher_names or list(name_folders(self.teachers)) or recorded_teachers(train)
         if self.without_teachers:
             names = []
@@ -114,6 +126,8 @@ def main(arguments):
         "distill", __doc__, arguments, DataArguments, ViewArguments, StudentArguments, DistillationArguments
     )
     splits = data.load()
+    recorded = [teacher for record in read_records(splits["train"]) for teacher in record["teachers"]]
+    check_output_dir(args.output_dir, {f"the teacher {teacher['name']}": teacher["source"] for teacher in recorded})
     set_seed(args.seed)
     model, processor = student.build(splits["train"])
     shared = {

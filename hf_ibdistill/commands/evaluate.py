@@ -9,10 +9,11 @@ import json
 from dataclasses import dataclass, field
 
 from accelerate import PartialState
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoImageProcessor
 
 from ..evaluation import evaluate_model
 from ..files import write_text
+from ..teachers import load_classifier
 from .arguments import DataArguments, parse, result_split, run
 
 
@@ -35,7 +36,7 @@ def main(arguments):
         raise ValueError(f"split={split} does not exist. Choose one of {', '.join(splits)}.")
     trust = {"trust_remote_code": evaluation.trust_remote_code}
     metrics = evaluate_model(
-        AutoModelForImageClassification.from_pretrained(evaluation.model, **trust),
+        load_classifier(evaluation.model, **trust),
         AutoImageProcessor.from_pretrained(evaluation.model, **trust),
         splits[split],
         batch_size=evaluation.batch_size,

@@ -12,13 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoImageProcessor
 
 from ..data.columns import IMAGE
 from ..evaluation import predict
 from ..export import check_installed, export_onnx, quantize_onnx
 from ..images.preprocessing import pixel_values
 from ..rows import ImageRows
+from ..teachers import load_classifier
 from .arguments import DataArguments, parse, result_split, run
 
 
@@ -61,7 +62,7 @@ def main(arguments):
     folder, splits = export.folder(), data.load()
     split = splits[result_split(splits)]
     trust = {"trust_remote_code": export.trust_remote_code}
-    model = AutoModelForImageClassification.from_pretrained(export.model, dtype="float32", **trust)
+    model = load_classifier(export.model, dtype="float32", **trust)
     processor = AutoImageProcessor.from_pretrained(export.model, **trust)
 
     paths = [export_onnx(model, processor, folder / "model.onnx")]

@@ -62,11 +62,6 @@ class FineTuningArguments(ImageTrainingArguments):
     linear_probe: bool = field(default=False, metadata={"help": "Freeze everything but the heads."})
 
     def freeze(self, model) -> None:
-        if self.linear_probe and self.freeze_layers:
-            raise ValueError(
-                f"linear_probe=True freezes every layer, so freeze_layers={self.freeze_layers} has no effect. Leave out one of "
-                "them."
-            )
         freeze_layers(model, self.freeze_layers)
         if self.linear_probe:
             model.base_model.requires_grad_(False)

@@ -32,13 +32,31 @@ def label_ids(table: Dataset) -> np.ndarray:
     return table.select_columns([LABEL]).with_format("arrow")[:][LABEL].fill_null(-1).to_numpy().astype(np.int64)
 
 
+def check_labels(table: Dataset) -> None:
+    """Refuse a table with rows whose label is missing or is no class.
+
+    Raises:
+        ValueError: such a label; the message has the number of such rows and the first of them.
+    """
+    labels, names = label_ids(table), class_names(table)
+    rows = np.flatnonzero((labels < 0) | (labels >= len(names)))
+    if len(rows):
+        values = sorted(set(labels[rows].tolist()))[:10]
+        raise ValueError(
+            f"{len(rows)} rows have no label, or one that is no class (labels {values}, −1 for none; rows "
+            f"{rows[:10].tolist()}). There are {len(names)} classes. Remove these rows."
+        )
+
+
 def config_class_names(config: PreTrainedConfig, owner: str = "the model") -> list[str]:
     """The names of a model's classes, in the order of its logits.
 
     Raises:
         ValueError: `id2label` does not number the classes from 0; the message names the owner.
     """
-    names = {str(i): str(name) for i, name in (config.id2label or {}).items()}
+    given = config.id2label or {}
+    named = given.items() if hasattr(given, "items") else enumerate(given)
+    names = {str(i): str(name) for i, name in named}
     expected = [str(i) for i in range(len(names))]
     if not names or set(names) != set(expected):
         raise ValueError(
@@ -129,12 +147,10 @@ def encode_labels(splits: DatasetDict) -> DatasetDict:
                 f'The splits "train" and "{name}" have different classes: {name_difference(names, found)}.'
             )
         labels = ids[name]
-        wrong = np.flatnonzero((labels < 0) | (labels >= len(names)))
-        if len(wrong):
-            raise ValueError(
-                f'Row {wrong[0]} of the split "{name}" has label {labels[wrong[0]]}; there are {len(names)} classes '
-                f"({len(wrong)} such rows)."
-            )
+        try:
+            check_labels(split)
+        except ValueError as error:
+            raise ValueError(f'The split "{name}": {error}') from error
         untaught = np.setdiff1d(labels, ids["train"])
         if len(untaught):
             raise ValueError(
@@ -151,6 +167,11 @@ def _number_classes(splits):
         names = _normalize(train.names)
     else:
         names = {readers["train"](value) for value in splits["train"].unique(LABEL)}
+        if -1 in names:
+            raise ValueError(
+                'Rows of the split "train" have the label −1, which stands for no label. Remove these rows, or number the '
+                "classes from 0."
+            )
         names = sort_classes(names) if train.dtype in _TEXT else sorted(names)
     ids = {name: i for i, name in enumerate(names)}
     for split, rows in splits.items():

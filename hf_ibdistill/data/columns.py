@@ -105,7 +105,7 @@ def require_table(table: object, what: str, streams: bool = False) -> None:
 def _rename_stream(table, names, image) -> IterableDataset:
     features = {names.get(name, name): feature for name, feature in table.features.items()}
     if image is not None:
-        features[IMAGE] = Image(decode=False)
+        features[IMAGE] = Image(mode=getattr(features[IMAGE], "mode", None), decode=False)
     if names:
         # Renaming passes every row through a function, and whatever is decoded for it is encoded again after it.
         table = table.with_format(None).decode(False).rename_columns(names)

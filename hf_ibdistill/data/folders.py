@@ -10,6 +10,7 @@ The rules, which docs/data.md explains:
 
 import logging
 import os
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import PIL.Image
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet as pq
@@ -40,6 +42,16 @@ def split_of(name: str) -> str | None:
     return SPLIT_NAMES.get(unicodedata.normalize("NFC", name).lower())
 
 
+def split_in(*names: str) -> set[str]:
+    """The splits whose names are words of these names, such as `mnist_test`, `test-00000-of-00002` or `testImages`."""
+    found = set()
+    for name in names:
+        words = re.findall("[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)
+        for word in (*words, *map("".join, zip(words, words[1:]))):
+            found.add(split_of(word) or split_of(re.sub("(data|set|images)$", "", word.lower())))
+    return found - {None}
+
+
 def open_image_folder(root: Path) -> dict[str, Dataset]:
     """Open a folder of class folders, or of images with a metadata file, with or without split folders above them.
 
@@ -57,12 +69,25 @@ def open_image_folder(root: Path) -> dict[str, Dataset]:
     splits = {path: split_of(path.name) for path in folders if split_of(path.name) and _is_split(path)}
     if not splits:
         if _metadata(root) is not None:
-            return {"train": _open_metadata(root)}
+            return _divide_by_folder(_open_metadata({"train": root})["train"], root)
         flat = [path.name for path in folders if split_of(path.name)]
         if flat and len(flat) == len(folders):
             raise ValueError(
                 f"{root} has the split folders {', '.join(flat)}, but these hold no class folders. Put each image into "
                 "a folder with the name of its class, for example train/cat/1.jpg."
+            )
+        named = [path.name for path in folders if split_in(path.name) and _is_split(path)]
+        if len(named) == len(folders) and len(split_in(*named)) > 1:
+            raise ValueError(
+                f"{root} has the folders {', '.join(named)}, which look like splits and hold folders. Rename them train and "
+                "test, directly above the class folders."
+            )
+        if folders and all(
+            len({split_of(path.name) for path in _entries(folder)[0]} - {None}) > 1 for folder in folders
+        ):
+            raise ValueError(
+                f"{root} has split folders inside its class folders, for example in {folders[0].name}. Put the split above "
+                "the class, for example train/cat/1.jpg."
             )
         return _open_classes({"train": (root, folders)}, files, root)
     names = list(splits.values())
@@ -81,7 +106,7 @@ def open_image_folder(root: Path) -> dict[str, Dataset]:
             )
     if any(_metadata(path) is not None for path in splits):
         report_files(root, files)
-        return {split: _open_metadata(path) for path, split in splits.items()}
+        return _open_metadata({split: path for path, split in splits.items()})
     return _open_classes({split: (path, None) for path, split in splits.items()}, files, root)
 
 
@@ -156,33 +181,52 @@ def sort_classes(names: Iterable[str]) -> list[str]:
 def _entries(folder: Path) -> tuple[list[Path], list[Path]]:
     """The folders and the files directly inside, sorted, without hidden ones."""
     folders, files = [], []
+    for entry, is_folder in _scan(folder):
+        (folders if is_folder else files).append(Path(entry.path))
+    return sorted(folders), sorted(files)
+
+
+def _scan(folder):
+    """Every entry directly inside that is not hidden, and whether it is a folder."""
     with os.scandir(folder) as entries:
         for entry in entries:
             if not _is_hidden(entry.name):
-                (folders if entry.is_dir() else files).append(Path(entry.path))
-    return sorted(folders), sorted(files)
+                check_name(entry.path)
+                try:
+                    yield entry, entry.is_dir()
+                except OSError as error:
+                    raise ValueError(f"{entry.path} cannot be read; remove or repair it: {error.strerror}.") from error
+
+
+def check_name(path: str) -> None:
+    """Refuse a path that no table can store.
+
+    Raises:
+        ValueError: it is not UTF-8.
+    """
+    try:
+        path.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"The name {ascii(path)} is not UTF-8. Rename it.") from error
 
 
 def walk(folder: str | os.PathLike, above: tuple[str, ...] = ()) -> Iterator[str]:
     """Every file at any depth, through links, without hidden ones.
 
     Raises:
-        ValueError: a link points to a folder above it, or nowhere.
+        ValueError: a link points to a folder above it, to itself or nowhere, or a name is not UTF-8.
     """
     # Only a link can lead back up; resolving each folder would cost more than reading it.
     real = os.path.realpath(folder)
     if real in above:
         raise ValueError(f"{folder} is a link to a folder above it; remove it.")
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if _is_hidden(entry.name):
-                continue
-            if entry.is_dir():
-                yield from walk(entry.path, (*above, real))
-            elif entry.is_file():
-                yield entry.path
-            elif entry.is_symlink():
-                raise ValueError(f"{entry.path} is a link that points nowhere; remove or repair it.")
+    for entry, is_folder in _scan(folder):
+        if is_folder:
+            yield from walk(entry.path, (*above, real))
+        elif entry.is_file():
+            yield entry.path
+        elif entry.is_symlink():
+            raise ValueError(f"{entry.path} is a link that points nowhere; remove or repair it.")
 
 
 def _is_hidden(name):
@@ -255,20 +299,66 @@ def _metadata(folder: Path) -> Path | None:
     return found[0] if found else None
 
 
-def _open_metadata(folder: Path) -> Dataset:
-    """The table of a metadata file, whose column `file_name` names the images beside it."""
+def _open_metadata(folders: dict[str, Path]) -> dict[str, Dataset]:
+    """Split → the table of the metadata file in its folder, whose column `file_name` names the images beside it."""
+    tables = {split: _read_metadata(folder) for split, folder in folders.items()}
+    texts = {split: table for split, (path, table) in tables.items() if path.suffix == ".csv"}
+    typed = {**{split: table for split, (_, table) in tables.items()}, **_find_numbers(texts)}
+    return {split: _open_rows(folders[split], tables[split][0], table) for split, table in typed.items()}
+
+
+def _read_metadata(folder):
+    """The metadata file and its table. In CSV, all columns are text, because a guess may differ between splits."""
     path = _metadata(folder)
     if path is None:
         raise ValueError(f"{folder} has no metadata file ({', '.join(_METADATA)}), but another split has one.")
-    read = {".csv": pyarrow.csv.read_csv, ".jsonl": pyarrow.json.read_json, ".parquet": pq.read_table}[path.suffix]
     try:
-        rows = read(path)
-    except (pa.ArrowInvalid, OSError) as error:
+        if path.suffix == ".csv":
+            names = pyarrow.csv.open_csv(path).schema.names
+            types = dict.fromkeys(names, pa.string())
+            options = pyarrow.csv.ConvertOptions(column_types=types, null_values=[""], strings_can_be_null=True)
+            rows = pyarrow.csv.read_csv(path, convert_options=options)
+        else:
+            rows = {".jsonl": pyarrow.json.read_json, ".parquet": pq.read_table}[path.suffix](path)
+    except (pa.ArrowInvalid, OSError, UnicodeError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
-    if len(rows) == 0 or "file_name" not in rows.column_names:
-        raise ValueError(f'{path} needs a row for each image and a column "file_name".')
-    if "image" in rows.column_names:
+    names = rows.column_names
+    if len({name.strip() for name in names} & {*names}) != len(names) or "file_name" not in names:
+        raise ValueError(
+            f'{path} has the columns {names}. It needs "file_name", commas between columns, and each name once, without '
+            "spaces around it."
+        )
+    if len(rows) == 0 or rows["file_name"].null_count:
+        raise ValueError(f'{path} needs a row for each image, and a "file_name" in each row.')
+    if "image" in names:
         raise ValueError(f'{path} has a column "image", which the images themselves need. Rename it.')
+    return path, rows
+
+
+# "01" is none, because it and "1" may be two classes; a float has 15 exact digits.
+_NUMBERS = {
+    r"^(0|-?[1-9]\d{0,17})$": pa.int64(),
+    r"^-?(0|[1-9]\d{0,14})(\.\d+)?([eE][-+]?\d+)?$": pa.float64(),
+}
+
+
+def _find_numbers(tables: dict[str, pa.Table]) -> dict[str, pa.Table]:
+    """The tables of text with numbers in the columns that hold only numbers in every table."""
+    missing = pa.array(pyarrow.csv.ConvertOptions().null_values)
+    for name in {name for table in tables.values() for name in table.column_names} - {"file_name"}:
+        columns = {split: table[name] for split, table in tables.items() if name in table.column_names}
+        text = pa.chunked_array([chunk for column in columns.values() for chunk in column.chunks], pa.string())
+        text = text.filter(pc.invert(pc.is_in(text, missing)))
+        kinds = (kind for form, kind in _NUMBERS.items() if pc.all(pc.match_substring_regex(text, form)).as_py())
+        if kind := next(kinds, None):
+            for split, column in columns.items():
+                numbers = pc.if_else(pc.is_in(column, missing), None, column).cast(kind)
+                place = tables[split].column_names.index(name)
+                tables[split] = tables[split].set_column(place, name, numbers)
+    return tables
+
+
+def _open_rows(folder, path, rows):
     paths = [str(folder / str(name)) for name in rows["file_name"].to_pylist()]
     missing = [image for image in paths if not os.path.isfile(image)]
     if missing:
@@ -278,6 +368,32 @@ def _open_metadata(folder: Path) -> Dataset:
     if others:
         logger.warning("%s: %d files that %s does not name are left out.", folder, others, path.name)
     return _to_dataset(rows.drop_columns("file_name").add_column(0, "image", _image_array(paths)))
+
+
+def _divide_by_folder(rows, root):
+    """Split → rows of a metadata file, by the split words in the folders of the image files."""
+    paths = pc.struct_field(rows.data["image"], "path").to_pylist()
+    return divide_rows(rows, [split_in(*Path(os.path.relpath(path, root)).parts[:-1]) for path in paths], root)
+
+
+def divide_rows(rows: Dataset, found: Sequence[set[str]], source: object) -> dict[str, Dataset]:
+    """Split → rows, by the splits that are found for each row. Without any, all rows are training data.
+
+    Raises:
+        ValueError: a row has several splits, or has none and another row has one.
+    """
+    places: dict = {}
+    for row, splits in enumerate(found):
+        places.setdefault(tuple(sorted(splits)), []).append(row)
+    if len(places) == 1 and () in places:
+        return {"train": rows}
+    wrong = [splits for splits in places if len(splits) != 1]
+    if wrong:
+        raise ValueError(
+            f"{source}: row {places[wrong[0]][0]} belongs to {' and '.join(wrong[0]) or 'no split'}, others to "
+            f"{', '.join(sorted({name for splits in places for name in splits}))}. Give each row one split."
+        )
+    return {splits[0]: rows.select(numbers) if len(places) > 1 else rows for splits, numbers in places.items()}
 
 
 def _image_array(paths: list[str]) -> pa.Array:

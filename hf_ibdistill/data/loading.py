@@ -37,12 +37,14 @@ def load_image_dataset(
         label_column: the label column; found if not given.
         validation_fraction: share of the training split that becomes the validation split if there is none.
         seed: seed of that split.
-        load_kwargs: passed to `datasets.load_dataset`, for example the `name` of a configuration or a `revision`.
+        load_kwargs: for a Hub id, passed to `datasets.load_dataset`, for example the `name` of a configuration or a
+            `revision`. Parquet files take `split` and the options of their reader; other sources take none.
 
     Raises:
         TypeError: `source` is no text or path.
         FileNotFoundError: `source` looks like a path and nothing is there.
-        ValueError: a column cannot be found, a split is empty or missing, or labels do not fit their names.
+        ValueError: a column cannot be found, a split is empty or missing, files are damaged or differ, labels do not fit
+            their names, or an argument does not apply to this source.
     """
     if not isinstance(source, (str, os.PathLike)):
         raise TypeError(f"source is a {type(source).__name__}. Pass a folder, a file or a Hub id.")

@@ -2,6 +2,7 @@
 
 import glob
 import gzip
+import importlib.util
 import json
 import logging
 import os
@@ -11,9 +12,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PureWindowsPath
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError
 
-from .folders import open_image_folder, report_files, split_of, walk
+from .folders import check_name, divide_rows, open_image_folder, report_files, split_in, walk
 from .splits import stratified_split
 
 
@@ -28,52 +32,84 @@ def open_source(source: str | os.PathLike, load_kwargs: Mapping) -> dict[str, Da
 
     Raises:
         FileNotFoundError: `source` looks like a path and nothing is there.
-        ValueError: the files are of another format, damaged or empty.
+        ValueError: the files are of another format, damaged or empty, their splits are not clear, or an argument does not
+            apply.
     """
     opened = _open(source, load_kwargs)
-    if isinstance(opened, dict):
-        return opened
-    # A single table names its split; part of one is "train[:10%]".
-    return {str(opened.split or "train").partition("[")[0]: opened}
+    if isinstance(opened, Dataset):
+        # A single table names its split; part of one is "train[:10%]".
+        opened = {str(opened.split or "train").partition("[")[0]: opened}
+    if not isinstance(opened, dict):
+        raise ValueError(f"split={load_kwargs.get('split')!r} opens several tables. Give one split, or none.")
+    return _divide_by_column(opened["train"], source) if [*opened] == ["train"] else opened
+
+
+def _divide_by_column(rows, source):
+    """Split → rows of a training table, by its column "split" if that has names of splits."""
+    column = next((name for name in rows.column_names if name.lower() == "split"), None)
+    if column is None:
+        return {"train": rows}
+    feature, values = rows.features[column], rows.select_columns([column]).with_format("arrow")[:][column].to_pylist()
+    if isinstance(feature, ClassLabel):
+        values = [value if value is None or value < 0 else feature.names[value] for value in values]
+    return divide_rows(rows, [split_in(str(value)) for value in values], f'The column "{column}" of {source}')
 
 
 def _open(source, load_kwargs):
     if load_kwargs.get("streaming"):
         raise ValueError("streaming=True is not supported: splits and classes need the whole table. Open it without.")
+    if not str(source).strip():
+        raise ValueError(f"source={str(source)!r} names nothing. Pass a folder, a file or a Hub id; . is this folder.")
+    check_name(str(source))
     path = Path(source).expanduser()
     if str(source) == "digits":
         if path.exists():
             logger.warning(
                 '"digits" opens the bundled digits, not the folder of that name; ./digits opens the folder.'
             )
+        _refuse(source, load_kwargs)
         return _load_digits()
     if path.is_dir():
         return _open_folder(path, load_kwargs)
     if path.is_file():
         if path.suffix != ".parquet":
             raise ValueError(f"{path} is not a Parquet file; give a folder, a .parquet file or a Hub id.")
-        return load_parquet({split_of_file(path) or "train": [path]}, load_kwargs)
+        return _open_parquet(path.parent, [path], load_kwargs)
     if path.is_absolute() or str(source).startswith((".", "~")) or len(path.parts) > 2:
         raise FileNotFoundError(f"There is no folder or file {source}.")
+    # `load_dataset` takes such a name for a format, and opens the working folder.
+    if str(source).isidentifier() and importlib.util.find_spec(f"datasets.packaged_modules.{source}"):
+        raise ValueError(
+            f"There is no folder {source}; source={str(source)!r} is a format. Pass the folder that has it."
+        )
     return load_dataset(str(source), **load_kwargs)
+
+
+def _refuse(source, load_kwargs, names=None):
+    """Refuse arguments that this kind of source would ignore: those of these names, or all."""
+    given = {name: value for name, value in load_kwargs.items() if value is not None and value is not False}
+    ignored = [f"{name}={value!r}" for name, value in given.items() if names is None or name in names]
+    if ignored:
+        raise ValueError(f"{', '.join(ignored)} does not apply to {source}. Leave it out; it is for Hub ids.")
 
 
 def _open_folder(path, load_kwargs):
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+        _refuse(path, load_kwargs)
         return open_saved(path)
     for manifest in (*path.glob("recording.json"), *path.glob("*/recording.json")):
         raise ValueError(
             f"{manifest.parent} holds a recording that is not finished. Record again; it continues there."
         )
-    if any("-images-idx3-ubyte" in file.name for file in path.iterdir()):
+    if any(re.search("-images[-.]idx3-ubyte", file.name) for file in path.iterdir()):
+        _refuse(path, load_kwargs)
         return _load_idx(path)
     files = [Path(file) for file in sorted(walk(path))]
     parquet = [file for file in files if file.suffix.lower() == ".parquet" and file.name != "metadata.parquet"]
     if parquet:
         report_files(path, sorted({*files} - {*parquet}), "beside the Parquet files")
-        return load_parquet(_split_files(path, parquet), load_kwargs)
-    if load_kwargs:
-        raise ValueError(f"{path} is a folder of images, to which {', '.join(load_kwargs)} does not apply.")
+        return _open_parquet(path, parquet, load_kwargs)
+    _refuse(path, load_kwargs)
     return open_image_folder(path)
 
 
@@ -89,7 +125,7 @@ def open_saved(path: str | os.PathLike) -> Dataset | DatasetDict:
         files = {state.parent.name: json.loads(state.read_text(encoding="utf-8"))["_data_files"] for state in states}
         # `load_from_disk` fails on an empty split without a reason.
         opened = load_from_disk(str(path)) if all(files.values()) else None
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} cannot be opened as a saved table, so a file is missing or damaged: {error}"
         ) from error
@@ -102,32 +138,71 @@ def open_saved(path: str | os.PathLike) -> Dataset | DatasetDict:
     return opened
 
 
-def _split_files(root, files):
-    """Split → its Parquet files, by the folder directly below the root, or by file names such as
-    `train-00000-of-00002.parquet`. Without such names, all files are training data."""
+def _open_parquet(root, files, load_kwargs):
+    """Group Parquet files by the split words in their names and in those of the folders below the root. Without such a
+    word in any of them, all are training data."""
+    _refuse(root, load_kwargs, ("name", "revision", "data_files", "data_dir"))
     splits = {}
     for file in files:
-        above = file.relative_to(root).parts[:-1]
-        splits.setdefault((above and split_of(above[0])) or split_of_file(file), []).append(file)
+        found = split_in(*file.relative_to(root).with_suffix("").parts)
+        if len(found) > 1:
+            raise ValueError(f"{file} names several splits: {', '.join(sorted(found))}. Rename it or its folder.")
+        splits.setdefault(next(iter(found), None), []).append(file)
     unnamed = splits.pop(None, [])
     if unnamed and splits:
         raise ValueError(
-            f"{root} has Parquet files with and without a split in their name: {unnamed[0].name} and "
-            f"{next(iter(splits.values()))[0].name}. Name all of them like train-00000-of-00002.parquet."
+            f"{root} has Parquet files with and without a split in their name: {unnamed[0].relative_to(root)} and "
+            f"{next(iter(splits.values()))[0].relative_to(root)}. Name all of them like train-00000-of-00002.parquet."
         )
-    return splits or {"train": unnamed}
-
-
-def split_of_file(path: Path) -> str | None:
-    """The split in the name of a file such as `train.parquet` or `test-00000-of-00002.parquet`, or `None`."""
-    return split_of(re.sub(r"([-_.]?\d+(-of-\d+)?)?$", "", path.stem))
+    return load_parquet(splits or {"train": unnamed}, load_kwargs)
 
 
 def load_parquet(splits: Mapping[str, Sequence[Path]], load_kwargs: Mapping):
-    """Open Parquet files, split → files, by `datasets.load_dataset`."""
+    """Open Parquet files, split → files, by `datasets.load_dataset`. Returns the one that the argument `split` names, or
+    split → table.
+
+    Raises:
+        ValueError: a file is damaged, a split is empty or unknown, its files have different columns, or an argument is
+            wrong.
+    """
+    load_kwargs = dict(load_kwargs)
+    asked = load_kwargs.pop("split", None)
+    if asked is not None:
+        name = str(asked).partition("[")[0]
+        if name not in splits:
+            raise ValueError(f"split={str(asked)!r}, but the files hold the splits {', '.join(splits)}. Choose one.")
+        return _load_split(name, splits[name], {"split": asked, **load_kwargs})
+    return {name: _load_split(name, files, {"split": name, **load_kwargs}) for name, files in splits.items()}
+
+
+def _load_split(name, files, load_kwargs):
+    # `load_dataset` would read all files, those of other splits as well, with the features of the first.
+    features, counts = zip(*map(_parquet_features, files))
+    for file, found in zip(files, features):
+        for column in features[0] | found:
+            types = [table.get(column, "missing") for table in (features[0], found)]
+            if types[0] != types[1]:
+                raise ValueError(
+                    f'The column "{column}" of the split "{name}" differs: {types[0]} in {files[0]}, {types[1]} in {file}. '
+                    "Write both with the same types and classes."
+                )
+    if not sum(counts):
+        raise ValueError(f'The split "{name}" in {files[0]} is empty; every split needs at least one row.')
     # The library reads each path as a pattern.
-    files = {split: [glob.escape(str(file)) for file in files] for split, files in splits.items()}
-    return load_dataset("parquet", data_files=files, **load_kwargs)
+    patterns = {name: [glob.escape(str(file)) for file in files]}
+    try:
+        return load_dataset("parquet", data_files=patterns, **load_kwargs)
+    except (DatasetGenerationError, TypeError) as error:
+        raise ValueError(f'The split "{name}" in {files[0]} cannot be read: {error.__cause__ or error}') from error
+
+
+def _parquet_features(file):
+    """The column types and the number of rows of a Parquet file."""
+    try:
+        content = pq.read_metadata(file)
+        return Features.from_arrow_schema(content.schema.to_arrow_schema()), content.num_rows
+    except (OSError, ValueError, LookupError, TypeError, pa.ArrowException) as error:
+        raise ValueError(f"{file} is not a whole Parquet file; download or write it again: {error}") from error
 
 
 def public_name(source: str | os.PathLike) -> str:
@@ -163,8 +238,10 @@ def _load_idx(folder):
     for split, prefix in {"train": "train", "test": "t10k"}.items():
         files = {}
         for part in ("images-idx3-ubyte", "labels-idx1-ubyte"):
-            found = [path for path in (folder / f"{prefix}-{part}", folder / f"{prefix}-{part}.gz") if path.exists()]
-            files[part] = found[0] if found else None
+            # Kaggle's copy of MNIST has a dot, and folders of the files' names.
+            names = (f"{prefix}-{part}", f"{prefix}-{part}".replace("-idx", ".idx"))
+            paths = [folder / path for name in names for path in (name, f"{name}.gz", f"{name}/{name}")]
+            files[part] = next(filter(Path.is_file, paths), None)
         images, labels = files.values()
         if images is None and labels is None and split == "test":
             continue
@@ -181,7 +258,7 @@ def _load_idx(folder):
             )
         features = Features({"image": Image(), "label": Value("int64")})
         splits[split] = Dataset.from_dict({"image": list(pixels), "label": classes}, features=features)
-        used += files.values()
+        used += [path for file in files.values() for path in (file, file.parent)]
     report_files(folder, [path for path in sorted(folder.iterdir()) if path not in used], "beside the IDX files")
     return splits
 

@@ -149,6 +149,20 @@ def column_name(teacher_name: str) -> str:
     return f"{teacher_name}_logits"
 
 
+def check_keys(dataset: Dataset) -> None:
+    """Refuse keys of images that are no longer whole numbers of 64 bits.
+
+    Raises:
+        ValueError: `row_key` or `file_key` has another type.
+    """
+    for key in (ROW_KEY, FILE_KEY):
+        if (found := (dataset.features or {}).get(key, Value("int64"))) != Value("int64"):
+            raise ValueError(
+                f'The column "{key}" is of type {getattr(found, "dtype", found)}, but keys of images are int64. Take the '
+                "column as recording wrote it; a column of your own needs another name."
+            )
+
+
 def check_teacher_names(names: Iterable[str]) -> None:
     """Refuse the names of teachers whose metrics would have the names of other metrics.
 
@@ -198,7 +212,8 @@ def decode(
     """A batch of rows of a logits column → (N, C) in the stored type.
 
     Top-k logits come back in float32, as differences from the largest of the row. All classes that were not stored get
-    one value. It is chosen so that their probabilities sum up to the stored rest at this temperature.
+    one value. It is chosen so that their probabilities sum up to the stored rest at this temperature. A row without
+    logits, as of a table that was joined with an unrecorded one, becomes NaN.
 
     Args:
         column: N rows of the column.
@@ -209,7 +224,16 @@ def decode(
     if isinstance(column, pa.ChunkedArray):
         column = column.combine_chunks()
     parts = [part if view is None else part[:, view] for part in _to_parts(column)]
-    return _expand(parts, num_classes, temperature)
+    missing = missing_rows(column)
+    if not len(missing):
+        return _expand(parts, num_classes, temperature)
+    # What memory holds there may not even be a class.
+    parts = [part.copy() for part in parts]
+    for part in parts:
+        part[missing] = 0
+    logits = _expand(parts, num_classes, temperature)
+    logits[missing] = np.nan
+    return logits
 
 
 class StoredLogits:
@@ -232,16 +256,24 @@ class StoredLogits:
     def read(
         self, rows: Sequence[int], num_classes: int, view: int | None = None, temperature: float = 1.0
     ) -> np.ndarray:
-        """What [`decode`] returns for these rows, (N, C). Negative numbers count from the end."""
+        """What [`decode`] returns for these rows, (N, C). Negative numbers count from the end.
+
+        Raises:
+            ValueError: a row has no logits.
+        """
         if self._chunks is None:
             chunks = [chunk for chunk in self._dataset.data.column(self._column).chunks if len(chunk)]
             self._starts = np.cumsum([0, *map(len, chunks)])
             self._parts = [_as_one(arrays) for arrays in zip(*map(_to_parts, chunks))]
+            self._missing = {start + row for start, chunk in zip(self._starts, chunks) for row in missing_rows(chunk)}
             self._chunks = chunks  # keeps the memory of the parts alive
-        rows = np.asarray(rows) % len(self._dataset)
+        given = rows = np.asarray(rows) % len(self._dataset)
         # `select` and `shuffle` leave the files alone and list the rows here.
         if self._dataset._indices is not None:
             rows = self._dataset._indices.column(0).take(pa.array(rows)).to_numpy().astype(np.int64)
+        missing = [] if not self._missing else given[[row in self._missing for row in rows.tolist()]].tolist()
+        if missing:
+            raise ValueError(f'Row {missing[0]}: the column "{self._column}" has no logits. Remove such rows.')
         chunks = np.searchsorted(self._starts, rows, side="right") - 1
         rows = rows - self._starts[chunks]
         parts = []
@@ -314,8 +346,26 @@ def _to_arrow(array, arrow_type=None):
 
 
 def _to_numpy(array):
-    shape = []
+    """Every row, also a missing one, with whatever the memory holds there."""
+    shape = [len(array)]
     while pa.types.is_fixed_size_list(array.type):
         shape.append(array.type.list_size)
-        array = array.flatten()
-    return array.to_numpy(zero_copy_only=False).reshape(-1, *shape)
+        array = _items(array)
+    values = pa.Array.from_buffers(array.type, len(array), [None, array.buffers()[1]], offset=array.offset)
+    return values.to_numpy().reshape(shape)
+
+
+def _items(lists):
+    # `flatten` leaves out the items of missing lists, and moves all that follow.
+    size = lists.type.list_size
+    return lists.values.slice(lists.offset * size, len(lists) * size)
+
+
+def missing_rows(array: pa.Array) -> np.ndarray:
+    """The numbers of the rows of a column that are missing, or in which a value is."""
+    missing = [np.flatnonzero(array.is_null()) if array.null_count else np.array([], np.int64)]
+    if pa.types.is_struct(array.type):
+        missing += [missing_rows(array.field(i)) for i in range(array.type.num_fields)]
+    elif pa.types.is_fixed_size_list(array.type):
+        missing.append(missing_rows(_items(array)) // array.type.list_size)
+    return np.unique(np.concatenate(missing))

@@ -6,18 +6,28 @@ shuffling, saving and loading preserve it, and `concatenate_datasets` joins the 
 
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, Image, IterableDataset
 
 from ..data.classes import check_class_names
-from ..data.columns import require_table
-from ..files import PART, sha256
-from ..images.views import ViewRecipe
-from .encoding import column_name, decode, describe_column, recorded_teachers
+from ..data.columns import IMAGE, require_table
+from ..files import PART, read_json, sha256
+from ..images.decoding import decode_image, file_key
+from ..images.views import ViewRecipe, row_key
+from .encoding import (
+    FILE_KEY,
+    ROW_KEY,
+    check_keys,
+    column_name,
+    decode,
+    describe_column,
+    missing_rows,
+    recorded_teachers,
+)
 
 
 _FORMAT = "hf_ibdistill/1"
@@ -43,12 +53,41 @@ def attach_record(dataset: Dataset, record: dict) -> None:
 
 
 def read_records(dataset: Dataset) -> list[dict]:
-    """The records of the table: an empty list if it has none, several if it joins different recordings."""
+    """The records of the table: an empty list if it has none, several if it joins different recordings.
+
+    Raises:
+        ValueError: a record is damaged.
+    """
     records = []
     for part in _split_description(dataset):
         if isinstance(part, dict) and part not in records:
-            records.append(part)
+            records.append(check_record(part, "dataset.info.description"))
     return records
+
+
+def check_record(record: object, where: str) -> dict:
+    """Refuse what is not a whole record.
+
+    Args:
+        record: what was read.
+        where: the file or attribute, for the message.
+
+    Raises:
+        ValueError: a part is missing, or is of another type.
+    """
+    try:
+        is_whole = record["format"] == _FORMAT and isinstance(record["dataset"], dict)
+        is_whole &= all({"name", "label_names", "encoding", "weights_sha256"} <= {*t} for t in record["teachers"])
+        if record["views"] is not None:
+            ViewRecipe(**record["views"])
+    except (LookupError, TypeError, ValueError):
+        is_whole = False
+    if not is_whole:
+        raise ValueError(
+            f"{where}: the provenance record is damaged, because parts of it are missing. Restore it from a copy, or "
+            "record again."
+        )
+    return record
 
 
 def only_record(dataset: Dataset) -> dict:
@@ -70,10 +109,10 @@ def _split_description(dataset) -> Iterator[str | dict]:
     require_table(dataset, "dataset", streams=True)
     text, start, position = dataset.info.description or "", 0, 0
     decoder = json.JSONDecoder()
-    while (position := text.find("{", position)) >= 0:
+    while _FORMAT in text and (position := text.find("{", position)) >= 0:
         try:
             found, end = decoder.raw_decode(text, position)
-        except json.JSONDecodeError:
+        except (json.JSONDecodeError, RecursionError):
             end = position + 1
         else:
             if found.get("format") == _FORMAT:
@@ -100,7 +139,7 @@ def damaged_files(dataset: Dataset, *, quickly: bool = False) -> list[Path]:
     files = sorted({Path(file["filename"]) for file in getattr(dataset, "cache_files", [])})
     for folder in sorted({path.parent for path in files}):
         try:
-            expected = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+            expected = read_json(folder / CHECKSUMS)
         except FileNotFoundError:
             continue
         except ValueError:
@@ -114,7 +153,7 @@ def damaged_files(dataset: Dataset, *, quickly: bool = False) -> list[Path]:
                 # Of version 0.1.0: one checksum of the whole file.
                 if not quickly or size <= _QUICK_PARTS * PART:
                     parts.append((path, None, sums))
-            elif size != sums["size"]:
+            elif not isinstance(sums, dict) or size != sums.get("size") or len(sums["sha256"]) != -(-size // PART):
                 damaged.append(path)
             else:
                 parts += [(path, part, checksum) for part, checksum in enumerate(sums["sha256"])]
@@ -137,6 +176,86 @@ def check_files(dataset: Dataset, *, quickly: bool = False) -> None:
             f"{len(damaged)} files of the table are damaged, because their content is not what recording wrote: "
             f"{', '.join(map(str, damaged[:3]))}. Restore them from a copy, or delete the folder and record again."
         )
+
+
+def check_complete(dataset: Dataset) -> None:
+    """Refuse a recorded table with rows that have no logits or no key of their image.
+
+    Raises:
+        ValueError: there are such rows, as after joining with an unrecorded table, or a key has another type.
+    """
+    check_keys(dataset)
+    columns = [column_name(name) for name in recorded_teachers(dataset)]
+    for column in [*columns, *{ROW_KEY}.intersection(dataset.column_names)]:
+        missing, start = [], 0
+        for batch in dataset.select_columns([column]).with_format("arrow").iter(batch_size=1024):
+            values = batch[column].combine_chunks()
+            missing += (start + missing_rows(values)).tolist()
+            start += len(values)
+        if missing:
+            raise ValueError(
+                f'The column "{column}" has no values in {len(missing)} rows (first {missing[:10]}). Record these rows, or '
+                "remove them."
+            )
+
+
+# Rows that are decoded to find changed images.
+_SAMPLE = 16
+
+
+def check_images(
+    dataset: Dataset, rows: Sequence[int] | None = None, keys: Mapping[str, Sequence[int | None]] | None = None
+) -> None:
+    """Refuse images that are not the ones that were recorded.
+
+    The file of an image must have the recorded key, or its pixels must. Only files are read, unless they differ. Of rows
+    without the key of a file, at most 16 are decoded.
+
+    Args:
+        dataset: the table with the images.
+        rows: the rows to compare; `None` is 16 of them.
+        keys: `row_key` and `file_key` of these rows; `None` takes them from the table.
+
+    Raises:
+        ValueError: images differ; the message has their number and the first rows.
+    """
+    rows = _spread(range(len(dataset))) if rows is None else rows
+    check_keys(dataset)
+    names = [name for name in (ROW_KEY, FILE_KEY) if name in (dataset.column_names if keys is None else keys)]
+    if IMAGE not in dataset.column_names or not names or not len(rows):
+        return
+    keys = dataset.with_format(None).select_columns(names)[list(rows)] if keys is None else keys
+    recorded = list(zip(rows, *(keys.get(name, [None] * len(rows)) for name in (ROW_KEY, FILE_KEY)), strict=True))
+    compared = [row for row in recorded if row[2] is not None]
+    compared += _spread([row for row in recorded if row[2] is None and row[1] is not None])
+    mode = dataset.features[IMAGE].mode
+    encoded = dataset.with_format(None).select_columns([IMAGE]).cast_column(IMAGE, Image(decode=False))
+    changed = []
+    for start in range(0, len(compared), 64):
+        group = compared[start : start + 64]
+        images = encoded[[row for row, _, _ in group]][IMAGE]
+        changed += [row for image, (row, *of_row) in zip(images, group) if not _is_recorded(image, mode, *of_row)]
+    if changed:
+        raise ValueError(
+            f"The images of {len(changed)} rows (first {sorted(changed)[:10]}) are not the ones that were recorded. Restore "
+            "them, or record the changed images into another folder."
+        )
+
+
+def _is_recorded(cell, mode, of_pixels, of_file) -> bool:
+    try:
+        if file_key(cell) == of_file:
+            return True
+        image = decode_image(cell)
+        # As [`~rows.ImageRows`] does.
+        return row_key(image if mode in (None, "RGB") else image.convert(mode).convert("RGB")) == of_pixels
+    except (ValueError, OSError):
+        return True  # whoever reads the row reports it
+
+
+def _spread(items: Sequence) -> list:
+    """At most 16 of the items, from all over."""
+    return [items[i] for i in sorted({int(i) for i in np.linspace(0, len(items) - 1, _SAMPLE)})] if len(items) else []
 
 
 def stored_views(dataset: Dataset) -> ViewRecipe | None:
@@ -193,7 +312,8 @@ def check_columns(dataset: Dataset, teacher_names: Sequence[str], label_names: S
 
     Raises:
         ValueError: a column is missing, has another number of classes, or numbers that are not finite; its teacher has
-            other classes; or its views do not fit the provenance of the table.
+            other classes; it joins different teachers; its views do not fit the provenance of the table; or images differ
+            from the recorded ones ([`check_images`]).
     """
     recorded = [column_name(name) for name in recorded_teachers(dataset)]
     for name in teacher_names:
@@ -210,6 +330,27 @@ def check_columns(dataset: Dataset, teacher_names: Sequence[str], label_names: S
         for teacher in record["teachers"]:
             if teacher["name"] in teacher_names:
                 check_class_names(teacher["label_names"], label_names, f'the teacher "{teacher["name"]}"')
+    check_same_teachers(dataset)
+    if not isinstance(dataset, IterableDataset):
+        check_images(dataset)
+
+
+def check_same_teachers(dataset: Dataset | IterableDataset) -> None:
+    """Refuse a table that joins the logits of different teachers in one column.
+
+    Raises:
+        ValueError: two of its records describe different teachers by one name.
+    """
+    found = {}
+    for record in read_records(dataset):
+        for teacher in record["teachers"]:
+            name = teacher["name"]
+            differing = teacher_differences(found.setdefault(name, teacher), teacher)
+            if differing and column_name(name) in dataset.column_names:
+                raise ValueError(
+                    f'The table joins recordings of different teachers named "{name}" ({", ".join(differing)} differ). Use '
+                    "one of them, or rename a column before joining."
+                )
 
 
 def _check_column(dataset, column, num_classes):
@@ -225,7 +366,8 @@ def _check_column(dataset, column, num_classes):
     bad, start = [], 0
     for batch in dataset.select_columns([column]).with_format("arrow").iter(batch_size=1024):
         values = batch[column].combine_chunks()
-        finite = ~np.asarray(values.is_null())
+        finite = np.full(len(values), True)
+        finite[missing_rows(values)] = False
         if finite.all():
             if encoding.top_k is not None and _largest_class_id(values) >= num_classes:
                 raise ValueError(f'The column "{column}" names class {_largest_class_id(values)}; {needed}.')

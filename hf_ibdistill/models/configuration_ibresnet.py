@@ -77,6 +77,8 @@ class IBResNetConfig(PreTrainedConfig):
         self.downsample_strides = list(self.downsample_strides)
         if self.kernel_size is None:
             self.kernel_size = 7 if self.spatial_operator == "involution" else 3
+        if isinstance(self.id2label, (list, tuple)):
+            self.id2label = dict(enumerate(self.id2label))
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):

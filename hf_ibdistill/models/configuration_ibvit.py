@@ -91,6 +91,8 @@ class IBViTConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         self.teacher_names = list(self.teacher_names)
+        if isinstance(self.id2label, (list, tuple)):
+            self.id2label = dict(enumerate(self.id2label))
         super().__post_init__(**kwargs)
 
     @property
@@ -122,7 +124,15 @@ class IBViTConfig(PreTrainedConfig):
                 f"teacher_spatial_operators={stems} does not fit teacher_names={self.teacher_names}. Give "
                 '"convolution" or "involution" for each teacher.'
             )
-        for name in ("hidden_size", "num_attention_heads", "image_size", "patch_size"):
+        sizes = (
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "intermediate_size",
+            "image_size",
+            "patch_size",
+        )
+        for name in sizes:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
         if self.hidden_size % self.num_attention_heads != 0:

@@ -76,8 +76,8 @@ def evaluate_and_save(
         trainer.processing_class,
         dataset,
         batch_size=args.per_device_eval_batch_size,
-        image_column=trainer.image_column,
-        label_column=trainer.label_column,
+        image_column=getattr(trainer, "image_column", None),
+        label_column=getattr(trainer, "label_column", None),
     )
     teacher_names = getattr(model.config, "teacher_names", None)
     metrics = classification_metrics(**outputs, teacher_names=teacher_names)
@@ -111,32 +111,28 @@ def evaluate_and_save(
 
 
 def _describe_recipe(trainer, model) -> dict:
-    args, rows = trainer.args, trainer.train_dataset
+    args, rows, views = trainer.args, trainer.train_dataset, getattr(trainer, "views", None)
     return {
         # A stream has no length.
-        "training images": len(rows) if isinstance(rows, Sized) else "streamed",
+        "training images": len(rows) if isinstance(rows, Sized) else "streamed" if rows is not None else None,
         "steps": trainer.state.global_step,
-        "epochs": round(trainer.state.epoch, 2),
+        "epochs": round(trainer.state.epoch or 0, 2),
         "processes": args.world_size,
         **{name: value for name, value in args.to_dict().items() if name in _RECIPE},
-        "views": None if trainer.views is None else trainer.views.to_dict(),
+        "views": views and views.to_dict(),
         "model": {name: value for name, value in model.config.to_diff_dict().items() if name not in _NO_SHAPE},
     }
 
 
 def _describe_teachers(trainer, metrics) -> dict[str, dict]:
-    """Teacher → its source and metrics; `None` and {} if they are not known."""
-    sources = {
-        teacher.name: teacher_source(teacher.model.config.name_or_path, teacher.revision)
-        for teacher in getattr(trainer, "teachers", [])
-    }
-    for record in read_records(trainer.train_dataset.table):
+    """Teacher of the student → its source and metrics; `None` and {} if they are not known."""
+    sources = {}
+    table = getattr(trainer.train_dataset, "table", None)
+    for record in [] if table is None else read_records(table):
         for teacher in record["teachers"]:
             sources[teacher["name"]] = teacher_source(teacher["source"], teacher.get("revision"))
-    return {
-        name: {
-            "source": sources.get(name) or None,
-            "metrics": dict(metrics.get(name, {})),
-        }
-        for name in dict.fromkeys([*sources, *metrics])
-    }
+    # The table may hold logits of other teachers of the same name.
+    for teacher in getattr(trainer, "teachers", []):
+        sources[teacher.name] = teacher_source(teacher.model.config.name_or_path, teacher.revision)
+    names = dict.fromkeys([*getattr(trainer, "teacher_names", []), *metrics])
+    return {name: {"source": sources.get(name) or None, "metrics": dict(metrics.get(name, {}))} for name in names}

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from datasets import Dataset, IterableDataset, load_dataset
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 
 from ..checks import check_numbers
 from ..data.columns import require_table
 from ..data.sources import load_parquet
-from ..files import write_text
-from ..logits.provenance import attach_record, check_files, only_record
+from ..files import output_folder, read_json, user_path, write_text
+from ..logits.provenance import attach_record, check_complete, check_files, check_record, only_record
 from .cards import create_logits_card, teacher_source
 
 
@@ -43,8 +43,8 @@ def export_logits_table(
 
     Raises:
         TypeError: `dataset` is not one table.
-        ValueError: the table is empty, is damaged or has not exactly one provenance record, `rows_per_file` is below 1,
-            `split` cannot name one, or the folder is not empty.
+        ValueError: the table is empty, is damaged, has rows without logits or not exactly one provenance record,
+            `rows_per_file` is below 1, `split` cannot name one, or the folder is not empty.
     """
     require_table(dataset, "dataset")
     check_numbers(1, whole=True, rows_per_file=rows_per_file)
@@ -52,8 +52,9 @@ def export_logits_table(
         raise ValueError("The dataset is empty; it needs at least one row.")
     if not re.fullmatch(r"\w+(\.\w+)*", split):
         raise ValueError(f'split="{split}" cannot name a split. Use letters, digits and "_".')
-    output_dir, record = Path(output_dir), only_record(dataset)
+    output_dir, record = output_folder(output_dir), only_record(dataset)
     check_files(dataset)
+    check_complete(dataset)
     if output_dir.exists() and any(output_dir.iterdir()):
         raise ValueError(f"output_dir={output_dir} is not empty. Choose another folder.")
     beside = output_dir.with_name(f"{output_dir.name}.partial")
@@ -87,8 +88,9 @@ def open_logits_table(
         load_kwargs: passed to `datasets.load_dataset`, for example a `revision`.
 
     Raises:
-        ValueError: there is no provenance beside the data, no data, or no such split.
+        ValueError: there is no provenance beside the data, or a damaged one, no data, or no such split.
     """
+    source = user_path(source, "source")
     is_folder = Path(source).is_dir()
     try:
         if is_folder:
@@ -96,8 +98,8 @@ def open_logits_table(
         else:
             keywords = {key: load_kwargs[key] for key in ("revision", "token") if key in load_kwargs}
             path = hf_hub_download(str(source), PROVENANCE, repo_type="dataset", **keywords)
-        record = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (FileNotFoundError, EntryNotFoundError) as error:
+        record = check_record(read_json(path), str(path))
+    except (FileNotFoundError, EntryNotFoundError, HFValidationError) as error:
         raise ValueError(
             f"{source} has no {PROVENANCE}, which describes the teachers. Open a table that export_logits_table wrote."
         ) from error

@@ -10,8 +10,8 @@ from tqdm.auto import tqdm
 from ..data.columns import IMAGE, as_image_table, require_table
 from ..files import no_cache_files
 from ..images.views import row_key
-from ..logits.encoding import FILE_KEY, ROW_KEY, column_name, recorded_teachers
-from ..logits.provenance import check_files
+from ..logits.encoding import FILE_KEY, ROW_KEY, check_keys, column_name, recorded_teachers
+from ..logits.provenance import check_files, check_same_teachers
 from ..rows import ImageRows
 
 
@@ -45,7 +45,7 @@ def attach_teacher_logits(
 
     Raises:
         TypeError: an argument is not one table.
-        ValueError: the table has no `row_key` or no logits, a column would exist twice, or images have no recorded
+        ValueError: the table has no `row_key` of whole numbers or no logits, joins different teachers of one name, a column would exist twice, or images have no recorded
             logits; the message has their number and the first rows.
     """
     require_table(images, "images")
@@ -56,6 +56,8 @@ def attach_teacher_logits(
             f'The logits table needs the column "{ROW_KEY}" and a logits column; its columns are '
             f"{', '.join(logits_table.column_names)}. A table made by record_teacher_logits has both."
         )
+    check_keys(logits_table)
+    check_same_teachers(logits_table)
     check_files(logits_table)
     has_files = FILE_KEY in logits_table.column_names
     columns = [ROW_KEY, *([FILE_KEY] if has_files else []), *map(column_name, teachers)]

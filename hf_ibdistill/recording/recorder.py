@@ -13,7 +13,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -29,7 +28,7 @@ from ..checks import check_numbers
 from ..data.classes import class_names, label_ids
 from ..data.columns import IMAGE, as_image_table, require_table
 from ..data.sources import open_saved
-from ..files import write_text
+from ..files import output_folder, write_text
 from ..images.preprocessing import pixel_values
 from ..images.views import ViewRecipe, make_view, make_views, row_key
 from ..logits.encoding import (
@@ -37,12 +36,21 @@ from ..logits.encoding import (
     ROW_KEY,
     LogitsEncoding,
     NonFiniteLogitsError,
+    check_keys,
     check_teacher_names,
     column_name,
     concatenate_views,
     recorded_teachers,
 )
-from ..logits.provenance import build_record, check_files, read_records, teacher_differences
+from ..logits.provenance import (
+    build_record,
+    check_complete,
+    check_files,
+    check_images,
+    only_record,
+    read_records,
+    teacher_differences,
+)
 from ..rows import ImageRows, default_num_workers
 from ..teachers import Teacher, TeacherLike, load_teachers
 from .shards import (
@@ -52,6 +60,7 @@ from .shards import (
     lock_folder,
     open_folder,
     shard_is_whole,
+    shard_keys,
     shard_path,
     write_shard,
 )
@@ -116,7 +125,7 @@ def record_teacher_logits(
     Raises:
         TypeError: `dataset` is not a `Dataset` or `DatasetDict`.
         ValueError: before any teacher runs: teachers and dataset differ in their classes, a column exists already, or the
-            folder holds another recording or one by other teachers. While recording: an image cannot be decoded, or
+            folder holds another recording, or one of other images or by other teachers. While recording: an image cannot be decoded, or
             a logit is not finite; the message names the row, and finished shards are kept.
         OSError: the disk is full; finished shards are kept.
     """
@@ -128,7 +137,7 @@ def record_teacher_logits(
     check_numbers(0, whole=True, num_workers=num_workers or 0)
     if views is not None and not isinstance(views, ViewRecipe):
         raise TypeError(f"views={views!r} is not a ViewRecipe. Pass ViewRecipe(num_views=…).")
-    dataset, output_dir = as_image_table(dataset, image_column, label_column), Path(output_dir)
+    dataset, output_dir = as_image_table(dataset, image_column, label_column), output_folder(output_dir)
     splits = dataset if isinstance(dataset, Mapping) else {None: dataset}
     if isinstance(dataset, Mapping):
         check_folder_of_splits(output_dir)
@@ -159,7 +168,7 @@ def record_teacher_logits(
     # This file makes `datasets.load_from_disk` see the folders as the splits of one dataset.
     index, text = output_dir / "dataset_dict.json", json.dumps({"splits": list(splits)})
     # A finished recording may be in a folder that must not be written to.
-    if accelerator.is_main_process and not (index.exists() and index.read_text(encoding="utf-8") == text):
+    if accelerator.is_main_process and not (index.is_file() and index.read_bytes() == text.encode()):
         write_text(index, text)
     accelerator.wait_for_everyone()
     return DatasetDict(recorded)
@@ -195,8 +204,9 @@ def _check_before_recording(dataset, split, teachers) -> None:
         what = f'split "{split}"' if split else "dataset"
         raise ValueError(f"The {what} is empty. Pass at least one row.")
     for key in (ROW_KEY, FILE_KEY):
-        if dataset.features.get(key, Value("int64")) != Value("int64"):
+        if key in dataset.column_names and not read_records(dataset):
             raise ValueError(f'The column "{key}" would be overwritten by the keys of the images. Rename it.')
+    check_keys(dataset)
     for teacher in teachers:
         teacher.match_classes(class_names(dataset))
 
@@ -267,6 +277,7 @@ def _plan(dataset, teachers, views, encoding, layout, sample_keys, keeps_recorde
 def _recorded_so_far(dataset, views) -> tuple[dict[str, dict], ViewRecipe | None]:
     """The teachers whose logits the dataset holds already, and their views."""
     check_files(dataset)
+    check_complete(dataset)
     records = read_records(dataset)
     if len(records) != 1:
         raise ValueError(
@@ -317,11 +328,19 @@ def _record_split(accelerator, dataset, plan, folder, num_workers) -> Dataset:
         with accelerator.main_process_first():
             finished = open_folder(folder, plan.record, plan.layout)
         if finished:
+            table = open_saved(folder)
+            if accelerator.is_main_process:
+                _check_finished(dataset, table)
             logger.warning("%s already holds this recording; nothing to do.", folder)
-            return open_saved(folder)
+            return table
         size = plan.rows_per_shard
         shards = [range(start, min(start + size, len(dataset))) for start in range(0, len(dataset), size)]
         pending = [rows for rows in shards if not shard_is_whole(shard_path(folder, rows))]
+        if accelerator.is_main_process:
+            if recorded_teachers(dataset):
+                check_images(dataset, range(len(dataset)))
+            keys = shard_keys(shard_path(folder, rows) for rows in shards if rows not in pending)
+            check_images(dataset, keys.pop(ROW), keys)
         # No process writes before every process has listed the finished shards.
         accelerator.wait_for_everyone()
         with accelerator.split_between_processes(pending) as own_shards:
@@ -331,6 +350,14 @@ def _record_split(accelerator, dataset, plan, folder, num_workers) -> Dataset:
             assemble(dataset, plan.record, [shard_path(folder, rows) for rows in shards], folder)
         accelerator.wait_for_everyone()
         return open_saved(folder)
+
+
+def _check_finished(dataset, table) -> None:
+    rows = np.setdiff1d(np.arange(len(dataset)), only_record(table).get("skipped_rows", []))
+    # An earlier version did not write which rows it left out.
+    if len(rows) == len(table):
+        keys = table.select_columns([name for name in (ROW_KEY, FILE_KEY) if name in table.column_names])
+        check_images(dataset, rows.tolist(), keys[:])
 
 
 def _record_shards(accelerator, dataset, plan, shards, folder, num_workers) -> None:

@@ -9,18 +9,20 @@ import logging
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 from datasets import Dataset, concatenate_datasets
 from filelock import FileLock, Timeout
 
 from ..data.sources import open_saved
-from ..files import checksums, explain_full_disk, flush, sha256, write_text, write_whole
-from ..logits.provenance import CHECKSUMS, attach_record, read_records, record_differences
+from ..files import checksums, explain_full_disk, flush, read_json, sha256, write_text, write_whole
+from ..logits.encoding import FILE_KEY, ROW_KEY
+from ..logits.provenance import CHECKSUMS, attach_record, check_record, read_records, record_differences
 
 
 logger = logging.getLogger(__name__)
@@ -37,8 +39,11 @@ def lock_folder(folder: Path) -> Iterator[None]:
     """Keep other processes from recording into the folder. The operating system releases the lock of a process that dies.
 
     Raises:
-        ValueError: another process is recording into the folder.
+        ValueError: another process is recording into the folder, or a folder has the name of a file of the recording.
     """
+    for path in (folder / _LOCK, folder / _HOLDER, folder / _MANIFEST, *folder.glob("shards/*")):
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder, but recording needs a file of this name. Move it away.")
     if (folder / "state.json").exists() or _holds_something_else(folder):
         yield  # Nothing is going to be written.
         return
@@ -47,14 +52,14 @@ def lock_folder(folder: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        other = holder.read_text(encoding="utf-8") if holder.exists() else "another process"
+        other = _read_holder(holder) if holder.exists() else "another process"
         raise ValueError(
             f"{folder} is being recorded by {other}. Wait until it has finished, or stop it and call again. If that process "
             f"is gone, as may happen on a network disk, delete {folder / _LOCK}."
         ) from None
     try:
         if holder.exists():
-            other = holder.read_text(encoding="utf-8")
+            other = _read_holder(holder)
             logger.warning("%s: %s stopped before it had finished. Its recording is continued.", folder, other)
         since = datetime.now().astimezone().isoformat(" ", "seconds")
         write_text(holder, f"process {os.getpid()} on {platform.node()} since {since}")
@@ -63,6 +68,11 @@ def lock_folder(folder: Path) -> Iterator[None]:
         holder.unlink(missing_ok=True)
         # The file of the lock stays until the recording is finished, so that all processes lock the same file.
         lock.release()
+
+
+def _read_holder(holder):
+    # A power failure may have damaged it.
+    return holder.read_text(encoding="utf-8", errors="replace")
 
 
 def _holds_something_else(folder):
@@ -84,7 +94,7 @@ def open_folder(folder: Path, record: dict, layout: dict) -> bool:
         Whether the recording is finished already.
 
     Raises:
-        ValueError: the folder holds another table, another recording or other files.
+        ValueError: the folder holds another table, another recording, a damaged one or other files.
     """
     path = folder / _MANIFEST
     if (folder / "state.json").exists():
@@ -100,12 +110,13 @@ def open_folder(folder: Path, record: dict, layout: dict) -> bool:
         _remove_scaffolding(folder)
         return True
     if path.exists():
-        found = json.loads(path.read_text(encoding="utf-8"))
-        differences = record_differences(record, found["record"])
+        found = read_json(path)
+        differences = record_differences(record, check_record(found.get("record"), str(path)))
+        old_layout = dict(found.get("layout") or {})
         differences += [
-            f"{key} {found['layout'].get(key)} instead of {value}"
+            f"{key} {old_layout.get(key)} instead of {value}"
             for key, value in layout.items()
-            if found["layout"].get(key) != value
+            if old_layout.get(key) != value
         ]
         if differences:
             raise ValueError(
@@ -145,9 +156,23 @@ def write_shard(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def shard_is_whole(path: Path) -> bool:
-    """Whether the shard exists and has the content that was written."""
+    """Whether the shard exists and has the content that was written, of the rows in its name."""
     checksum = _checksum_path(path)
-    return path.exists() and checksum.exists() and checksum.read_text(encoding="utf-8") == sha256(path)
+    if not path.is_file() or not checksum.is_file() or checksum.read_bytes() != sha256(path).encode():
+        return False
+    start, stop = map(int, path.stem.split("-"))
+    return set(shard_keys([path])[ROW]) <= set(range(start, stop))
+
+
+def shard_keys(paths: Iterable[Path]) -> dict[str, list[int | None]]:
+    """The row numbers and keys in whole shards, one after another; a key that a shard does not have is `None`."""
+    keys = {name: [] for name in (ROW, ROW_KEY, FILE_KEY)}
+    for path in paths:
+        with pa.memory_map(str(path)) as source:
+            shard = pa.ipc.open_stream(source).read_all()
+            for name, values in keys.items():
+                values += shard[name].to_pylist() if name in shard.column_names else [None] * len(shard)
+    return keys
 
 
 def assemble(dataset: Dataset, record: dict, shards: list[Path], folder: Path) -> None:
@@ -189,6 +214,7 @@ def _write_table(dataset, record, shards, finished):
             "%d rows were left out because their images cannot be decoded: %s.", len(skipped), skipped.tolist()
         )
         dataset = dataset.select(rows)
+        record = {**record, "skipped_rows": skipped.tolist()}
     if dataset._indices is not None:
         # Joining columns copies selected rows, by default beside the files of the user.
         dataset = dataset.flatten_indices(cache_file_name=str(finished.with_name(_ROWS)))

@@ -1,11 +1,13 @@
 """Training arguments: defaults for small images, and the settings of distillation."""
 
+import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from transformers import TrainingArguments
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.utils import is_torch_bf16_gpu_available
 
 from ..checks import check_numbers
@@ -78,7 +80,26 @@ class ImageTrainingArguments(TrainingArguments):
             self.dataloader_persistent_workers = self.dataloader_num_workers > 0
         if self.bf16 is None:
             self.bf16 = not self.fp16 and has_bf16_units(self.use_cpu)
+        best = self.metric_for_best_model or ""
+        if self.greater_is_better is None and best.endswith(("negative_log_likelihood", "calibration_error")):
+            # transformers takes every metric without "loss" for one that should grow.
+            self.greater_is_better = False
+        batches = ("gradient_accumulation_steps", "per_device_train_batch_size", "per_device_eval_batch_size")
+        check_numbers(1, whole=True, **{name: getattr(self, name) for name in batches})
+        check_numbers(0, 1, label_smoothing_factor=self.label_smoothing_factor)
+        if self.max_steps <= 0 and not 0 < self.num_train_epochs < math.inf:
+            raise ValueError(
+                f"num_train_epochs={self.num_train_epochs} with max_steps={self.max_steps} trains nothing. Set one of them "
+                "above 0."
+            )
         super().__post_init__()
+        known = inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[self.lr_scheduler_type]).parameters
+        unknown = sorted(set(self.lr_scheduler_kwargs or ()) - set(known))
+        if unknown and "kwargs" not in known:
+            raise ValueError(
+                f"lr_scheduler_kwargs={self.lr_scheduler_kwargs} has {unknown[0]}, which "
+                f'lr_scheduler_type="{self.lr_scheduler_type.value}" does not take.'
+            )
 
 
 class _Numbers(list):

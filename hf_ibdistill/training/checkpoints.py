@@ -4,10 +4,15 @@ import json
 import logging
 import os
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
 
 
@@ -66,6 +71,34 @@ def check_checkpoint(folder: str | os.PathLike, model: nn.Module) -> None:
             f"{f'; and {len(differences) - 3} more' if len(differences) > 3 else ''}. Resume with the settings that it "
             "began with, or choose another output_dir."
         )
+    state = PartialState()
+    random = f"rng_state_{state.process_index}.pth" if state.num_processes > 1 else "rng_state.pth"
+    if not (folder / random).exists():
+        logger.warning(
+            "%s has no %s, the state of the random numbers. Training resumes, but not exactly as it would have gone on.",
+            folder,
+            random,
+        )
+
+
+@contextmanager
+def saved_names(model: nn.Module) -> Iterator[None]:
+    """Let `model.load_state_dict` take weights under the names that `save_pretrained` writes.
+
+    transformers 5 renames the weights of ViT, Swin and others as it saves them. Its `Trainer` would leave them out.
+    """
+
+    def rename(_, state_dict, *args):
+        if isinstance(model, PreTrainedModel) and not state_dict.keys() <= model.state_dict().keys():
+            loaded = type(model).from_pretrained(None, config=model.config, state_dict=dict(state_dict))
+            state_dict.clear()
+            state_dict.update(loaded.state_dict())
+
+    hook = model.register_load_state_dict_pre_hook(rename)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _damage(folder: Path) -> str | None:
@@ -85,8 +118,13 @@ def _damage(folder: Path) -> str | None:
             content = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
             return f"{path.name} is cut off"
+        if path.name in ("config.json", "trainer_state.json") and not isinstance(content, dict):
+            return f"{path.name} holds a {type(content).__name__}"
+        if path.name == "trainer_state.json" and "global_step" not in content:
+            return f"{path.name} has no global_step"
         # The index of weights in several files.
-        absent = sorted(set(content["weight_map"].values()) - names) if "weight_map" in content else []
+        is_index = path.name.endswith(".index.json")
+        absent = sorted(set(content["weight_map"].values()) - names) if is_index else []
         if absent:
             return f"it has no {', '.join(absent)}"
     for path in folder.glob("*.safetensors"):
@@ -95,7 +133,7 @@ def _damage(folder: Path) -> str | None:
             safe_open(path, "pt")
         except SafetensorError:
             return f"{path.name} is cut off"
-    for path in folder.glob("*.pt"):
+    for path in folder.glob("*.pt*"):
         if not zipfile.is_zipfile(path):
             return f"{path.name} is cut off"
     return None
@@ -120,7 +158,10 @@ def _differences(folder: Path, model: nn.Module) -> list[str]:
             shapes |= {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
     # Tied weights are saved once.
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    state = model.state_dict()
+    if isinstance(model, PreTrainedModel) and state.keys() - tied != shapes.keys() - tied:
+        state = revert_weight_conversion(model, {name: tensor.to("meta") for name, tensor in state.items()})
+    expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
     for name in sorted({*shapes, *expected} - tied):
         if shapes.get(name) != expected.get(name):
             lines.append(f"{name} has the shape {shapes.get(name)} instead of {expected.get(name)}")

@@ -5,11 +5,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
+from accelerate.state import GradientState
 from datasets import Dataset, IterableDataset
 from transformers import BaseImageProcessor, PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from ..data.classes import check_class_names, class_names, config_class_names
+from ..data.classes import check_class_names, check_labels, class_names, config_class_names
 from ..data.columns import LABEL, as_image_table
 from ..evaluation import RunningMetrics
 from ..images.views import ViewRecipe
@@ -18,7 +19,7 @@ from ..logits.provenance import check_columns, check_files, stored_views
 from ..rows import DistillationCollator, ImageRows, StreamedImageRows
 from ..teachers import TeacherLike, load_teachers
 from .arguments import DistillationArguments, ImageTrainingArguments
-from .checkpoints import checkpoint_to_resume
+from .checkpoints import checkpoint_to_resume, saved_names
 from .losses import ensemble_distillation_loss
 from .publishing import PublishingTrainer
 
@@ -32,19 +33,15 @@ class _StartEpoch(TrainerCallback, ExportableState):
     A stream has no length, so its epochs are its passes. A checkpoint holds the number of the pass and its first step.
     """
 
-    def __init__(self, trainer):
-        self.trainer, self.passes, self.first_step = trainer, 0, 0
+    def __init__(self):
+        self.passes, self.first_step, self.has_ended, self.step_before = 0, 0, False, 0
 
     def state(self) -> dict:
         return {"args": {}, "attributes": {"passes": self.passes, "first_step": self.first_step}}
 
-    @property
-    def _is_streamed(self) -> bool:
-        return isinstance(self.trainer.train_dataset, StreamedImageRows)
-
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
         self.passes, self.first_step = 0, 0
-        if self._is_streamed and state.global_step > 0:
+        if isinstance(_rows_of(train_dataloader), StreamedImageRows) and state.global_step > 0:
             saved = state.stateful_callbacks.get(type(self).__name__)
             if saved is None:
                 logger.warning(
@@ -53,22 +50,43 @@ class _StartEpoch(TrainerCallback, ExportableState):
                 self.first_step = state.global_step
             else:
                 self.passes, self.first_step = (saved["attributes"][name] for name in ("passes", "first_step"))
-            if not self.trainer.ignores_data_skip:
-                batches = (state.global_step - self.first_step) * args.gradient_accumulation_steps
-                train_dataloader.skip_batches = batches
+            train_dataloader.skip_batches = (state.global_step - self.first_step) * args.gradient_accumulation_steps
 
-    def on_epoch_begin(self, args, state, control, **kwargs):
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        self.has_ended, self.step_before = False, state.global_step
+        rows = _rows_of(train_dataloader)
         # `state.epoch` is a sum of fractions that may end just below the whole number.
-        epoch = self.passes if self._is_streamed else int((state.epoch or 0) + 1e-6)
-        self.trainer.train_dataset.start_epoch(epoch)
+        is_streamed = isinstance(rows, StreamedImageRows)
+        rows.start_epoch(self.passes if is_streamed else int((state.epoch or 0) + 1e-6))
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.trainer.accelerator.gradient_state.end_of_dataloader:
-            self.passes, self.first_step = self.passes + 1, state.global_step
+        if GradientState().end_of_dataloader:
+            self._end_pass(state)
 
     def on_epoch_end(self, args, state, control, train_dataloader=None, **kwargs):
-        if self._is_streamed:
-            train_dataloader.skip_batches = 0
+        if not isinstance(_rows_of(train_dataloader), StreamedImageRows):
+            return
+        if state.global_step == self.step_before:
+            if not train_dataloader.skip_batches:
+                raise ValueError(
+                    f"The stream has fewer rows than one step takes: {args.gradient_accumulation_steps} batches of "
+                    f"{args.train_batch_size} on each of {args.world_size} processes. Take smaller steps, or more rows."
+                )
+            # Training resumed at the end of a pass. `Trainer` takes that for an empty stream.
+            control.should_training_stop = False
+        train_dataloader.skip_batches = 0
+        if not self.has_ended and not control.should_training_stop:
+            self._end_pass(state)
+
+    def _end_pass(self, state):
+        self.passes, self.first_step, self.has_ended = self.passes + 1, state.global_step, True
+
+
+def _rows_of(loader) -> ImageRows | StreamedImageRows:
+    rows = loader.dataset
+    while not isinstance(rows, (ImageRows, StreamedImageRows)):
+        rows = rows.dataset  # accelerate shares a stream among processes by a dataset around it
+    return rows
 
 
 class ImageClassificationTrainer(PublishingTrainer):
@@ -113,11 +131,15 @@ class ImageClassificationTrainer(PublishingTrainer):
         views: ViewRecipe | None = None,
         **kwargs,
     ):
-        if processing_class is None:
+        if not isinstance(processing_class, BaseImageProcessor):
             raise ValueError(
-                "processing_class=None, but the trainer needs the image processor of the model. Pass "
+                f"processing_class={processing_class!r}, but the trainer needs the image processor of the model. Pass "
                 "processing_class=image_processor."
             )
+        if model is not None and not isinstance(getattr(model, "_orig_mod", model), PreTrainedModel):
+            raise TypeError(f"model={model!r} is no model of transformers. Pass what from_pretrained returns.")
+        if args is not None and not isinstance(args, TrainingArguments):
+            raise TypeError(f"args={args!r} are no TrainingArguments. Pass args={self.default_arguments.__name__}(…).")
         if args is None:
             args = self.default_arguments("trainer_output", eval_strategy="no" if eval_dataset is None else "epoch")
         super().__init__(
@@ -133,16 +155,12 @@ class ImageClassificationTrainer(PublishingTrainer):
         self.image_column, self.label_column = image_column, label_column
         self.views = self._given_views = views
         self._wrapped: dict[str, tuple[ImageRows | StreamedImageRows, Sequence[float] | None]] = {}
-        self.ignores_data_skip = self.args.ignore_data_skip
-        self.ignores_data_skip = self.args.ignore_data_skip
-        self.ignores_data_skip = self.args.ignore_data_skip
-        self.ignores_data_skip = self.args.ignore_data_skip
-        self.add_callback(_StartEpoch(self))
+        self.add_callback(_StartEpoch())
         self._refuse_arguments_without_effect()
-        self._measures_tokens = self.compute_metrics is None
-        if self._measures_tokens:
+        # `Trainer` looks for them in the signature, which a compiled model does not have.
+        self.label_names = ["labels"]
+        if self.compute_metrics is None:
             self.compute_metrics = RunningMetrics(getattr(self.model.config, "teacher_names", None))
-            self.args.batch_eval_metrics = True
         if self._is_student:
             # It would smooth the fused prediction; `compute_loss` smooths each head.
             self.label_smoother = None
@@ -167,6 +185,9 @@ class ImageClassificationTrainer(PublishingTrainer):
             f"neftune_noise_alpha={args.neftune_noise_alpha}: it is noise for embeddings of words": (
                 args.neftune_noise_alpha is not None
             ),
+            f"problem_type={self.model.config.problem_type}: a row has one class": (
+                self.model.config.problem_type not in (None, "single_label_classification")
+            ),
             "preprocess_logits_for_metrics without compute_metrics: the metrics of this trainer need the logits": (
                 self.preprocess_logits_for_metrics is not None and self.compute_metrics is None
             ),
@@ -176,12 +197,51 @@ class ImageClassificationTrainer(PublishingTrainer):
                 raise ValueError(f"{reason}. Leave it out.")
 
     @property
+    def _measures_tokens(self) -> bool:
+        return isinstance(self.compute_metrics, RunningMetrics)
+
+    @property
     def _is_student(self) -> bool:
         return bool(getattr(self.model.config, "teacher_names", None))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir, self.model)
-        return super().train(checkpoint, *args, **kwargs)
+        self._wrap_train_dataset()
+        given = self.args.ignore_data_skip
+        # `_StartEpoch` finds the place in a stream; `Trainer` would count the batches of all passes.
+        self.args.ignore_data_skip = given or isinstance(self.train_dataset, StreamedImageRows)
+        try:
+            return super().train(checkpoint, *args, **kwargs)
+        finally:
+            self.args.ignore_data_skip = given
+
+    def _load_from_checkpoint(self, *args, **kwargs):
+        with saved_names(self.model):
+            super()._load_from_checkpoint(*args, **kwargs)
+
+    def _load_best_model(self):
+        with saved_names(self.model):
+            super()._load_best_model()
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if 0 < len(batches) < num_batches and isinstance(self.train_dataset, StreamedImageRows):
+            # `Trainer` would add their gradient to the next step.
+            if (self.state.epoch or 0) < 1:
+                logger.warning(
+                "The last %d batches of a pass do not fill a step of gradient_accumulation_steps=%d and are left out.",
+                len(batches), num_batches,
+            )  # fmt: skip
+            return [], None
+        return batches, num_items
+
+    def evaluation_loop(self, *args, **kwargs):
+        given = self.args.batch_eval_metrics
+        self.args.batch_eval_metrics = given or self._measures_tokens
+        try:
+            return super().evaluation_loop(*args, **kwargs)
+        finally:
+            self.args.batch_eval_metrics = given
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self._is_student and self.compute_loss_func is None and model.training:
@@ -198,15 +258,15 @@ class ImageClassificationTrainer(PublishingTrainer):
     def get_train_dataloader(self):
         self._wrap_train_dataset()
         loader = super().get_train_dataloader()
-        is_streamed = isinstance(self.train_dataset, StreamedImageRows)
-        if not is_streamed and len(loader) == 0:
+        if not isinstance(self.train_dataset, StreamedImageRows) and len(loader) == 0:
             raise ValueError(
                 f"dataloader_drop_last=True leaves no batch: the training set has {len(self.train_dataset)} rows, a step takes "
                 f"{self.args.train_batch_size * self.args.world_size}. Set it to False, or take smaller batches."
             )
-        # `_StartEpoch` finds the place in a stream; `Trainer` would count the batches of all passes.
-        self.args.ignore_data_skip = is_streamed or self.ignores_data_skip
-        # Otherwise some epochs would draw a seed from the generator that dropout uses, and resuming one more.
+        return self._with_own_generator(loader)
+
+    def _with_own_generator(self, loader):
+        # Otherwise loaders would draw seeds from the generator that dropout uses, and more of them after resuming.
         getattr(loader, "base_dataloader", loader).generator = torch.Generator().manual_seed(self.args.seed)
         return loader
 
@@ -214,13 +274,15 @@ class ImageClassificationTrainer(PublishingTrainer):
         with self._all_rows():
             if eval_dataset is None or isinstance(eval_dataset, str) or eval_dataset is self.eval_dataset:
                 self._wrap_eval_dataset()
-                return super().get_eval_dataloader(eval_dataset if isinstance(eval_dataset, str) else None)
+                name = eval_dataset if isinstance(eval_dataset, str) else None
+                return self._with_own_generator(super().get_eval_dataloader(name))
             # Not `Trainer.get_eval_dataloader`: with persistent workers it returns the loader of the table before.
-            return super().get_test_dataloader(self._rows(eval_dataset, "evaluation set"))
+            loader = super().get_test_dataloader(self._rows(eval_dataset, "evaluation set"))
+            return self._with_own_generator(loader)
 
     def get_test_dataloader(self, test_dataset):
         with self._all_rows():
-            return super().get_test_dataloader(self._rows(test_dataset, "test set"))
+            return self._with_own_generator(super().get_test_dataloader(self._rows(test_dataset, "test set")))
 
     @contextmanager
     def _all_rows(self):
@@ -280,6 +342,8 @@ class ImageClassificationTrainer(PublishingTrainer):
             check_files(table, quickly=True)
             table = as_image_table(table, *columns)
             check_class_names(self._class_names, class_names(table), "the model")
+            if not is_streamed:
+                check_labels(table)
             logits = self._logits_columns(table, is_training)
         except ValueError as error:
             raise ValueError(f"The {what}: {error}") from error
@@ -410,12 +474,18 @@ class EnsembleDistillationTrainer(ImageClassificationTrainer):
         if not is_training and not (set(columns) <= set(table.column_names) and stored_views(table) is None):
             return []
         check_columns(table, self.teacher_names, self._class_names)
-        for column in columns if self.args.standardize_logits else []:
-            if describe_column(table.features[column])[0].top_k is not None:
-                raise ValueError(
-                    f'standardize_logits=True needs every logit, but the column "{column}" holds the largest only. Record '
-                    "dense logits (top_k=None), or set standardize_logits=False."
-                )
+        # Top-k logits are decoded for one temperature, and p(y) is needed at 1.
+        is_softened = any(temperature != 1 for temperature in self._temperatures)
+        for name, is_set in {
+            "standardize_logits": self.args.standardize_logits,
+            "confidence_weighting": self.args.confidence_weighting and is_softened,
+        }.items():
+            for column in columns if is_set else []:
+                if describe_column(table.features[column])[0].top_k is not None:
+                    raise ValueError(
+                        f'{name}=True needs every logit, but the column "{column}" holds the largest only. Record dense '
+                        f"logits (top_k=None), or set {name}=False."
+                    )
         if is_training:
             recorded = stored_views(table)
             if recorded is not None and self._given_views not in (None, recorded):

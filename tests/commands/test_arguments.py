@@ -136,6 +136,9 @@ def test_an_empty_file_changes_nothing(settings):
         ("config: other.yaml", ["settings.yaml", "config"]),
         ("traceback: true", ["settings.yaml", "traceback"]),
         ("1: 2", ["settings.yaml", "1"]),
+        ("max_steps: 2\nmax_steps: 3", ["settings.yaml", "max_steps is given twice"]),
+        ("lr_scheduler_kwargs: {a: 1, a: 2}", ["settings.yaml", "a is given twice"]),
+        ("accelerator_config: {a: 1}", ["'a'"]),
     ],
 )
 def test_mistakes_in_a_file_are_named(text, parts, settings):
@@ -269,6 +272,7 @@ def test_commands_launchers_and_entry_point_belong_together():
         (["train-teacher"], ["--output_dir", "--help"]),
         (["evaluate", "--batch_size", "3"], ["--model", "--help"]),
         (["export", "--model", "x", "--quantize", "perhaps"], ["--quantize", "perhaps"]),
+        (["distill", "--config", "a.yaml", "--config=b.yaml"], ["--config is given twice"]),
     ],
 )
 def test_arguments_that_do_not_fit_are_named(arguments, parts):
@@ -299,6 +303,64 @@ def test_mistakes_end_in_one_sentence(arguments, parts, tmp_path):
     message = mistake(*[tmp_path / "x" if argument == "x" else argument for argument in arguments])
     assert all(part in message for part in parts)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["distill", "--model", "y", "--hidden_size", "96"], ["hidden_size=96", "model=y"]),
+        (["distill", "--model", "y", "--patch_size=2"], ["patch_size=2", "model=y"]),
+        (["distill", "--horizontal_flip", "0.5"], ["horizontal_flip=0.5", "num_views=0"]),
+        (["record", "--crop", "resized", "--teachers", "a=y"], ["crop=resized", "num_views=0"]),
+        (["record", "--num_views", "2", "--min_scale", "0.1", "--teachers", "a=y"], ["min_scale=0.1", "crop=pad"]),
+        (["distill", "--without_teachers", "--temperature", "4"], ["temperature=[4.0]", "without_teachers=True"]),
+        (["distill", "--without_teachers", "--label_weight", "0"], ["label_weight=0.0", "without_teachers=True"]),
+        (
+            ["finetune", "--model", "y", "--linear_probe", "--layer_decay", "0.5"],
+            ["layer_decay=0.5", "linear_probe=True"],
+        ),
+        (["train-teacher", "--save_steps", "5"], ["save_steps=5", "save_strategy=no"]),
+        (["train-teacher", "--image_size", "0"], ["image_size=0"]),
+        (["distill", "--mlp_ratio", "0"], ["mlp_ratio=0.0"]),
+        (["distill", "--lr_scheduler_kwargs", '{"foo": 1}'], ["lr_scheduler_kwargs", "foo", "cosine"]),
+        (["distill", "--lr_scheduler_kwargs", "[1]"], ["lr_scheduler_kwargs"]),
+        (["distill", "--model", "x"], ["output_dir=", "model"]),
+        (["finetune", "--model", "y", "--dataset", "x"], ["output_dir=", "dataset"]),
+        (["record", "--teachers", "a=y", "b=x/"], ["output_dir=", "teachers=b"]),
+    ],
+)
+def test_arguments_without_effect_or_sense_are_refused_first(arguments, parts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    message = mistake(*arguments, "--output_dir", "x")
+    assert all(part in message for part in parts)
+
+
+def test_dates_in_a_mapping_are_texts(settings):
+    path = settings(
+        "optim_target_modules: null\naccelerator_config: {split_batches: false, gradient_accumulation_kwargs: {a: 2020-01-01}}"
+    )
+    assert "2020-01-01" in str(parse_distill("--config", path, "--output_dir", "x")["accelerator_config"])
+
+
+def test_flags_without_effect_may_have_no_value_or_be_false():
+    found = parse_distill("--output_dir", "x", "--without_teachers", "--standardize_logits", "false")
+    assert found["without_teachers"] is True and found["standardize_logits"] is False
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"gradient_accumulation_steps": 0},
+        {"per_device_train_batch_size": 0},
+        {"label_smoothing_factor": 1.5},
+        {"label_smoothing_factor": -0.1},
+        {"num_train_epochs": 0},
+    ],
+)
+def test_training_that_cannot_run_is_refused(changes, tmp_path):
+    ((name, value),) = changes.items()
+    with pytest.raises(ValueError, match=f"{name}={value}"):
+        DistillationArguments(str(tmp_path), report_to=[], **changes)
 
 
 def test_a_library_that_is_not_installed_ends_in_one_sentence(tmp_path, monkeypatch):

@@ -119,3 +119,8 @@ def test_a_deit_to_start_from(flags, few, tmp_path):
     card = one_line(tmp_path / "student" / "README.md")
     assert "the model deit" in card and str(tmp_path) not in card
     assert ("on labels alone" in card) == bool(flags)
+
+
+def test_a_student_does_not_replace_a_recorded_teacher(outputs):
+    with pytest.raises(SystemExit, match="output_dir=.* the teacher conv"):
+        run("distill", "--dataset", outputs.table, *QUICK, "--output_dir", outputs.conv)

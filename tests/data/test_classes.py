@@ -149,14 +149,14 @@ def test_a_label_out_of_range_names_the_row():
     # Arrow stores numbers; only the description beside them has the number of classes.
     features = Features({"label": ClassLabel(names=["cat", "dog"])})
     train = Dataset(pa.table({"label": pa.array([0, 1, 2, 0, 2])}), info=DatasetInfo(features=features))
-    with pytest.raises(ValueError, match=r'Row 2 .*"train" .*label 2.* 2 classes \(2 '):
+    with pytest.raises(ValueError, match=r'"train".* 2 rows .*labels \[2\].*rows \[2, 4\].* 2 classes'):
         encode(train=train)
 
 
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
 def test_some_rows_without_a_label_are_refused(split):
     parts = {name: table([0, 1, 2]) for name in ("train", "validation", "test")}
-    with pytest.raises(ValueError, match=rf'Row 1 .*"{split}" .*label -1.* 3 classes \(2 '):
+    with pytest.raises(ValueError, match=rf'"{split}".* 2 rows .*labels \[-1\].*rows \[1, 3\].* 3 classes'):
         encode(**{**parts, split: table([0, -1, 2, -1])})
     with pytest.raises(ValueError, match=f'"{split}" .*without a label'):
         encode(**{**parts, split: table([0, None, 2])})
@@ -218,3 +218,9 @@ def test_splits_are_matched_by_name_if_one_has_names_as_text(split):
     # Numbers beside names: neither is the other.
     with pytest.raises(ValueError, match=f'"{split}" .*1'):
         encode(**{"train": named, split: table([1, 0], INTEGER)})
+
+
+def test_minus_one_is_no_class_in_a_column_of_numbers():
+    table = Dataset.from_dict({"label": [0, -1, 1, 0]})
+    with pytest.raises(ValueError, match='"train".*−1'):
+        encode_labels(DatasetDict(train=table))

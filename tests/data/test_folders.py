@@ -146,6 +146,57 @@ def test_a_metadata_file_names_images_and_labels(kind, tmp_path, caplog):
         open_folder(tmp_path)
 
 
+def write_metadata(root, content, encoding="utf-8"):
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "metadata.csv").write_text(content, encoding=encoding)
+    make_tree(root, [line.split(",")[0] for line in content.splitlines() if ".png," in line])
+    return root
+
+
+def test_metadata_in_the_root_divides_by_folders(tmp_path):
+    lines = "file_name,label\ntrain/a.png,1\nTest_images/a.png,2\ntrain/b.png,2\n"
+    opened = open_folder(write_metadata(tmp_path / "set", lines))
+    assert {name: split["label"][:] for name, split in opened.items()} == {"train": [1, 2], "test": [2]}
+    with pytest.raises(ValueError, match="row 3 belongs to no split"):
+        open_folder(write_metadata(tmp_path / "mixed", lines + "more/a.png,1\n"))
+
+
+def test_metadata_is_numbers_only_if_all_splits_are(tmp_path):
+    cases = [
+        (["01", "1"], ["1"], "string"),
+        (["1", "2"], ["x"], "string"),
+        (["1", "-2"], ["0"], "int64"),
+        (["1", "2.5"], ["1e3"], "float64"),
+        (["1", "1.50"], ["007"], "string"),
+        (["1", "NA"], ["2"], "int64"),
+        (["no", "NA"], ["no"], "string"),
+        (["1" * 30, "1" * 29 + "2"], ["1" * 30], "string"),
+    ]
+    for i, (train, test, kind) in enumerate(cases):
+        for split, values in (("train", train), ("test", test)):
+            lines = ["file_name,label", *(f"{j}.png,{value}" for j, value in enumerate(values))]
+            write_metadata(tmp_path / str(i) / split, "\n".join(lines))
+        opened = open_folder(tmp_path / str(i))
+        assert {split.features["label"].dtype for split in opened.values()} == {kind}
+        if kind == "string":
+            assert opened["train"]["label"][:] == train
+
+
+@pytest.mark.parametrize(
+    "header, encoding", [("file_name, label", None), ("file_name;label", None), ("file_name,é", "utf-16")]
+)
+def test_a_metadata_header_that_is_not_clear_is_refused(header, encoding, tmp_path):
+    with pytest.raises(ValueError, match=f"metadata.csv (has the columns .*{header.split('e')[-1]}|cannot be read)"):
+        open_folder(write_metadata(tmp_path, header + "\n1.png,a\n", encoding))
+
+
+def test_a_metadata_column_comes_once_and_is_utf8(tmp_path):
+    with pytest.raises(ValueError, match="'label', 'label'"):
+        open_folder(write_metadata(tmp_path / "twice", "file_name,label,label\n1.png,a,b\n"))
+    with pytest.raises(ValueError, match="latin/metadata.csv cannot be read.*UTF8"):
+        open_folder(write_metadata(tmp_path / "latin", "file_name,label\n1.png,é\n", "latin-1"))
+
+
 WORDS = ["train", "Test", "val", "dev", "cat", "dog", "test_tube", "a[b]", "1", "10", "extra"]
 FILES = ["1.png", "train.png", "test 2.png", "3", "note.txt"]
 paths = st.lists(st.sampled_from(WORDS), max_size=3).flatmap(

@@ -6,7 +6,7 @@ import struct
 
 import numpy as np
 import pytest
-from datasets import DatasetDict, Value
+from datasets import ClassLabel, DatasetDict, Value
 from numbered import ANIMALS, numbers, save, table, write_class_folders
 from torchvision.datasets.mnist import read_image_file
 
@@ -139,6 +139,113 @@ def test_a_folder_is_a_name_and_no_pattern(name, tmp_path):
     assert contents(open_source(tmp_path / name, {})) == expected
 
 
+def write_parquet(root, **files):
+    """Name with __ for / → a table."""
+    for name, rows in files.items():
+        path = root / (name.replace("__", "/") + ".parquet")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows.to_parquet(path)
+    return root
+
+
+@pytest.mark.parametrize(
+    "train, test",
+    [
+        ("default__train__0000", "default__test__0000"),
+        ("data__train__a", "data__TEST__a"),
+        ("mnist_train", "mnist_test"),
+        ("train_mnist", "test_mnist"),
+        ("mnistTrain", "mnistTest"),
+        ("traindata", "testdata"),
+        ("partial-train__0", "hold-out__0"),
+    ],
+)
+def test_split_words_below_the_root_decide(train, test, tmp_path):
+    write_parquet(tmp_path, **{train: table([0, 1]), test: table([2], start=50)})
+    assert contents(open_source(tmp_path, {})) == {"train": [(0, 0), (1, 1)], "test": [(50, 2)]}
+    test_file = tmp_path / (test.replace("__", "/") + ".parquet")
+    if "test" in test_file.stem.lower():
+        assert open_source(test_file, {}).keys() == {"test"}
+
+
+@pytest.mark.parametrize("names", [("train", "more"), ("a__train", "b__more"), ("train__test", "train__a")])
+def test_files_whose_split_is_not_clear_are_refused(names, tmp_path):
+    write_parquet(tmp_path, **{name: table([0, 1]) for name in names})
+    with pytest.raises(ValueError, match=names[0].split("__")[-1] + r"\.parquet"):
+        open_source(tmp_path, {})
+
+
+def test_each_parquet_split_keeps_its_own_classes(tmp_path):
+    other = ClassLabel(names=ANIMALS[::-1])
+    write_parquet(
+        tmp_path, train=table([0, 1, 2]), test=table([0, 0], other), validation=table(["owl"], Value("string"))
+    )
+    opened = open_source(tmp_path, {})
+    assert opened["train"].features["label"].names == ANIMALS and opened["test"].features["label"] == other
+    assert opened["validation"]["label"][:] == ["owl"]
+
+
+def test_parquet_files_of_one_split_are_alike(tmp_path):
+    for i, second in enumerate(
+        (
+            table([1], ClassLabel(names=ANIMALS[::-1])),
+            table(["cat"], Value("string")),
+            table([1], Value("int64")),
+            table([1]).remove_columns("label"),
+        )
+    ):
+        root = write_parquet(tmp_path / str(i), **{"train-0": table([0, 1]), "train-1": second})
+        with pytest.raises(ValueError, match=r'"label" .*"train" .*train-0\.parquet.*train-1\.parquet'):
+            open_source(root, {})
+
+
+def test_a_parquet_file_that_is_not_whole_is_named(tmp_path):
+    write_parquet(tmp_path, train=table([0, 1]), test=table([0]))
+    file = tmp_path / "test.parquet"
+    whole = file.read_bytes()
+    for content in (b"", whole[:-20], whole[20:-8], b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\n"):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=r"test\.parquet is not a whole Parquet file"):
+            open_source(tmp_path, {})
+    # The footer is whole, the columns are not.
+    footer = int.from_bytes(whole[-8:-4], "little") + 8
+    file.write_bytes(bytes(len(whole) - footer) + whole[-footer:])
+    with pytest.raises(ValueError, match='"test" in .*test.parquet'):
+        open_source(tmp_path, {})
+    table([0]).select([]).to_parquet(file)
+    with pytest.raises(ValueError, match=r'"test" in .*test\.parquet is empty'):
+        open_source(tmp_path, {})
+
+
+def test_arguments_that_would_be_ignored_are_refused(tmp_path):
+    write_class_folders(tmp_path / "images")
+    table([0, 1]).save_to_disk(tmp_path / "saved")
+    write_parquet(tmp_path / "parquet", train=table([0, 1, 2]), test=table([0], start=9))
+    (tmp_path / "idx").mkdir()
+    write_idx_folder(tmp_path / "idx", train=6)
+    for source in ("digits", *(tmp_path / name for name in ("images", "saved", "parquet", "idx"))):
+        for name in ("revision", "name", "data_files", "data_dir", *["split"] * ("parquet" not in str(source))):
+            with pytest.raises(ValueError, match=f"{name}='x' .*{source}"):
+                open_source(source, {name: "x"})
+    assert contents(open_source(tmp_path / "parquet", {"split": "train[:1]"})) == {"train": [(0, 0)]}
+    for wrong in ({"split": ["train"]}, {"split": "train+test"}, {"split": 3}, {"nothing": 1}):
+        with pytest.raises(ValueError, match="split|nothing"):
+            open_source(tmp_path / "parquet", wrong)
+
+
+@pytest.mark.parametrize("kind", [Value("string"), ClassLabel(names=["train", "test"])])
+def test_a_column_named_split_divides_a_table(kind, tmp_path):
+    rows = table([0, 1, 2]).add_column("split", ["train", "test", "train"])
+    rows.cast_column("split", kind).save_to_disk(tmp_path / "saved")
+    assert contents(open_source(tmp_path / "saved", {})) == {"train": [(0, 0), (2, 2)], "test": [(1, 1)]}
+    for i, values in enumerate((["train", "test", "unknown"], ["train", None, "test"])):
+        table([0, 1, 2]).add_column("split", values).save_to_disk(tmp_path / str(i))
+        with pytest.raises(ValueError, match='"split".*row . belongs to no split'):
+            open_source(tmp_path / str(i), {})
+    table([0, 1, 2]).add_column("split", ["a", "b", "a"]).save_to_disk(tmp_path / "other")
+    assert len(open_source(tmp_path / "other", {})["train"]) == 3
+
+
 # IDX files
 
 
@@ -194,7 +301,44 @@ def test_damaged_idx_files_are_named(tmp_path):
         open_source(tmp_path, {})
 
 
+@pytest.mark.parametrize("form", ["train-images.idx3-ubyte", "train-images-idx3-ubyte/train-images-idx3-ubyte"])
+def test_idx_files_as_kaggle_has_them(form, tmp_path):
+    images, _ = write_idx_folder(tmp_path, train=6)["train"]
+    for file in [*tmp_path.iterdir()]:
+        content = file.read_bytes()
+        file.unlink()
+        part = form.replace("images", "labels").replace("idx3", "idx1") if "labels" in file.name else form
+        (tmp_path / part).parent.mkdir(exist_ok=True)
+        (tmp_path / part).write_bytes(content)
+    np.testing.assert_array_equal([np.asarray(image) for image in open_source(tmp_path, {})["train"]["image"]], images)
+
+
 # Paths
+
+
+@pytest.mark.parametrize("source", ["imagefolder", "csv", "parquet", "webdataset", "", " "])
+def test_a_format_or_no_name_does_not_open_the_working_folder(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_class_folders(tmp_path / "data")
+    with pytest.raises(ValueError, match=f"source='{source}'"):
+        open_source(source, {})
+
+
+def test_names_that_are_not_utf8_and_links_to_themselves_are_refused(tmp_path):
+    write_class_folders(tmp_path)
+    try:
+        (tmp_path / "cat" / "caf\udce9.png").write_bytes(b"")
+    except OSError:
+        pytest.skip("this file system has UTF-8 names only")
+    for source in (tmp_path, tmp_path / "caf\udce9"):
+        with pytest.raises(ValueError, match=r"caf\\udce9.* UTF-8"):
+            open_source(source, {})
+    (tmp_path / "cat" / "caf\udce9.png").unlink()
+    for folder in (tmp_path, tmp_path / "cat"):
+        (folder / "loop").symlink_to("loop")
+        with pytest.raises(ValueError, match="loop"):
+            open_source(tmp_path, {})
+        (folder / "loop").unlink()
 
 
 @pytest.mark.parametrize("source", ["{tmp}/nothing", "./nothing", "some/where/else"])

@@ -18,6 +18,7 @@ from hf_ibdistill.logits.encoding import (
     concatenate_views,
     decode,
     describe_column,
+    missing_rows,
     recorded_teachers,
 )
 
@@ -224,3 +225,35 @@ def test_random_access_equals_decoding_the_rows(encoding, num_views, tmp_path):
         # Another process gets what was not read yet and what was.
         sent = pickle.loads(pickle.dumps(stored))
         np.testing.assert_array_equal(sent.read(rows, 7, views[-1], 2.0), read, made)
+
+
+@pytest.mark.parametrize("num_views", [None, 2])
+@pytest.mark.parametrize("top_k", [None, 3])
+def test_rows_without_logits_move_no_others(top_k, num_views, tmp_path):
+    encoding, feature = LogitsEncoding("float32", top_k), LogitsEncoding("float32", top_k).feature(5, num_views)
+    logits = random_logits(*(4, 5) if num_views is None else (4, num_views, 5))
+    whole = saved(encoding.encode(logits, views=num_views is not None), feature, tmp_path / "w")
+    without = Dataset.from_dict({"other": range(3)})
+    joined = concatenate_datasets([whole.select(range(1)), without, whole.select(range(1, 4))])
+    has_logits = np.array([True] + [False] * 3 + [True] * 3)
+    view = None if num_views is None else 1
+    expected = decode(whole.data.column("a_logits"), 5, view)
+    # One array, as a batch of a stream, and a part that begins in the middle.
+    column = joined.data.column("a_logits").combine_chunks()
+    decoded = decode(column, 5, view)
+    assert np.isnan(decoded[~has_logits]).all() and np.array_equal(decoded[has_logits], expected)
+    assert np.array_equal(decode(column.slice(2), 5, view)[2:], expected[1:])
+    joined.save_to_disk(tmp_path / "j")
+    for table in (joined, load_from_disk(tmp_path / "j")):
+        stored = StoredLogits(table, "a_logits")
+        assert np.array_equal(stored.read([6, 4], 5, view), expected[[3, 1]])
+        with pytest.raises(ValueError, match='Row 2: the column "a_logits"'):
+            stored.read([0, 2], 5, view)
+        left = table.select(np.flatnonzero(has_logits))
+        assert np.array_equal(StoredLogits(left, "a_logits").read(range(4), 5, view), expected)
+    assert np.array_equal(missing_rows(column), [1, 2, 3])
+    if top_k is None and num_views:
+        inner = pa.array(
+            [[[1.0, 2.0], [3.0, None]], [[1.0, 2.0], None], [[0.0, 0.0]] * 2], pa.list_(pa.list_(pa.float32(), 2), 2)
+        )
+        assert missing_rows(inner).tolist() == [0, 1]

@@ -1,17 +1,21 @@
 """Provenance: it stays with a table, names what differs, and columns are checked against it."""
 
 import copy
+import io
 import json
 from functools import cache
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features, Value, concatenate_datasets, load_from_disk
+from datasets import ClassLabel, Dataset, Features, Image, Value, concatenate_datasets, load_from_disk
 from transformers import ViTImageProcessor
 
 from hf_ibdistill import IBResNetConfig, IBResNetForImageClassification, ViewRecipe
 from hf_ibdistill.files import checksums, sha256
+from hf_ibdistill.images.decoding import file_key
+from hf_ibdistill.images.views import row_key
 from hf_ibdistill.logits import provenance
 from hf_ibdistill.logits.encoding import LogitsEncoding
 from hf_ibdistill.logits.provenance import (
@@ -20,6 +24,7 @@ from hf_ibdistill.logits.provenance import (
     build_record,
     check_columns,
     check_files,
+    check_images,
     damaged_files,
     read_records,
     record_differences,
@@ -299,3 +304,90 @@ def test_checksums_of_version_0_1_0_and_none_and_half_of_them(saved):
     assert damaged_files(whole) == [saved / CHECKSUMS]
     (saved / CHECKSUMS).unlink()
     assert damaged_files(whole) == damaged_files(table()) == []
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        '{"format": "hf_ibdistill/1"}',
+        '{"format": "hf_ibdistill/1", "teachers": [], "dataset": {}}',
+        '{"format": "hf_ibdistill/1", "teachers": 3, "dataset": {}, "views": null}',
+        '{"format": "hf_ibdistill/1", "teachers": [{"name": "conv"}], "dataset": {}, "views": null}',
+        '{"format": "hf_ibdistill/1", "teachers": [], "dataset": {}, "views": {"sides": 3}}',
+    ],
+)
+def test_a_record_without_all_parts_is_refused(damaged):
+    dataset = table()
+    dataset.info.description = damaged
+    with pytest.raises(ValueError, match="description"):
+        read_records(dataset)
+
+
+def test_a_deep_description_is_text():
+    dataset = table()
+    dataset.info.description = '{"a":' * 5000
+    assert read_records(dataset) == []
+    ours = json.loads(json.dumps(record()))
+    attach_record(dataset, ours)
+    assert read_records(dataset) == [ours] and dataset.info.description.startswith('{"a":{"a":')
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "{", '{"a.arrow": {}}', '{"a.arrow": []}', "\xff"])
+def test_damaged_checksums_are_damage(content, tmp_path):
+    table().save_to_disk(tmp_path)
+    (file,) = tmp_path.glob("*.arrow")
+    content = content.replace("a.arrow", file.name)
+    (tmp_path / CHECKSUMS).write_bytes(content.encode("latin-1"))
+    assert damaged_files(load_from_disk(tmp_path))
+
+
+def test_two_teachers_of_one_name_are_not_mixed():
+    first, second = table(), table()
+    attach_record(first, record(same_teacher()))
+    attach_record(second, record(teacher(seed=1), dataset={"num_rows": 7}))
+    with pytest.raises(ValueError, match='"conv" .*weights_sha256'):
+        check_columns(concatenate_datasets([first, second]), ["conv"], NAMES)
+    attach_record(second, record(same_teacher(), dataset={"num_rows": 7}))
+    check_columns(concatenate_datasets([first, second]), ["conv"], NAMES)
+
+
+def png(level):
+    image = PIL.Image.new("RGB", (4, 4), (level, level, level))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=level % 2)
+    return {"bytes": buffer.getvalue(), "path": None}, row_key(image)
+
+
+def test_images_are_compared_by_file_and_then_by_pixels():
+    cells, keys = zip(*map(png, range(40)))
+    files = list(map(file_key, cells))
+
+    def check(cells, rows=None, changed_keys=keys, changed_files=files, **given):
+        columns = {"image": list(cells), "row_key": list(changed_keys), "file_key": list(changed_files)}
+        integers = {"row_key": Value("int64"), "file_key": Value("int64")}
+        check_images(Dataset.from_dict(columns, features=Features({"image": Image(), **integers})), rows, **given)
+
+    others = [cells[0] if row in (6, 39) else cell for row, cell in enumerate(cells)]
+    check(cells)
+    check(cells, range(40))
+    # Another decoder, or another file of the same pixels.
+    check(cells, range(40), changed_keys=[0] * 40)
+    check(cells, range(40), changed_files=[0] * 40)
+    with pytest.raises(ValueError, match=r"2 rows \(first \[6, 39\]\)"):
+        check(others, range(40))
+    with pytest.raises(ValueError, match=r"1 rows \(first \[39\]\)"):
+        check(others)
+    # The keys of a shard, of which an early version wrote none of files.
+    with pytest.raises(ValueError, match=r"1 rows \(first \[6\]\)"):
+        check(others, [5, 6], keys={"row_key": keys[5:7], "file_key": [None, None]})
+    check(others, [4, 5], keys={"row_key": keys[4:6], "file_key": [files[4], None]})
+    # Whoever reads the row reports it.
+    check([{"bytes": b"", "path": None}, *cells[1:]])
+
+
+@pytest.mark.parametrize("dtype", ["string", "float64", "uint64"])
+def test_keys_of_another_type_are_refused(dtype):
+    dataset = table().add_column("row_key", np.arange(6))
+    check_columns(dataset, ["conv"], NAMES)
+    with pytest.raises(ValueError, match=f'"row_key" .*{dtype}'):
+        check_columns(dataset.cast_column("row_key", Value(dtype)), ["conv"], NAMES)

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -29,6 +30,7 @@ from hf_ibdistill import (
     predict,
 )
 from hf_ibdistill.publishing.machine import describe_machine
+from hf_ibdistill.publishing.results import _describe_teachers
 
 
 CLASSES = ["cat", "dog", "owl", "fox", "cow", "hen"]
@@ -304,6 +306,11 @@ def test_hardware_and_time_are_the_measured_ones(finished):
     assert shown == {name: str(value) for name, value in results["machine"].items() if name != "versions"}
 
 
+def record_of(teachers):
+    whole = [{"weights_sha256": "0", "encoding": {}, "label_names": CLASSES, **teacher} for teacher in teachers]
+    return {"format": "hf_ibdistill/1", "teachers": whole, "dataset": {}, "views": None, "versions": {}}
+
+
 def test_a_card_links_the_teachers_that_recorded_its_table(tables, tmp_path):
     recorded = load_from_disk(tables / "train")
     # A relative folder that is gone looks like a Hub id, which alone has a revision.
@@ -312,7 +319,7 @@ def test_a_card_links_the_teachers_that_recorded_its_table(tables, tmp_path):
         {"name": name, "source": source, "revision": revision, "label_names": CLASSES}
         for name, (source, revision) in sources.items()
     ]
-    attach_record(recorded, {"format": "hf_ibdistill/1", "teachers": teachers, "views": None})
+    attach_record(recorded, record_of(teachers))
     shutil.copytree(tables / "test", tmp_path / "test")
     recorded.save_to_disk(tmp_path / "train")
     finish("student", tmp_path, tmp_path / "student")
@@ -372,3 +379,20 @@ def test_a_split_that_cannot_be_measured_does_not_cost_the_model(tables, tmp_pat
     for name, value in trainer.model.state_dict().items():
         assert torch.equal(model.state_dict()[name], value), name
     ViTImageProcessor.from_pretrained(tmp_path)
+
+
+def test_only_the_students_own_teachers_are_listed_and_the_online_ones_if_they_ran(tmp_path):
+    tables = SimpleNamespace(table=Dataset.from_dict({"x": [0]}))
+    described = [{"name": name, "source": f"outputs/{name}_of_table", "revision": None} for name in ("conv", "inv")]
+    attach_record(tables.table, record_of(described))
+    online = SimpleNamespace(
+        name="conv", revision=None, model=SimpleNamespace(config=SimpleNamespace(name_or_path="outputs/conv_online"))
+    )
+    for trainer, expected in (
+        (SimpleNamespace(train_dataset=tables), {}),
+        (SimpleNamespace(train_dataset=tables, teacher_names=["inv"], teachers=[]), {"inv": "inv_of_table"}),
+        (SimpleNamespace(train_dataset=tables, teacher_names=["conv"], teachers=[online]), {"conv": "conv_online"}),
+        (SimpleNamespace(train_dataset=None, teacher_names=["conv"], teachers=[online]), {"conv": "conv_online"}),
+    ):
+        found = {name: facts["source"] for name, facts in _describe_teachers(trainer, {}).items()}
+        assert found == expected

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from datasets import DatasetDict, load_dataset, load_from_disk
+from datasets import DatasetDict, concatenate_datasets, load_dataset, load_from_disk
 from huggingface_hub import DatasetCard
 
 from hf_ibdistill import (
@@ -79,7 +79,7 @@ def test_a_folder_is_a_name_and_no_pattern(table, tmp_path):
     for streaming in (False, True):
         opened = open_logits_table(folder, split="validation", streaming=streaming, **how)
         assert [row["note"] for row in opened] == table["note"][:9]
-    with pytest.raises(ValueError, match='"train"'):
+    with pytest.raises(ValueError, match="train"):
         open_logits_table(folder)
     # Another file beside them belongs to another split.
     table.select(range(9, 12)).to_parquet(folder / "data" / "test-00000-of-00001.parquet")
@@ -147,3 +147,18 @@ def test_nothing_is_overwritten_and_provenance_is_needed(table, tmp_path):
         with pytest.raises(kind, match=message):
             export_logits_table(dataset, tmp_path / "q", **changes)
         assert not (tmp_path / "q").exists()
+
+
+def test_damage_and_missing_parts_are_named(table, images, tmp_path):
+    folder = export_logits_table(table, tmp_path / "p")
+    for content in (b"{", b"[]", b"{}", b"\xff"):
+        (folder / "provenance.json").write_bytes(content)
+        with pytest.raises(ValueError, match="provenance.json"):
+            open_logits_table(folder)
+    for source in (tmp_path / "nowhere", "", None):
+        with pytest.raises(ValueError, match=f"{source}.*provenance.json|source="):
+            open_logits_table(source)
+    joined = concatenate_datasets([table, images(2)])
+    with pytest.raises(ValueError, match=r'_logits" .*2 rows \(first \[30, 31\]\)'):
+        export_logits_table(joined, tmp_path / "q")
+    assert not (tmp_path / "q").exists()

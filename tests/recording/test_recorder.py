@@ -228,6 +228,9 @@ def test_wrong_input_is_refused_before_anything_is_written(loaded, tmp_path, ima
         (images(5).to_iterable_dataset(), {}, TypeError, "dataset is an IterableDataset"),
         (images(5).rename_column("note", "conv_logits"), {}, ValueError, r"\(conv_logits\) and 0 provenance records"),
         (number, {}, ValueError, '"row_key" would be overwritten'),
+        (images(5).add_column("file_key", range(5)), {}, ValueError, '"file_key" would be overwritten'),
+        (images(5), {"output_dir": None}, ValueError, "output_dir=None"),
+        (images(5), {"output_dir": ""}, ValueError, "output_dir=''"),
         (images(5).remove_columns("image"), {}, ValueError, "no image column; the columns are label, note"),
         (images(5).remove_columns("label"), {}, ValueError, "no label column; the columns are image, note"),
         (images(5), {"image_column": "photo"}, ValueError, 'image_column="photo"'),
@@ -239,7 +242,7 @@ def test_wrong_input_is_refused_before_anything_is_written(loaded, tmp_path, ima
         (images(5), {"teachers": {"two": two}}, ValueError, 'the teacher "two" has 2 classes; .* 3'),
     ):
         with pytest.raises(kind, match=message):
-            record_teacher_logits(dataset, output_dir=tmp_path / "t", **{"teachers": loaded, **changes})
+            record_teacher_logits(dataset, **{"teachers": loaded, "output_dir": tmp_path / "t", **changes})
         assert not (tmp_path / "t").exists()
 
 

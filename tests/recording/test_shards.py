@@ -4,6 +4,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,16 +13,17 @@ import time
 from pathlib import Path
 
 import numpy as np
+import PIL.ImageOps
 import pytest
 import torch
 import tqdm.std
 from accelerate.state import AcceleratorState, PartialState
 from comparing import same_bytes
-from datasets import Dataset, DatasetDict, load_from_disk
+from datasets import Dataset, DatasetDict, Image, concatenate_datasets, load_from_disk
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from hf_ibdistill import ViewRecipe, record_teacher_logits
+from hf_ibdistill import ViewRecipe, logits_metrics, record_teacher_logits
 from hf_ibdistill.logits.provenance import read_records
 from hf_ibdistill.recording import recorder
 
@@ -421,3 +423,104 @@ def test_a_full_disk_loses_nothing(small_disk, finished, dataset, loaded, batche
     batches.clear()
     table = record_teacher_logits(dataset, loaded, output_dir=folder, **SETTINGS)
     assert batches == [] and same_bytes(table, load_from_disk(finished))
+
+
+def invert(dataset, rows):
+    """The dataset with other images in these rows."""
+
+    def other(row, number):
+        return {"image": PIL.ImageOps.invert(row["image"].convert("L"))} if number in rows else row
+
+    return dataset.map(other, with_indices=True)
+
+
+@pytest.fixture(scope="module")
+def stopped(images, loaded, tmp_path_factory):
+    """The folder of a recording that stopped after five of its shards."""
+    folder = tmp_path_factory.mktemp("stopped") / "t"
+    with pytest.raises(ValueError, match=f"Row {UNSAMPLED}: "):
+        record_teacher_logits(images(NUM_ROWS, broken=[UNSAMPLED]), loaded, output_dir=folder, **SETTINGS)
+    return folder
+
+
+@pytest.fixture
+def interrupted(stopped, tmp_path):
+    return Path(shutil.copytree(stopped, tmp_path / "interrupted"))
+
+
+def shards_of(folder):
+    return sorted((folder / "shards").glob("*.arrow"))
+
+
+def test_images_that_changed_meanwhile_get_no_old_logits(finished, dataset, interrupted, loaded):
+    folder, shards = interrupted, shards_of(interrupted)
+    # Neither is in the sample by which a recording identifies its dataset.
+    unsampled = [row for row in range(40) if row not in np.linspace(0, NUM_ROWS - 1, 64).astype(int)][:2]
+    with pytest.raises(ValueError, match=re.escape(f"2 rows (first {unsampled})")):
+        record_teacher_logits(invert(dataset, unsampled), loaded, output_dir=folder, **SETTINGS)
+    assert shards_of(folder) == shards
+    assert same_bytes(record_teacher_logits(dataset, loaded, output_dir=folder, **SETTINGS), load_from_disk(finished))
+    with pytest.raises(ValueError, match=re.escape(f"1 rows (first [{UNSAMPLED}])")):
+        record_teacher_logits(invert(dataset, [UNSAMPLED]), loaded, output_dir=finished, **SETTINGS)
+
+
+def test_a_finished_table_without_some_rows_is_compared_row_by_row(images, loaded, tmp_path):
+    settings = {**SETTINGS, "skip_unreadable": True, "output_dir": tmp_path / "t"}
+    broken = images(NUM_ROWS, broken=[3])
+    table = record_teacher_logits(broken, loaded, **settings)
+    assert same_bytes(record_teacher_logits(broken, loaded, **settings), table)
+    with pytest.raises(ValueError, match=re.escape(f"1 rows (first [{UNSAMPLED}])")):
+        changed = broken.cast_column("image", Image(decode=False)).to_list()
+        changed[UNSAMPLED]["image"] = changed[0]["image"]
+        record_teacher_logits(Dataset.from_list(changed, features=broken.features), loaded, **settings)
+
+
+def test_a_recorded_table_with_another_image_takes_no_more_teachers(dataset, loaded, tmp_path):
+    one = {"conv": loaded["conv"]}
+    table = invert(record_teacher_logits(dataset, one, output_dir=tmp_path / "t"), [UNSAMPLED])
+    with pytest.raises(ValueError, match=re.escape(f"1 rows (first [{UNSAMPLED}])")):
+        record_teacher_logits(table, {"inv": loaded["inv"]}, output_dir=tmp_path / "more")
+
+
+def test_rows_without_logits_take_no_more(dataset, loaded, tmp_path):
+    table = record_teacher_logits(dataset.select(range(20)), loaded, output_dir=tmp_path / "t", **SETTINGS)
+    joined = concatenate_datasets([dataset.select(range(20, 22)), table])
+    views = ViewRecipe(num_views=3, horizontal_flip=0.5)
+    with pytest.raises(ValueError, match=r'_logits" .*2 rows \(first \[0, 1\]\)'):
+        record_teacher_logits(joined, loaded, output_dir=tmp_path / "more", views=views)
+    with pytest.raises(ValueError, match=r"Row [01]: .*_logits"):
+        logits_metrics(joined)
+    keyless = table.map(lambda row, number: {"row_key": row["row_key"] if number else None}, with_indices=True)
+    with pytest.raises(ValueError, match=r'"row_key" .*1 rows \(first \[0\]\)'):
+        record_teacher_logits(keyless, loaded, output_dir=tmp_path / "more", views=views)
+
+
+@pytest.mark.parametrize("damage", ["other rows", "checksum", "holder"])
+def test_damage_of_an_interrupted_recording_is_recorded_again(damage, finished, dataset, interrupted, loaded):
+    folder, (first, second, *_) = interrupted, shards_of(interrupted)
+    if damage == "other rows":
+        for suffix in ("", ".sha256"):
+            shutil.copy(f"{second}{suffix}", f"{first}{suffix}")
+    elif damage == "checksum":
+        Path(f"{first}.sha256").write_bytes(b"\xff")
+    else:
+        (folder / "recording.holder").write_bytes(b"\xff")
+    table = record_teacher_logits(dataset, loaded, output_dir=folder, **SETTINGS)
+    assert same_bytes(table, load_from_disk(finished))
+
+
+def test_damage_that_cannot_be_recorded_again_is_named(dataset, interrupted, loaded):
+    folder, (shard, *_) = interrupted, shards_of(interrupted)
+    manifest = folder / "recording.json"
+    whole = manifest.read_text()
+    for content in ("", whole[:99], "{}", "[]", "null", '{"record": {}}', "[" * 10_000):
+        manifest.write_text(content)
+        with pytest.raises(ValueError, match=re.escape(str(manifest))):
+            record_teacher_logits(dataset, loaded, output_dir=folder, **SETTINGS)
+    manifest.write_text(whole)
+    for path in (folder / "recording.lock", shard):
+        path.unlink()
+        path.mkdir()
+        with pytest.raises(ValueError, match=re.escape(f"{path} is a folder")):
+            record_teacher_logits(dataset, loaded, output_dir=folder, **SETTINGS)
+        path.rmdir()

@@ -92,7 +92,7 @@ def distill(folder, table, student=None, trainer_class=EnsembleDistillationTrain
     names = ("teachers", "eval_dataset", "compute_metrics", "callbacks", "image_column", "label_column", "views")
     own = {name: settings.pop(name) for name in names if name in settings}
     trainer = trainer_class(
-        model=student or small_student(),
+        model=small_student() if student is None else student,
         args=arguments(folder, **settings),
         train_dataset=table,
         processing_class=PROCESSOR,

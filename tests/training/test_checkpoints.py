@@ -4,7 +4,14 @@ import json
 import shutil
 
 import pytest
-from transformers import ViTImageProcessor
+import torch
+from transformers import (
+    SwinConfig,
+    SwinForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+)
 
 from hf_ibdistill import (
     IBViTConfig,
@@ -50,6 +57,39 @@ def test_a_whole_checkpoint_passes_and_the_last_one_is_chosen(run):
     assert checkpoint_to_resume(None, str(run), student()) is checkpoint_to_resume(False, "", student()) is None
 
 
+def vit(**changes):
+    sizes = {"image_size": 8, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return ViTForImageClassification(ViTConfig(**{**sizes, "intermediate_size": 16, "num_labels": 3, **changes}))
+
+
+def swin(**changes):
+    sizes = {"image_size": 8, "patch_size": 2, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "window_size": 2}
+    return SwinForImageClassification(SwinConfig(**{**sizes, "num_labels": 3, **changes}))
+
+
+@pytest.mark.parametrize(("build", "other"), [(vit, {"hidden_size": 32}), (swin, {"embed_dim": 16})])
+def test_models_that_transformers_saves_under_other_names_resume(build, other, images, tmp_path):
+    settings = {"max_steps": 4, "save_steps": 2, "save_strategy": "steps", "eval_strategy": "no", "warmup_steps": 0}
+    args = ImageTrainingArguments(str(tmp_path), **settings, report_to=[], disable_tqdm=True)
+    processor = ViTImageProcessor(size={"height": 8, "width": 8})
+
+    def train(checkpoint):
+        torch.manual_seed(0)
+        trainer = ImageClassificationTrainer(build(), args, train_dataset=images(8), processing_class=processor)
+        trainer.train(checkpoint)
+        return trainer
+
+    whole = train(None).model.state_dict()
+    resumed = train(str(tmp_path / "checkpoint-2"))
+    assert all(torch.equal(tensor, resumed.model.state_dict()[name]) for name, tensor in whole.items())
+    resumed.model = build()
+    resumed.state.best_model_checkpoint = str(tmp_path / "checkpoint-4")
+    resumed._load_best_model()
+    assert all(torch.equal(tensor, resumed.model.state_dict()[name]) for name, tensor in whole.items())
+    with pytest.raises(ValueError, match="belongs to another model"):
+        check_checkpoint(tmp_path / "checkpoint-2", build(**other))
+
+
 NEEDED = ["model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json"]
 
 
@@ -65,6 +105,30 @@ def test_a_checkpoint_that_is_not_whole_is_named_and_skipped(name, is_missing, c
         checkpoint_to_resume(copied / "checkpoint-12", str(copied), student())
     assert checkpoint_to_resume(True, str(copied), student()) == str(copied / "checkpoint-8")
     assert "checkpoint-12 is not a whole checkpoint" in caplog.text and name in caplog.text
+
+
+def test_random_states_that_are_missing_are_mentioned(copied, caplog):
+    check_checkpoint(copied / "checkpoint-4", student())
+    assert "rng_state" not in caplog.text
+    (copied / "checkpoint-4" / "rng_state.pth").unlink()
+    check_checkpoint(copied / "checkpoint-4", student())
+    assert "checkpoint-4 has no rng_state.pth" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("rng_state.pth", ""),
+        ("rng_state.pth", "PK"),
+        ("trainer_state.json", "{}"),
+        ("trainer_state.json", "[]"),
+        ("config.json", "[]"),
+    ],
+)
+def test_files_with_other_content_are_not_whole(name, content, copied):
+    (copied / "checkpoint-4" / name).write_text(content)
+    with pytest.raises(ValueError, match=f"not a whole checkpoint, because {name}"):
+        check_checkpoint(copied / "checkpoint-4", student())
 
 
 def test_without_a_whole_checkpoint_there_is_an_error(copied, tmp_path):

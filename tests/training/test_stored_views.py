@@ -86,6 +86,7 @@ def trained(
         student(("conv", "inv") if is_distilled else (), student_seed, dropout),
         DistillationArguments(str(folder), **arguments),
         train_dataset=train_dataset,
+        eval_dataset=train_dataset if "eval_steps" in settings else None,
         processing_class=PROCESSOR,
         views=views,
         **({"teachers": teachers} if teachers else {}),
@@ -168,7 +169,8 @@ def test_resuming_within_an_epoch_goes_on_with_its_view(table, whole, tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resuming_with_dropout_and_workers_ends_bit_identical(workers, table, tmp_path):
-    settings = {"dropout": 0.3, "dataloader_num_workers": workers}
+    # Evaluation must not draw from the generator of dropout either.
+    settings = {"dropout": 0.3, "dataloader_num_workers": workers, "eval_strategy": "steps", "eval_steps": 2}
     whole = trained(tmp_path, table, save_strategy="steps", save_steps=1, **settings)
     for step in (3, 5):  # at the end of an epoch, and within one
         checkpoint = str(tmp_path / f"checkpoint-{step}")
@@ -200,10 +202,12 @@ def test_a_table_streamed_from_parquet_takes_the_same_steps(table, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("accumulation", "workers", "steps"), [(1, 0, range(1, 9)), (1, 2, (4, 6)), (2, 0, (2, 3))], ids=str
+    ("accumulation", "workers", "steps"),
+    [(1, 0, range(1, 9)), (1, 2, (4, 6)), (2, 0, (2, 3)), (3, 0, (1, 2))],
+    ids=str,
 )
 def test_a_resumed_stream_ends_bit_identical(accumulation, workers, steps, table, tmp_path):
-    # Passes of four batches, the last of which is small if there is no accumulation.
+    # Passes of four batches, the last of which is small, or does not fill a step.
     rows = table.select(range(23 if accumulation == 1 else 24))
     settings = {
         "per_device_train_batch_size": 6, "gradient_accumulation_steps": accumulation, "max_steps": 9 // accumulation,
@@ -221,6 +225,21 @@ def test_a_resumed_stream_ends_bit_identical(accumulation, workers, steps, table
         checkpoint = str(tmp_path / f"checkpoint-{step}")
         resumed = trained(tmp_path / "b", shuffled(), student_seed=1, resume_from=checkpoint, **settings)
         assert_same(resumed, whole, rtol=0, atol=0)
+
+
+def test_batches_that_fill_no_step_are_left_out_of_a_pass_of_a_stream(table, tmp_path, caplog):
+    # Three batches a pass, two of which make a step: the views go on, and the third leaves no gradient behind.
+    settings = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}
+    streamed = trained(tmp_path / "a", stream(table), max_steps=3, **settings)
+    assert "last 1 batches" in caplog.text and "gradient_accumulation_steps=2" in caplog.text
+    whole = trained(
+        tmp_path / "b", table.select(range(16)), train_sampling_strategy="sequential", num_train_epochs=3, **settings
+    )
+    assert_same(streamed, whole, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="4 batches of 8"):
+        trained(
+            tmp_path / "c", stream(table), max_steps=3, per_device_train_batch_size=8, gradient_accumulation_steps=4
+        )
 
 
 def test_a_stream_that_pyarrow_would_mix_up_is_refused(table, tmp_path):

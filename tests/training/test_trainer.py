@@ -8,6 +8,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -1009,6 +1010,76 @@ def test_arguments_of_evaluation_leave_the_metrics_alone(settings, trainer_class
     found = trainer.evaluate()
     tolerance = {"abs": 0.13} if "bf16_full_eval" in settings else {"rel": 1e-5}
     assert {name: found[f"eval_{name}"] for name in expected} == pytest.approx(expected, **tolerance)
+
+
+def test_the_best_model_by_a_metric_that_should_fall(plain_table, table, tmp_path):
+    trainer = distill(
+        tmp_path, table, eval_dataset=plain_table, per_device_train_batch_size=8, num_train_epochs=3, learning_rate=2.0,
+        eval_strategy="epoch", save_strategy="epoch", load_best_model_at_end=True,
+        metric_for_best_model="negative_log_likelihood",
+    )  # fmt: skip
+    values = [e["eval_negative_log_likelihood"] for e in trainer.state.log_history if "eval_loss" in e]
+    assert trainer.state.best_metric == min(values) < max(values)
+
+
+@BOTH_TRAINERS
+def test_arguments_serve_a_second_trainer(trainer_class, plain_table, table, tmp_path):
+    args = arguments(tmp_path)
+    first = {"args": args, "train_dataset": table, "eval_dataset": plain_table, "processing_class": PROCESSOR}
+    trainer = trainer_class(small_student(), **first)
+    before = args.to_dict()
+    trainer.train()
+    trainer.evaluate()
+    assert args.to_dict() == before
+    trainer_class(small_student(), compute_metrics=lambda prediction: {"rows": len(prediction.label_ids)}, **first)
+
+
+@BOTH_TRAINERS
+def test_a_compiled_student_is_measured_as_well(trainer_class, plain_table, table, tmp_path):
+    student = torch.compile(small_student(), backend="eager")
+    trainer = distill(tmp_path, table, student, trainer_class=trainer_class, eval_dataset=plain_table, train=False)
+    expected = hf_ibdistill.evaluate_model(small_student(), PROCESSOR, plain_table)
+    found = trainer.evaluate()
+    assert found["eval_accuracy"] == expected["accuracy"] and found["eval_loss"] > 0
+
+
+@BOTH_TRAINERS
+@pytest.mark.parametrize("label", [None, -1, 4])
+def test_rows_without_a_class(label, trainer_class, table, tmp_path):
+    labels = [label if i in (3, 7) else value for i, value in enumerate(table["label"])]
+    column = pa.array(labels, pa.int64())
+    position = table.column_names.index("label")
+    broken = Dataset(table.data.table.set_column(position, "label", column), info=table.info)
+    message = r"2 rows have no label.*\[3, 7\]"
+    with pytest.raises(ValueError, match="training set: " + message):
+        distill(tmp_path, broken, trainer_class=trainer_class, train=False)
+    with pytest.raises(ValueError, match=message):
+        hf_ibdistill.evaluate_model(small_student(), PROCESSOR, broken)
+
+
+@BOTH_TRAINERS
+def test_objects_of_another_kind(trainer_class, table, tmp_path):
+    given = {"args": arguments(tmp_path), "train_dataset": table, "processing_class": PROCESSOR}
+    for change, message in (
+        ({"model": torch.nn.Linear(2, 2)}, "model=Linear"),
+        ({"model": "outputs/student"}, "model='outputs/student'"),
+        ({"model": small_student(), "args": {}}, "args"),
+        ({"model": small_student(), "processing_class": "outputs/student"}, "processing_class='outputs/student'"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            trainer_class(**{**given, **change})
+
+
+def test_confidence_at_another_temperature_needs_every_logit(table, tmp_path):
+    encoding, data = LogitsEncoding("float32", top_k=2), table.data.table.select(["image", "label"])
+    features = table.select_columns(["image", "label"]).features
+    for name in ("conv_logits", "inv_logits"):
+        features[name] = encoding.feature(len(CLASSES), None)
+        data = data.append_column(name, encoding.encode(np.array(table[name], np.float32)))
+    stored = Dataset(data, info=DatasetInfo(features=features))
+    distill(tmp_path, stored, confidence_weighting=True, temperature=1.0)
+    with pytest.raises(ValueError, match="confidence_weighting=True.*conv_logits"):
+        distill(tmp_path, stored, confidence_weighting=True, temperature=[1.0, 2.0], train=False)
 
 
 @BOTH_TRAINERS
