@@ -22,7 +22,7 @@ from .data.columns import LABEL, as_image_table, require_table
 from .logits.encoding import column_name, describe_column
 from .models.modeling_ibvit import IBViTForImageClassification
 from .rows import DistillationCollator, ImageRows
-from .teachers import without_autocast
+from .teachers import require_model, without_autocast
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -232,7 +232,7 @@ def predict(
         `teacher_token_logits` (N, T, C). Columns of all teachers of the student add `teacher_logits` (N, T, C).
 
     Raises:
-        TypeError: `dataset` is not one table.
+        TypeError: `model`, `image_processor` or `dataset` is of another kind.
         ValueError: the table is empty, a column cannot be found, an image cannot be decoded, or model and table differ in
             their classes.
     """
@@ -265,6 +265,9 @@ def _predict(
     model, image_processor, dataset, batch_size, num_workers, image_column, label_column
 ) -> Iterator[dict[str, torch.Tensor]]:
     """The results of [`predict`], batch by batch, on the CPU."""
+    require_model(model)
+    if not isinstance(image_processor, BaseImageProcessor):
+        raise TypeError(f"image_processor={image_processor!r} is no image processor. Pass that of the model.")
     require_table(dataset, "dataset")
     check_numbers(1, whole=True, batch_size=batch_size)
     if len(dataset) == 0:

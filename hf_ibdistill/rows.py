@@ -71,8 +71,7 @@ class _RowDecoder:
             # A new dict, because the rows that are to come hold no decoded image yet, and those that came no longer.
             encoded, row = row[IMAGE], {**row, IMAGE: None}
             try:
-                image = decode_image(encoded)
-                row[IMAGE] = image if self._mode in (None, "RGB") else image.convert(self._mode).convert("RGB")
+                row[IMAGE] = decode_image(encoded, self._mode)
                 if self.file_keys:
                     row[FILE_KEY] = file_key(encoded)
             except ValueError as error:

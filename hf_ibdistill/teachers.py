@@ -155,6 +155,16 @@ class Teacher:
         return digest.hexdigest()
 
 
+def require_model(model: object) -> None:
+    """Refuse anything but a model of transformers, compiled or not.
+
+    Raises:
+        TypeError: it is another object.
+    """
+    if not isinstance(getattr(model, "_orig_mod", model), PreTrainedModel):
+        raise TypeError(f"model={model!r} is no model of transformers. Pass what from_pretrained returns.")
+
+
 def without_autocast(model: PreTrainedModel) -> PreTrainedModel:
     """The model without the autocast or the DDP wrapper that a trainer in this process may have left around it.
 

@@ -312,6 +312,17 @@ def test_measuring_leaves_every_module_in_its_mode():
     torch.testing.assert_close(frozen.running_mean, statistics, rtol=0, atol=0)
 
 
+def test_objects_of_another_kind():
+    for given, message in (
+        (("outputs/student", PROCESSOR), "model='outputs/student'"),
+        ((plain(), "outputs/student"), "image_processor='outputs/student'"),
+        ((PROCESSOR, plain()), "model=ViTImageProcessor"),
+    ):
+        for measure in (predict, evaluate_model):
+            with pytest.raises(TypeError, match=message):
+                measure(*given, table())
+
+
 def test_models_that_return_tuples():
     model, dataset = plain(), table()
     expected = predict(model, PROCESSOR, dataset)["logits"]

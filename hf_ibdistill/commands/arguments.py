@@ -211,10 +211,10 @@ def parse(command: str, description: str, arguments: Sequence[str], *types: type
             # transformers lets only some booleans go without a value.
             action.nargs, action.const = "?", True
     known = parser._option_string_actions
-    unknown = [name for flag in arguments if flag.startswith("--") and (name := flag.partition("=")[0]) not in known]
-    # Looked for first: the parser would complain about a required argument whose name was misspelled.
     if sum(flag.partition("=")[0] == "--config" for flag in arguments) > 1:
         parser.error("--config is given twice; put all arguments into one file")
+    # Looked for first: the parser would complain about a required argument whose name was misspelled.
+    unknown = [name for flag in arguments if flag.startswith("--") and (name := flag.partition("=")[0]) not in known]
     flags = [] if unknown else _read_config(parser, arguments) + arguments
     unknown = unknown or parser.parse_known_args(flags)[1]
     if unknown:

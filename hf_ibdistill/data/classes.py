@@ -4,6 +4,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, DatasetDict
 from transformers import PreTrainedConfig
@@ -27,13 +28,21 @@ def class_names(table: Table) -> list[str]:
     return feature.names
 
 
+def label_values(table: Dataset) -> pa.ChunkedArray:
+    """The column "label" as it is stored. No other column is read."""
+    return table.select_columns([LABEL]).with_format("arrow")[:][LABEL]
+
+
 def label_ids(table: Dataset) -> np.ndarray:
     """The column "label" as an array (N,) of int64; −1 for a row without a label."""
-    return table.select_columns([LABEL]).with_format("arrow")[:][LABEL].fill_null(-1).to_numpy().astype(np.int64)
+    return label_values(table).fill_null(-1).to_numpy().astype(np.int64)
 
 
-def check_labels(table: Dataset) -> None:
+def check_labels(table: Dataset) -> np.ndarray:
     """Refuse a table with rows whose label is missing or is no class.
+
+    Returns:
+        (N,), the class ids.
 
     Raises:
         ValueError: such a label; the message has the number of such rows and the first of them.
@@ -46,6 +55,7 @@ def check_labels(table: Dataset) -> None:
             f"{len(rows)} rows have no label, or one that is no class (labels {values}, −1 for none; rows "
             f"{rows[:10].tolist()}). There are {len(names)} classes. Remove these rows."
         )
+    return labels
 
 
 def config_class_names(config: PreTrainedConfig, owner: str = "the model") -> list[str]:
@@ -132,25 +142,24 @@ def encode_labels(splits: DatasetDict) -> DatasetDict:
     splits = DatasetDict(splits)
     for name, split in splits.items():
         # NaN is how pandas writes a missing value.
-        missing = pc.is_null(split.select_columns([LABEL]).with_format("arrow")[:][LABEL], nan_is_null=True)
+        missing = pc.is_null(label_values(split), nan_is_null=True)
         rows = np.flatnonzero(missing.to_numpy())
         if len(rows):
             raise ValueError(f'The split "{name}" has {len(rows)} rows without a label (first {rows[:10].tolist()}).')
     if not all(isinstance(split.features[LABEL], ClassLabel) for split in splits.values()):
         splits = _number_classes(splits)
-    names = splits["train"].features[LABEL].names
-    ids = {name: label_ids(split) for name, split in splits.items()}
+    names, ids = splits["train"].features[LABEL].names, {}
     for name, split in splits.items():
         found = split.features[LABEL].names
         if _normalize(found) != _normalize(names):
             raise ValueError(
                 f'The splits "train" and "{name}" have different classes: {name_difference(names, found)}.'
             )
-        labels = ids[name]
         try:
-            check_labels(split)
+            ids[name] = check_labels(split)
         except ValueError as error:
             raise ValueError(f'The split "{name}": {error}') from error
+    for name, labels in ids.items():
         untaught = np.setdiff1d(labels, ids["train"])
         if len(untaught):
             raise ValueError(
@@ -183,7 +192,7 @@ def _number_classes(splits):
             )
     feature = ClassLabel(names=[str(name) for name in names])
     for split, rows in splits.items():
-        values = rows.select_columns([LABEL]).with_format("arrow")[:][LABEL].to_pylist()
+        values = label_values(rows).to_pylist()
         labels = np.array([ids[readers[split](value)] for value in values], np.int64)
         # Not `map`, which would write a copy of the images beside the files of the user.
         numbered = rows.remove_columns(LABEL).add_column(LABEL, labels, feature=feature)
@@ -209,7 +218,7 @@ def _value_reader(rows, split):
     if feature.dtype == "bool" or "int" in feature.dtype:
         return lambda value: value
     if feature.dtype.startswith("float"):
-        values = rows.select_columns([LABEL]).with_format("arrow")[:][LABEL].to_numpy()
+        values = label_values(rows).to_numpy()
         # pandas makes floats of numbers if one of them is missing.
         wrong = np.flatnonzero(values != np.round(values))
         if not len(wrong) and np.isfinite(values).all():

@@ -36,7 +36,7 @@ _ORIENTATION = 0x0112
 _BITS, _WHITE_IS_ZERO, _SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF files
 
 
-def decode_image(value: Mapping | None) -> PIL.Image.Image:
+def decode_image(value: Mapping | None, mode: str | None = None) -> PIL.Image.Image:
     """Decode an undecoded `datasets.Image` value into an 8-bit RGB image.
 
     Grayscale, palette and other color spaces are converted, transparency is dropped, and of several frames the first is
@@ -44,6 +44,7 @@ def decode_image(value: Mapping | None) -> PIL.Image.Image:
 
     Args:
         value: `{"bytes": …, "path": …}`.
+        mode: that of the column (`datasets.Image.mode`), which the image passes through.
 
     Raises:
         ValueError: there is no image, it cannot be decoded, it is larger than `PIL.Image.MAX_IMAGE_PIXELS`, or its levels
@@ -69,7 +70,8 @@ def decode_image(value: Mapping | None) -> PIL.Image.Image:
                     "scale_pixels(dataset, 0, 255)."
                 )
             rgb = _from_levels(levels.astype(np.uint32) * 255 // highest, is_negative).convert("RGB")
-        return _upright(rgb, image)
+        rgb = _upright(rgb, image)
+        return rgb if mode in (None, "RGB") else rgb.convert(mode).convert("RGB")
     except MemoryError:
         raise
     except Exception as error:  # which error a damaged file raises depends on its format

@@ -244,11 +244,7 @@ def check_images(
 
 def _is_recorded(cell, mode, of_pixels, of_file) -> bool:
     try:
-        if file_key(cell) == of_file:
-            return True
-        image = decode_image(cell)
-        # As [`~rows.ImageRows`] does.
-        return row_key(image if mode in (None, "RGB") else image.convert(mode).convert("RGB")) == of_pixels
+        return file_key(cell) == of_file or row_key(decode_image(cell, mode)) == of_pixels
     except (ValueError, OSError):
         return True  # whoever reads the row reports it
 

@@ -45,8 +45,8 @@ def attach_teacher_logits(
 
     Raises:
         TypeError: an argument is not one table.
-        ValueError: the table has no `row_key` of whole numbers or no logits, joins different teachers of one name, a column would exist twice, or images have no recorded
-            logits; the message has their number and the first rows.
+        ValueError: the table has no `row_key` of whole numbers or no logits, joins different teachers of one name, a column
+            would exist twice, or images have no recorded logits; the message has their number and the first rows.
     """
     require_table(images, "images")
     require_table(logits_table, "logits_table")

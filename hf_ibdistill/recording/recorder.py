@@ -125,8 +125,8 @@ def record_teacher_logits(
     Raises:
         TypeError: `dataset` is not a `Dataset` or `DatasetDict`.
         ValueError: before any teacher runs: teachers and dataset differ in their classes, a column exists already, or the
-            folder holds another recording, or one of other images or by other teachers. While recording: an image cannot be decoded, or
-            a logit is not finite; the message names the row, and finished shards are kept.
+            folder holds another recording, or one of other images or by other teachers. While recording: an image cannot
+            be decoded, or a logit is not finite; the message names the row, and finished shards are kept.
         OSError: the disk is full; finished shards are kept.
     """
     teachers = load_teachers(teachers, bf16=bf16, trust_remote_code=trust_remote_code)
@@ -203,8 +203,8 @@ def _check_before_recording(dataset, split, teachers) -> None:
     if len(dataset) == 0:
         what = f'split "{split}"' if split else "dataset"
         raise ValueError(f"The {what} is empty. Pass at least one row.")
-    for key in (ROW_KEY, FILE_KEY):
-        if key in dataset.column_names and not read_records(dataset):
+    for key in () if read_records(dataset) else (ROW_KEY, FILE_KEY):
+        if key in dataset.column_names:
             raise ValueError(f'The column "{key}" would be overwritten by the keys of the images. Rename it.')
     check_keys(dataset)
     for teacher in teachers:

@@ -9,7 +9,7 @@ import logging
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
@@ -161,12 +161,12 @@ def shard_is_whole(path: Path) -> bool:
     if not path.is_file() or not checksum.is_file() or checksum.read_bytes() != sha256(path).encode():
         return False
     start, stop = map(int, path.stem.split("-"))
-    return set(shard_keys([path])[ROW]) <= set(range(start, stop))
+    return set(shard_keys([path], [ROW])[ROW]) <= set(range(start, stop))
 
 
-def shard_keys(paths: Iterable[Path]) -> dict[str, list[int | None]]:
+def shard_keys(paths: Iterable[Path], names: Sequence[str] = (ROW, ROW_KEY, FILE_KEY)) -> dict[str, list[int | None]]:
     """The row numbers and keys in whole shards, one after another; a key that a shard does not have is `None`."""
-    keys = {name: [] for name in (ROW, ROW_KEY, FILE_KEY)}
+    keys = {name: [] for name in names}
     for path in paths:
         with pa.memory_map(str(path)) as source:
             shard = pa.ipc.open_stream(source).read_all()

@@ -11,13 +11,13 @@ from transformers import BaseImageProcessor, PreTrainedModel, TrainerCallback, T
 from transformers.trainer_callback import ExportableState
 
 from ..data.classes import check_class_names, check_labels, class_names, config_class_names
-from ..data.columns import LABEL, as_image_table
+from ..data.columns import LABEL, as_image_table, require_table
 from ..evaluation import RunningMetrics
 from ..images.views import ViewRecipe
 from ..logits.encoding import check_teacher_names, column_name, describe_column
 from ..logits.provenance import check_columns, check_files, stored_views
 from ..rows import DistillationCollator, ImageRows, StreamedImageRows
-from ..teachers import TeacherLike, load_teachers
+from ..teachers import TeacherLike, load_teachers, require_model
 from .arguments import DistillationArguments, ImageTrainingArguments
 from .checkpoints import checkpoint_to_resume, saved_names
 from .losses import ensemble_distillation_loss
@@ -136,8 +136,8 @@ class ImageClassificationTrainer(PublishingTrainer):
                 f"processing_class={processing_class!r}, but the trainer needs the image processor of the model. Pass "
                 "processing_class=image_processor."
             )
-        if model is not None and not isinstance(getattr(model, "_orig_mod", model), PreTrainedModel):
-            raise TypeError(f"model={model!r} is no model of transformers. Pass what from_pretrained returns.")
+        if model is not None:
+            require_model(model)
         if args is not None and not isinstance(args, TrainingArguments):
             raise TypeError(f"args={args!r} are no TrainingArguments. Pass args={self.default_arguments.__name__}(…).")
         if args is None:
@@ -207,14 +207,22 @@ class ImageClassificationTrainer(PublishingTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir, self.model)
         self._wrap_train_dataset()
-        given = self.args.ignore_data_skip
         # `_StartEpoch` finds the place in a stream; `Trainer` would count the batches of all passes.
-        self.args.ignore_data_skip = given or isinstance(self.train_dataset, StreamedImageRows)
-        try:
+        ignores = self.args.ignore_data_skip or isinstance(self.train_dataset, StreamedImageRows)
+        with self._arguments(ignore_data_skip=ignores):
             return super().train(checkpoint, *args, **kwargs)
-        finally:
-            self.args.ignore_data_skip = given
 
+    @contextmanager
+    def _arguments(self, **changes):
+        """Other arguments for a while, because the user's may serve another trainer."""
+        given = {name: getattr(self.args, name) for name in changes}
+        vars(self.args).update(changes)
+        try:
+            yield
+        finally:
+            vars(self.args).update(given)
+
+    # `Trainer` offers no other place where it reads weights back.
     def _load_from_checkpoint(self, *args, **kwargs):
         with saved_names(self.model):
             super()._load_from_checkpoint(*args, **kwargs)
@@ -229,19 +237,16 @@ class ImageClassificationTrainer(PublishingTrainer):
             # `Trainer` would add their gradient to the next step.
             if (self.state.epoch or 0) < 1:
                 logger.warning(
-                "The last %d batches of a pass do not fill a step of gradient_accumulation_steps=%d and are left out.",
-                len(batches), num_batches,
-            )  # fmt: skip
+                    "The last %d batches of a pass do not fill a step of gradient_accumulation_steps=%d and are left out.",
+                    len(batches),
+                    num_batches,
+                )
             return [], None
         return batches, num_items
 
     def evaluation_loop(self, *args, **kwargs):
-        given = self.args.batch_eval_metrics
-        self.args.batch_eval_metrics = given or self._measures_tokens
-        try:
+        with self._arguments(batch_eval_metrics=self.args.batch_eval_metrics or self._measures_tokens):
             return super().evaluation_loop(*args, **kwargs)
-        finally:
-            self.args.batch_eval_metrics = given
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self._is_student and self.compute_loss_func is None and model.training:
@@ -289,11 +294,8 @@ class ImageClassificationTrainer(PublishingTrainer):
         """While a loader for evaluation is made: it has every row, and metrics begin at the first."""
         if self._measures_tokens:
             self.compute_metrics.reset()
-        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
-        try:
+        with self._arguments(dataloader_drop_last=False):
             yield
-        finally:
-            self.args.dataloader_drop_last = drop_last
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         if ignore_keys is None and self._measures_tokens:
@@ -332,9 +334,7 @@ class ImageClassificationTrainer(PublishingTrainer):
         if isinstance(table, (ImageRows, StreamedImageRows)):
             # Rows for training have other views and logits than rows for evaluation. Their table has passed the door.
             table, columns = table.table, (None, None)
-        if not isinstance(table, (Dataset, IterableDataset) if is_training else Dataset):
-            kinds = "a datasets.Dataset or IterableDataset" if is_training else "a datasets.Dataset"
-            raise TypeError(f"The {what} is of type {type(table).__name__}. Give {kinds}.")
+        require_table(table, f"The {what}", streams=is_training)
         is_streamed = isinstance(table, IterableDataset)
         if not is_streamed and len(table) == 0:
             raise ValueError(f"The {what} is empty; it needs at least one row.")
