@@ -16,33 +16,30 @@ Both decode the same files into the same batches of pixel values, by `ImageRows`
 arguments and precision. Each has its own default attention: PyTorch's fused one in transformers, and the same in ours except
 for bf16 on a CPU. There two plain matrix products are faster, but keep the attention of every layer for the backward pass.
 
-The whole of `train()` is timed, without logging, evaluation and saving, both models in turn, in another order each
-repetition. A ratio is the median, with quartiles, over the repetitions of the ratios within one. The processor time,
-which varies less on a shared machine, is that of this process and of its data loader workers. `training.py` describes how to
-avoid the time that glibc adds to a step.
+The whole of `train()` is timed, without logging, evaluation and saving. `training.py` describes how to avoid the time that
+glibc adds to a step.
 
-Memory is that of as many steps in a process of their own: "anonymous" is what it allocated, including its libraries (Linux
-only); "resident" adds the mapped files in memory, which are the table and the code of the libraries. Memory of an
+Memory is that of as many steps in a process of their own, "anonymous" and "resident" as in `memory.py`. That of an
 accelerator is not included.
 """
 
 import tempfile
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from datasets import load_from_disk
 from recording import make_photographs, make_teacher
-from timing import Case, peak_memory, spread, time_in_turn, write_results
+from timing import Case, parse, peak_memory, spread, time_in_turn, write_results
 from torch.nn.functional import cross_entropy
 from training import make_arguments
 from transformers import (
     DeiTConfig,
     DeiTForImageClassificationWithTeacher,
-    HfArgumentParser,
     PrinterCallback,
     Trainer,
     set_seed,
 )
+from transformers.hf_argparser import HfArg
 
 from hf_ibdistill import (
     EnsembleDistillationTrainer,
@@ -64,18 +61,16 @@ TEACHER_SIZE = 32
 
 @dataclass
 class DeiTArguments:
-    output_file: str = field(default="outputs/benchmark_deit.json", metadata={"help": "Where the results go."})
-    presets: list[str] = field(
-        default_factory=lambda: ["deit-tiny"], metadata={"help": f"Sizes to measure: {', '.join(PRESETS)}."}
-    )
-    num_rows: int = field(default=256, metadata={"help": "Images in the table."})
-    num_classes: int = field(default=1000, metadata={"help": "Classes of the images, so width of the columns."})
-    batch_size: int = field(default=32, metadata={"help": "Images a step."})
-    steps: int = field(default=8, metadata={"help": "Steps of each model in a repetition."})
-    repetitions: int = field(default=5, metadata={"help": "How often each model is timed."})
-    bf16: bool | None = field(default=None, metadata={"help": "Mixed precision; by default the Trainer's choice."})
-    num_workers: int | None = field(default=None, metadata={"help": "Loader workers; by default the Trainer's."})
-    seed: int = field(default=0, metadata={"help": "Seed of images, weights and orders."})
+    output_file: str = HfArg(default="outputs/benchmark_deit.json", help="Where the results go.")
+    presets: list[str] = HfArg(default_factory=lambda: ["deit-tiny"], help=f"Sizes to measure: {', '.join(PRESETS)}.")
+    num_rows: int = HfArg(default=256, help="Images in the table.")
+    num_classes: int = HfArg(default=1000, help="Classes of the images, so width of the columns.")
+    batch_size: int = HfArg(default=32, help="Images a step.")
+    steps: int = HfArg(default=8, help="Steps of each model in a repetition.")
+    repetitions: int = HfArg(default=5, help="How often each model is timed.")
+    bf16: bool | None = HfArg(default=None, help="Mixed precision; by default the Trainer's choice.")
+    num_workers: int | None = HfArg(default=None, help="Loader workers; by default the Trainer's.")
+    seed: int = HfArg(default=0, help="Seed of images, weights and orders.")
 
     def __post_init__(self):
         if self.num_rows < self.batch_size:
@@ -110,9 +105,8 @@ def make_trainer(model: str, preset: str, bench: DeiTArguments, folder: Path) ->
     processor, classes = build_image_processor(table), class_config(table)
     set_seed(bench.seed)
     if model == OURS:
-        student = IBViTForImageClassification(
-            IBViTConfig.from_preset(preset, teacher_names=tuple(TEACHERS), **classes)
-        )
+        config = IBViTConfig.from_preset(preset, teacher_names=tuple(TEACHERS), **classes)
+        student = IBViTForImageClassification(config)
         trainer = EnsembleDistillationTrainer(student, args, train_dataset=table, processing_class=processor)
     else:
         deit = DeiTForImageClassificationWithTeacher(DeiTConfig(**PRESETS[preset], **classes))
@@ -142,7 +136,7 @@ def measure(preset: str, bench: DeiTArguments, folder: Path) -> dict:
         }
         for model, case in cases.items()
     }
-    ratios = {clock: cases[OURS].speed_against(cases[TRANSFORMERS], clock) for clock in ("wall", "cpu")}
+    ratios = cases[OURS].ratios(cases[TRANSFORMERS])
     return {"preset": preset, "bf16": trainers[OURS].args.bf16, "models": models, "ratios": ratios}
 
 
@@ -161,11 +155,11 @@ def report(entries: list[dict], batch_size: int) -> str:
 
 
 def main():
-    (bench,) = HfArgumentParser(DeiTArguments, description=__doc__.splitlines()[0]).parse_args_into_dataclasses()
+    bench = parse(DeiTArguments, __doc__)
     with tempfile.TemporaryDirectory() as folder:
         record_table(bench, Path(folder))
         entries = [measure(preset, bench, Path(folder)) for preset in bench.presets]
-    write_results(bench.output_file, arguments=asdict(bench), entries=entries)
+    write_results(bench, entries=entries)
     precision = "bf16" if entries[0]["bf16"] else "float32"
     print(f"\n{precision}, {bench.batch_size} images a step, {bench.steps} steps a run\n")
     print(report(entries, bench.batch_size))

@@ -2,18 +2,18 @@
 
     python benchmarks/export.py
 
-All run on the CPU with as many threads each, in turn, in another order each repetition. The models are untrained, because
-weights do not change the time. A ratio is the median, with quartiles, over the repetitions of the ratios within one.
+All run on the CPU with as many threads each. The models are untrained, because weights do not change the time.
 """
 
 import tempfile
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnxruntime
 import torch
-from timing import Case, spread, time_in_turn, write_results
-from transformers import AutoModelForImageClassification, HfArgumentParser, ViTImageProcessor
+from timing import Case, parse, spread, time_in_turn, write_results
+from transformers import AutoModelForImageClassification, ViTImageProcessor
+from transformers.hf_argparser import HfArg
 
 from hf_ibdistill import IBResNetConfig, IBViTConfig, export_onnx, quantize_onnx
 from hf_ibdistill.publishing.cards import markdown_table
@@ -35,11 +35,11 @@ MODELS = {
 
 @dataclass
 class ExportArguments:
-    output_file: str = field(default="outputs/benchmark_export.json", metadata={"help": "Where the results go."})
-    batch_sizes: list[int] = field(default_factory=lambda: [1, 32], metadata={"help": "Images a forward pass."})
-    images: int = field(default=64, metadata={"help": "Images of each model in a repetition."})
-    repetitions: int = field(default=9, metadata={"help": "How often each is timed."})
-    seed: int = field(default=0, metadata={"help": "Seed of weights, images and orders."})
+    output_file: str = HfArg(default="outputs/benchmark_export.json", help="Where the results go.")
+    batch_sizes: list[int] = HfArg(default_factory=lambda: [1, 32], help="Images a forward pass.")
+    images: int = HfArg(default=64, help="Images of each model in a repetition.")
+    repetitions: int = HfArg(default=9, help="How often each is timed.")
+    seed: int = HfArg(default=0, help="Seed of weights, images and orders.")
 
 
 def export(model, processor, folder: Path) -> dict[str, Path]:
@@ -70,14 +70,13 @@ def make_cases(model, paths: dict[str, Path], pixels: torch.Tensor, images: int)
 
 
 def main():
-    (bench,) = HfArgumentParser(ExportArguments, description=__doc__.splitlines()[0]).parse_args_into_dataclasses()
+    bench = parse(ExportArguments, __doc__)
     torch.manual_seed(bench.seed)
     entries, rows = [], []
     for side, configs in MODELS.items():
         processor = ViTImageProcessor(size={"height": side, "width": side})
-        models = {
-            title: AutoModelForImageClassification.from_config(config).eval() for title, config in configs.items()
-        }
+        build = AutoModelForImageClassification.from_config
+        models = {title: build(config).eval() for title, config in configs.items()}
         with tempfile.TemporaryDirectory() as folder:
             paths = {title: export(model, processor, Path(folder) / title) for title, model in models.items()}
             for batch_size in bench.batch_sizes:
@@ -87,16 +86,14 @@ def main():
                     cases |= {(title, name): case for name, case in timed.items()}
                 time_in_turn(list(cases.values()), bench.repetitions, bench.seed)
                 for (title, name), case in cases.items():
-                    ratios = {
-                        "against_pytorch": case.speed_against(cases[title, "PyTorch"]),
-                        "against_first": case.speed_against(cases[next(iter(models)), name]),
-                    }
                     entry = {"model": title, "image_size": side, "batch_size": batch_size, "case": name}
+                    against = {"against_pytorch": (title, "PyTorch"), "against_first": (next(iter(models)), name)}
+                    ratios = {what: case.speed_against(cases[baseline]) for what, baseline in against.items()}
                     entries.append({**entry, "rate": case.rate, **ratios})
                     megabytes = f"{paths[title][name].stat().st_size / 1e6:.1f}" if name in paths[title] else ""
                     shown = [spread(case.rate, 0), *(spread(ratio, 2) for ratio in ratios.values())]
                     rows.append([side, title, batch_size, name, megabytes, *shown])
-    write_results(bench.output_file, arguments=asdict(bench), entries=entries)
+    write_results(bench, entries=entries)
     header = ["pixels", "model", "batch", "", "MB", "images/s (quartiles)", "× PyTorch", "× the first model"]
     print(markdown_table(header, rows))
 

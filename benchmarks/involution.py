@@ -11,11 +11,10 @@ without data. Each is computed forward, and forward and backward, in float32 and
     eager      `involution2d`
     compiled   one `torch.compile(involution2d)` for all shapes, types and modes
 
-The ways of a shape are timed in turn, in another order each repetition; a ratio is the median over the repetitions of the
-ratios within one. Extra memory is the peak of what forward and backward allocate beyond the output and the gradients.
-The shares compare with the limits of the machine, measured in the same run. The bandwidth is that of a large copy, if each
-operand, result and gradient is moved once. The arithmetic rate is that of a large float32 matrix product, at 2·K² operations
-for each element of the output, and three times as many with the backward pass.
+Extra memory is the peak of what forward and backward allocate beyond the output and the gradients. The shares compare with
+the limits of the machine, measured in the same run. The bandwidth is that of a large copy, if each operand, result and
+gradient is moved once. The arithmetic rate is that of a large float32 matrix product, at 2·K² operations for each element of
+the output, and three times as many with the backward pass.
 
 Then a training step (forward, cross-entropy, backward, AdamW) of the small involution teacher, against one of its
 convolution counterpart.
@@ -27,14 +26,15 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import geometric_mean
 
 import numpy as np
 import torch
-from timing import Case, check, check_table, quartiles, spread, time_in_turn, write_results
+from timing import Case, check, check_table, parse, quartiles, spread, time_in_turn, write_results
 from torch._dynamo.utils import counters
-from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArg
 
 from hf_ibdistill import IBResNetConfig, IBResNetForImageClassification, involution2d
 from hf_ibdistill.models.involution import Involution2d
@@ -49,15 +49,13 @@ RUN_SECONDS = 0.05  # A shorter run would measure the clock and the caller.
 
 @dataclass
 class InvolutionArguments:
-    output_file: str = field(default="outputs/benchmark_involution.json", metadata={"help": "Where the results go."})
-    large_size: int = field(default=224, metadata={"help": "Side of RedNet-26's images."})
-    large_batch_size: int = field(default=8, metadata={"help": "Images in a batch of RedNet-26."})
-    small_sizes: list[int] = field(
-        default_factory=lambda: [8, 28], metadata={"help": "Sides of the small teachers' images."}
-    )
-    small_batch_size: int = field(default=64, metadata={"help": "Images in a batch of the small teachers."})
-    repetitions: int = field(default=5, metadata={"help": "How often each case is timed."})
-    seed: int = field(default=0, metadata={"help": "Seed of inputs, weights and orders."})
+    output_file: str = HfArg(default="outputs/benchmark_involution.json", help="Where the results go.")
+    large_size: int = HfArg(default=224, help="Side of RedNet-26's images.")
+    large_batch_size: int = HfArg(default=8, help="Images in a batch of RedNet-26.")
+    small_sizes: list[int] = HfArg(default_factory=lambda: [8, 28], help="Sides of the small teachers' images.")
+    small_batch_size: int = HfArg(default=64, help="Images in a batch of the small teachers.")
+    repetitions: int = HfArg(default=5, help="How often each case is timed.")
+    seed: int = HfArg(default=0, help="Seed of inputs, weights and orders.")
 
 
 @dataclass(frozen=True)
@@ -205,10 +203,8 @@ def training_step(preset: str, size: int, dtype: torch.dtype, bench: InvolutionA
 
 
 def measure_step(size: int, dtype: torch.dtype, bench: InvolutionArguments) -> dict:
-    cases = [
-        repeat(preset, training_step(preset, size, dtype, bench))
-        for preset in ("involution-small", "convolution-small")
-    ]
+    presets = ("involution-small", "convolution-small")
+    cases = [repeat(preset, training_step(preset, size, dtype, bench)) for preset in presets]
     time_in_turn(cases, bench.repetitions, bench.seed)
     involution, convolution = cases
     return {
@@ -220,26 +216,16 @@ def measure_step(size: int, dtype: torch.dtype, bench: InvolutionArguments) -> d
     }
 
 
-def count_compilations() -> dict:
-    """Compilations since `counters` was cleared."""
-    return {
-        "compilations": counters["stats"]["unique_graphs"],
-        "graph_breaks": sum(counters["graph_break"].values()),
-        "limit_hit": any("recompile limit" in reason for reason in counters["unimplemented"]),
-    }
-
-
 def geometric_means(entries: list[dict]) -> list[dict]:
     """Of the speeds, for each type and over all."""
     means = []
     for dtype in (*dict.fromkeys(entry["dtype"] for entry in entries), "all"):
         chosen = [entry for entry in entries if dtype in (entry["dtype"], "all")]
-        mean = {"dtype": dtype}
-        for way in WAYS[1:]:
-            for mode in MODES:
-                speeds = [entry[way][mode]["speed"]["median"] for entry in chosen]
-                mean.setdefault(way, {})[mode] = math.exp(np.mean(np.log(speeds)))
-        means.append(mean)
+        mean = {
+            way: {mode: geometric_mean(entry[way][mode]["speed"]["median"] for entry in chosen) for mode in MODES}
+            for way in WAYS[1:]
+        }
+        means.append({"dtype": dtype, **mean})
     return means
 
 
@@ -247,12 +233,12 @@ def check_all(entries: list[dict], means: list[dict], compiling: dict, steps: li
     checks = []
     for way, limit in FASTER.items():
         for mean in means:
-            what = f"{way}, {mean['dtype']}: geometric mean at least {limit:g} × unfold"
-            checks.append(check(what, mean[way]["both"], mean[way]["both"] >= limit))
+            what, speed = f"{way}, {mean['dtype']}: geometric mean at least {limit:g} × unfold", mean[way]["both"]
+            checks.append(check(what, speed, speed >= limit))
         slowest = min(entry[way]["both"]["speed"]["median"] for entry in entries)
         checks.append(check(f"{way}: no shape below {FASTER_EACH:g} × unfold", slowest, slowest >= FASTER_EACH))
     extra = [entry["extra_bytes"] for entry in entries if entry["kernel_size"] == 7]
-    share = max(extra_bytes["eager"] / extra_bytes["unfold"] for extra_bytes in extra)
+    share = max(of_way["eager"] / of_way["unfold"] for of_way in extra)
     what = f"K = 7: at most {LESS_MEMORY:g} × the extra memory of unfold"
     checks.append(check(what, share, share <= LESS_MEMORY))
     what = "compiled: so few compilations that the recompile limit is not hit"
@@ -283,25 +269,23 @@ def report(entries, means, compiling, limits, steps, checks) -> str:
         [step["size"], step["dtype"], *(f"{1e3 * s['median']:,.2f}" for s in step["seconds"].values()), spread(step["cost"], 2)]
         for step in steps
     ]  # fmt: skip
-    return "\n\n".join(
-        [
-            "Forward and backward in ms, speed × unfold (quartiles), and eager's shares forward / both:",
-            markdown_table(header, rows),
-            "Geometric means of the speeds:",
-            markdown_table(["type", *speeds], mean_rows),
-            f"Limits: {limits['bytes_per_second'] / 1e9:.1f} GB/s, {limits['flops_per_second'] / 1e9:.0f} Gflop/s. "
-            f"Compiled {compiling['compilations']} times, {compiling['graph_breaks']} graph breaks, "
-            f"recompile limit {'hit' if compiling['limit_hit'] else 'not hit'}.",
-            "A training step:",
-            markdown_table(["size", "type", "involution, ms", "convolution, ms", "cost × (quartiles)"], step_rows),
-            check_table(checks),
-        ]
-    )
+    paragraphs = [
+        "Forward and backward in ms, speed × unfold (quartiles), and eager's shares forward / both:",
+        markdown_table(header, rows),
+        "Geometric means of the speeds:",
+        markdown_table(["type", *speeds], mean_rows),
+        f"Limits: {limits['bytes_per_second'] / 1e9:.1f} GB/s, {limits['flops_per_second'] / 1e9:.0f} Gflop/s. "
+        f"Compiled {compiling['compilations']} times, {compiling['graph_breaks']} graph breaks, "
+        f"recompile limit {'hit' if compiling['limit_hit'] else 'not hit'}.",
+        "A training step:",
+        markdown_table(["size", "type", "involution, ms", "convolution, ms", "cost × (quartiles)"], step_rows),
+        check_table(checks),
+    ]
+    return "\n\n".join(paragraphs)
 
 
 def main():
-    parser = HfArgumentParser(InvolutionArguments, description=__doc__.splitlines()[0])
-    (bench,) = parser.parse_args_into_dataclasses()
+    bench = parse(InvolutionArguments, __doc__)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # The profiler's library prints lines for each profile.
     begin = time.perf_counter()
     torch.manual_seed(bench.seed)
@@ -313,21 +297,17 @@ def main():
     counters.clear()
     operators = dict(zip(WAYS, (unfold_formulation, involution2d, torch.compile(involution2d))))
     entries = [measure_shape(shape, dtype, operators, limits, bench) for shape in shapes for dtype in dtypes]
-    compiling = count_compilations()
+    compiling = {
+        "compilations": counters["stats"]["unique_graphs"],
+        "graph_breaks": sum(counters["graph_break"].values()),
+        "limit_hit": any("recompile limit" in reason for reason in counters["unimplemented"]),
+    }
     steps = [measure_step(size, dtype, bench) for size in bench.small_sizes for dtype in dtypes]
     means = geometric_means(entries)
     checks = check_all(entries, means, compiling, steps)
-    write_results(
-        bench.output_file,
-        arguments=asdict(bench),
-        limits=limits,
-        entries=entries,
-        geometric_means=means,
-        compiling=compiling,
-        training_steps=steps,
-        checks=checks,
-        seconds=time.perf_counter() - begin,
-    )
+    measured = {"limits": limits, "entries": entries, "geometric_means": means, "compiling": compiling}
+    seconds = time.perf_counter() - begin
+    write_results(bench, **measured, training_steps=steps, checks=checks, seconds=seconds)
     print(f"\n{report(entries, means, compiling, limits, steps, checks)}")
 
 

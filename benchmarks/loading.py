@@ -17,15 +17,13 @@ The images are scikit-learn's handwritten digits, shifted so that they differ. S
 beside their logits here than elsewhere. Only reading is timed, so the logits are random numbers, those of the first rows
 repeated. Everything is read once before it is timed, and is in the page cache.
 
-All cases of one number of rows are timed in turn, and read the same rows; a ratio is the median over the repetitions of
-the ratios within one. Wall and processor seconds are both measured. The latter vary less on a shared machine, so the
-requirements are checked by them.
+All cases of one number of rows are timed in turn, and read the same rows. The requirements are checked by processor seconds.
 """
 
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -35,8 +33,9 @@ import pyarrow as pa
 import torch
 from datasets import Dataset, Image, concatenate_datasets, load_from_disk
 from PIL.Image import Resampling, fromarray
-from timing import Case, check, check_table, spread, time_in_turn, write_results
-from transformers import HfArgumentParser, ViTImageProcessor
+from timing import Case, check, check_table, parse, spread, time_in_turn, write_results
+from transformers import ViTImageProcessor
+from transformers.hf_argparser import HfArg
 
 from hf_ibdistill import ViewRecipe, load_image_dataset
 from hf_ibdistill.logits.encoding import ROW_KEY, LogitsEncoding, StoredLogits, column_name
@@ -52,20 +51,18 @@ WITH_COLUMNS, AGAINST_FILES, FLAT = 0.95, 10.0, 1.1
 
 @dataclass
 class LoadingArguments:
-    output_file: str = field(default="outputs/benchmark_loading.json", metadata={"help": "Where the results go."})
-    rows: list[int] = field(
-        default_factory=lambda: [1_000, 10_000, 100_000], metadata={"help": "Sizes of the tables."}
-    )
-    classes: list[int] = field(default_factory=lambda: [10, 1_000, 21_000], metadata={"help": "Numbers of classes."})
-    top_k: int = field(default=10, metadata={"help": "Stored logits of top-k columns; half of the classes at most."})
-    num_views: int = field(default=10, metadata={"help": "Views of each image in tables with views."})
-    image_size: int = field(default=8, metadata={"help": "Side of the images; above 8 the digits are enlarged."})
-    batch_size: int = field(default=64, metadata={"help": "Rows in a batch."})
-    rows_read: int = field(default=1024, metadata={"help": "Rows read in a repetition."})
-    repetitions: int = field(default=7, metadata={"help": "How often each case is timed."})
-    max_table_megabytes: int = field(default=450, metadata={"help": "Tables with larger columns are left out."})
-    max_files: int = field(default=10_000, metadata={"help": "Of larger tables no torchdistill files are made."})
-    seed: int = field(default=0, metadata={"help": "Seed of shifts, logits, views and orders."})
+    output_file: str = HfArg(default="outputs/benchmark_loading.json", help="Where the results go.")
+    rows: list[int] = HfArg(default_factory=lambda: [1_000, 10_000, 100_000], help="Sizes of the tables.")
+    classes: list[int] = HfArg(default_factory=lambda: [10, 1_000, 21_000], help="Numbers of classes.")
+    top_k: int = HfArg(default=10, help="Stored logits of top-k columns; half of the classes at most.")
+    num_views: int = HfArg(default=10, help="Views of each image in tables with views.")
+    image_size: int = HfArg(default=8, help="Side of the images; above 8 the digits are enlarged.")
+    batch_size: int = HfArg(default=64, help="Rows in a batch.")
+    rows_read: int = HfArg(default=1024, help="Rows read in a repetition.")
+    repetitions: int = HfArg(default=7, help="How often each case is timed.")
+    max_table_megabytes: int = HfArg(default=450, help="Tables with larger columns are left out.")
+    max_files: int = HfArg(default=10_000, help="Of larger tables no torchdistill files are made.")
+    seed: int = HfArg(default=0, help="Seed of shifts, logits, views and orders.")
 
 
 @dataclass
@@ -78,24 +75,23 @@ class LoadingCase(Case):
 def make_images(count: int, bench: LoadingArguments) -> Dataset:
     """Digits with labels and row keys; each repetition of the digits is shifted by another number of pixels."""
     digits = load_image_dataset("digits", seed=bench.seed)["train"]
-    rows = ImageRows(digits, ["label"]).__getitems__(range(len(digits)))
-    pixels = [np.asarray(row["image"].convert("L")) for row in rows]
+    pixels = [np.asarray(image.convert("L")) for image in digits["image"]]
     encode, images = Image(), []
     for i in range(count):
-        shift = i // len(rows)
-        picture = fromarray(np.roll(pixels[i % len(rows)], (shift // 8, shift % 8), axis=(0, 1)))
+        shift, digit = divmod(i, len(digits))
+        picture = fromarray(np.roll(pixels[digit], (shift // 8, shift % 8), axis=(0, 1)))
         if bench.image_size != 8:
             picture = picture.resize((bench.image_size, bench.image_size), Resampling.BICUBIC)
         images.append(encode.encode_example(picture))
     keys = np.random.default_rng(bench.seed).integers(2**63, size=count, dtype=np.uint64)
-    table = {"image": images, "label": [rows[i % len(rows)]["label"] for i in range(count)], ROW_KEY: keys}
+    table = {"image": images, "label": np.resize(digits["label"], count), ROW_KEY: keys}
     return Dataset.from_dict(table).cast_column("image", Image())
 
 
 def make_columns(count: int, num_classes: int, encoding: LogitsEncoding, num_views: int | None, seed: int) -> Dataset:
     """Logits columns of random numbers."""
     rng, columns = np.random.default_rng(seed), {}
-    shape = (min(count, RANDOM_ROWS), *(() if num_views is None else (num_views,)), num_classes)
+    shape = (min(count, RANDOM_ROWS), *([num_views] if num_views else []), num_classes)
     for name in COLUMNS:
         block = encoding.encode(rng.standard_normal(shape, dtype=np.float32), views=num_views is not None)
         columns[name] = pa.concat_arrays([block] * -(-count // len(block))).slice(0, count)
@@ -132,13 +128,6 @@ def read_files(count: int, num_classes: int, folder: Path, seed: int) -> Callabl
     except ImportError:
         return None
 
-    class NoImages(torch.utils.data.Dataset):
-        def __len__(self):
-            return count
-
-        def __getitem__(self, index):
-            return 0, 0
-
     rng = np.random.default_rng(seed)
     for index in range(count):
         path = folder / f"{default_idx2subpath(index)}.pt"
@@ -146,7 +135,8 @@ def read_files(count: int, num_classes: int, folder: Path, seed: int) -> Callabl
         logits = torch.from_numpy(rng.standard_normal((len(TEACHERS), num_classes), dtype=np.float32))
         # What torchdistill saves, with no intermediate outputs asked for.
         torch.save({"teacher_outputs": logits, "extracted_outputs": {}}, path)
-    dataset = CacheableDataset(NoImages(), str(folder), idx2subpath_func=default_idx2subpath)
+    # Without images.
+    dataset = CacheableDataset([(0, 0)] * count, str(folder), idx2subpath_func=default_idx2subpath)
 
     def read(batches):
         for batch in batches:
@@ -177,50 +167,40 @@ def make_cases(images: Dataset, bench: LoadingArguments, work: Path) -> list[Loa
         case("views", None, read_images(plain, None, recipe, size), None),
     ]
     for classes in bench.classes:
-        top_k = min(bench.top_k, classes // 2)
-        files = None
-        if fits_files(count, classes, bench):
-            files = read_files(count, classes, work / f"{count}_{classes}_files", bench.seed)
+        top_k, values = min(bench.top_k, classes // 2), len(TEACHERS) * count
+        fits = count <= bench.max_files and 4e-6 * classes * values <= bench.max_table_megabytes
+        files = read_files(count, classes, work / f"{count}_{classes}_files", bench.seed) if fits else None
         if files is not None:
             cases.append(case("torchdistill", classes, files, None))
-        for views in (None, recipe):
-            for name, encoding in {"dense": LogitsEncoding(), "top-k": LogitsEncoding(top_k=top_k)}.items():
-                values = 2 * top_k if encoding.top_k else classes
-                megabytes = 2 * values * len(TEACHERS) * count * (1 if views is None else views.num_views) / 1e6
-                if megabytes > bench.max_table_megabytes:
+        encodings = {"dense": (LogitsEncoding(), classes), "top-k": (LogitsEncoding(top_k=top_k), 2 * top_k)}
+        for kind, views in {"images": None, "views": recipe}.items():
+            for name, (encoding, width) in encodings.items():
+                num_views, title = (None, "columns") if views is None else (views.num_views, "columns of views")
+                if 2e-6 * width * values * (num_views or 1) > bench.max_table_megabytes:
                     continue
-                columns = make_columns(count, classes, encoding, views and views.num_views, bench.seed)
-                kind = "images" if views is None else "views"
+                columns = make_columns(count, classes, encoding, num_views, bench.seed)
                 folder = work / f"{count}_{classes}_{kind}_{name}"
                 concatenate_datasets([images, columns], axis=1).save_to_disk(folder)
                 table = load_from_disk(folder)
+                read = read_columns(table, classes, None if views is None else 0)
                 cases += [
                     case(f"{kind}, {name}", classes, read_images(table, classes, views, size), kind),
-                    case(
-                        f"columns{' of views' if views else ''}, {name}",
-                        classes,
-                        read_columns(table, classes, None if views is None else 0),
-                        "torchdistill" if files else None,
-                    ),
+                    case(f"{title}, {name}", classes, read, "torchdistill" if files else None),
                 ]
     return cases
-
-
-def fits_files(count, classes, bench) -> bool:
-    return count <= bench.max_files and 4e-6 * classes * len(TEACHERS) * count <= bench.max_table_megabytes
 
 
 def summarize(cases: list[LoadingCase]) -> list[dict]:
     found = {(case.name, case.classes, case.rows): case for case in cases}
     entries = []
     for case in cases:
-        entry = {"case": case.name, "classes": case.classes, "rows": case.rows}
-        entry |= {"baseline": case.baseline, **case.measured}
+        entry = {"case": case.name, "classes": case.classes, "rows": case.rows, "baseline": case.baseline}
+        entry |= case.measured
         if case.baseline is not None:
             classes = case.classes if case.baseline == "torchdistill" else None
             baseline = found[case.baseline, classes, case.rows]
-            entry["ratio"] = case.speed_against(baseline)
-            entry["cpu_ratio"] = case.speed_against(baseline, clock="cpu")
+            ratios = case.ratios(baseline)
+            entry |= {"ratio": ratios["wall"], "cpu_ratio": ratios["cpu"]}
         entries.append(entry)
     return entries
 
@@ -261,7 +241,7 @@ def report(entries: list[dict], checks: list[dict]) -> str:
 
 
 def main():
-    (bench,) = HfArgumentParser(LoadingArguments, description=__doc__.splitlines()[0]).parse_args_into_dataclasses()
+    bench = parse(LoadingArguments, __doc__)
     begin = time.perf_counter()
     images, cases = make_images(max(bench.rows), bench), []
     with tempfile.TemporaryDirectory() as folder:
@@ -271,14 +251,9 @@ def main():
     entries = summarize(cases)
     checks = check_all(entries)
     has_files = any(case.name == "torchdistill" for case in cases)
-    write_results(
-        bench.output_file,
-        torchdistill=version("torchdistill") if has_files else None,
-        arguments=asdict(bench),
-        entries=entries,
-        checks=checks,
-        seconds=time.perf_counter() - begin,
-    )
+    used = version("torchdistill") if has_files else None
+    seconds = time.perf_counter() - begin
+    write_results(bench, torchdistill=used, entries=entries, checks=checks, seconds=seconds)
     print(f"\n{report(entries, checks)}")
     if not has_files:
         print("Left out: torchdistill's cached outputs; its CacheableDataset (torchdistill < 1.1.5) is not installed.")

@@ -11,12 +11,12 @@ memory is measured. Two peaks are reported:
 """
 
 import tempfile
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from datasets import ClassLabel, concatenate_datasets, load_from_disk
-from timing import peak_memory, write_results
-from transformers import HfArgumentParser
+from timing import parse, peak_memory, write_results
+from transformers.hf_argparser import HfArg
 
 from hf_ibdistill import (
     DistillationArguments,
@@ -34,10 +34,10 @@ from hf_ibdistill.publishing.cards import markdown_table
 
 @dataclass
 class MemoryArguments:
-    num_rows: list[int] = field(default_factory=lambda: [10_000, 100_000], metadata={"help": "Sizes to measure."})
-    num_classes: int = field(default=1000, metadata={"help": "Classes of the teacher, so width of the columns."})
-    top_k: int | None = field(default=None, metadata={"help": "Store the k largest logits; by default all."})
-    output_file: str = field(default="outputs/benchmark_memory.json", metadata={"help": "Where the results go."})
+    num_rows: list[int] = HfArg(default_factory=lambda: [10_000, 100_000], help="Sizes to measure.")
+    num_classes: int = HfArg(default=1000, help="Classes of the teacher, so width of the columns.")
+    top_k: int | None = HfArg(default=None, help="Store the k largest logits; by default all.")
+    output_file: str = HfArg(default="outputs/benchmark_memory.json", help="Where the results go.")
 
 
 def make_images(bench: MemoryArguments, num_rows: int, folder: Path) -> None:
@@ -70,7 +70,7 @@ def train(bench: MemoryArguments, folder: Path) -> None:
 
 
 def main():
-    (bench,) = HfArgumentParser(MemoryArguments, description=__doc__.splitlines()[0]).parse_args_into_dataclasses()
+    bench = parse(MemoryArguments, __doc__)
     entries, cells = [], []
     for num_rows in bench.num_rows:
         with tempfile.TemporaryDirectory() as name:
@@ -81,10 +81,9 @@ def main():
         entries.append({"num_rows": num_rows, "table_bytes": size, "peak_bytes": peaks})
         measured = [peaks[step].get(kind) for kind in ("anonymous", "resident") for step in ("record", "train")]
         cells.append([num_rows, *("–" if size is None else round(size / 1e6) for size in (size, *measured))])
-    write_results(bench.output_file, arguments=asdict(bench), rows=entries)
-    header = [
-        f"{kind} peak of {step} (MB)" for kind in ("anonymous", "resident") for step in ("recording", "training")
-    ]
+    write_results(bench, rows=entries)
+    steps = ("recording", "training")
+    header = [f"{kind} peak of {step} (MB)" for kind in ("anonymous", "resident") for step in steps]
     print(markdown_table(["rows", "table (MB)", *header], cells))
 
 

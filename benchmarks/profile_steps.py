@@ -7,12 +7,15 @@ them. Ten steps of each are profiled after two that are not.
 """
 
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from datasets import Image, concatenate_datasets
-from transformers import HfArgumentParser, TrainerCallback
+from datasets import concatenate_datasets
+from timing import parse
+from training import PRESETS, make_images
+from transformers import TrainerCallback
+from transformers.hf_argparser import HfArg
 
 from hf_ibdistill import (
     DistillationArguments,
@@ -24,7 +27,6 @@ from hf_ibdistill import (
     ViewRecipe,
     build_image_processor,
     class_config,
-    load_image_dataset,
     record_teacher_logits,
 )
 
@@ -34,11 +36,11 @@ WARM_UP, STEPS = 2, 10
 
 @dataclass
 class ProfileArguments:
-    output_dir: str = field(default="outputs/profiles", metadata={"help": "Where the profiles go."})
-    image_size: int = field(default=28, metadata={"help": "Side that the digits are enlarged to."})
-    batch_size: int = field(default=64, metadata={"help": "Images a step."})
-    num_views: int = field(default=4, metadata={"help": "Stored views of each image."})
-    rows: int = field(default=30, metadata={"help": "Lines of a profile."})
+    output_dir: str = HfArg(default="outputs/profiles", help="Where the profiles go.")
+    image_size: int = HfArg(default=28, help="Side that the digits are enlarged to.")
+    batch_size: int = HfArg(default=64, help="Images a step.")
+    num_views: int = HfArg(default=4, help="Stored views of each image.")
+    rows: int = HfArg(default=30, help="Lines of a profile.")
 
 
 class StepProfiler(TrainerCallback):
@@ -60,21 +62,19 @@ def write_profile(profiler, path: Path, rows: int) -> None:
 
 
 def main():
-    (bench,) = HfArgumentParser(ProfileArguments, description=__doc__.splitlines()[0]).parse_args_into_dataclasses()
+    bench = parse(ProfileArguments, __doc__)
     folder, size = Path(bench.output_dir), bench.image_size
     work = folder / "work"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    digits = load_image_dataset("digits")["train"].map(lambda row: {"image": row["image"].resize((size, size))})
-    images = digits.cast_column("image", Image())
+    views, shown = ViewRecipe(num_views=bench.num_views), bench.batch_size // bench.num_views
+    images = make_images((WARM_UP + STEPS) * shown, size)
     processor, classes = build_image_processor(images), class_config(images)
     teachers = {
         name: (IBResNetForImageClassification(IBResNetConfig.from_preset(preset, **classes)), processor)
-        for name, preset in {"conv": "convolution-small", "inv": "involution-small"}.items()
+        for name, preset in PRESETS.items()
     }
-    views, shown = ViewRecipe(num_views=bench.num_views), bench.batch_size // bench.num_views
-    count = (WARM_UP + STEPS) * shown
-    warm, rest = images.select(range(WARM_UP * shown)), images.select(range(WARM_UP * shown, count))
+    warm, rest = images.select(range(WARM_UP * shown)), images.select(range(WARM_UP * shown, len(images)))
     # An untrained involution network's logits are beyond float16.
     settings = {"views": views, "batch_size": bench.batch_size, "dtype": "float32"}
     tables = [record_teacher_logits(warm, teachers, output_dir=work / "warm_table", **settings)]
@@ -87,17 +87,12 @@ def main():
         intermediate_size=256, patch_embedding="convolution", **classes,
     )  # fmt: skip
     step_profiler = StepProfiler()
-    trainer = EnsembleDistillationTrainer(
-        IBViTForImageClassification(config),
-        DistillationArguments(
-            str(work / "student"), max_steps=WARM_UP + STEPS, per_device_train_batch_size=bench.batch_size,
-            eval_strategy="no", logging_strategy="no", report_to="none",
-        ),
-        train_dataset=concatenate_datasets(tables),
-        processing_class=processor,
-        callbacks=[step_profiler],
+    args = DistillationArguments(
+        str(work / "student"), max_steps=WARM_UP + STEPS, per_device_train_batch_size=bench.batch_size,
+        eval_strategy="no", logging_strategy="no", report_to="none",
     )  # fmt: skip
-    trainer.train()
+    student, how = IBViTForImageClassification(config), {"processing_class": processor, "callbacks": [step_profiler]}
+    EnsembleDistillationTrainer(student, args, train_dataset=concatenate_datasets(tables), **how).train()
     write_profile(step_profiler.profiler, folder / "training.txt", bench.rows)
     shutil.rmtree(work)
 

@@ -20,7 +20,6 @@ as hashing the teachers, takes as long for fifty images as for a million, and we
 also recorded alone, and ratios are of the time that each image after it takes. The requirements are checked by wall time and
 by processor time. On a shared machine, set OMP_NUM_THREADS=1, because threads that wait for one another count as busy.
 
-The cases of a part are timed in turn; a ratio is the median over the repetitions of the ratios within one.
 """
 
 import io
@@ -28,7 +27,7 @@ import itertools
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -36,8 +35,9 @@ import torch
 from accelerate import Accelerator
 from datasets import ClassLabel, Dataset, Features, Image, load_from_disk
 from PIL.Image import Resampling, fromarray
-from timing import Case, check, check_table, quartiles, spread, time_in_turn, write_results
-from transformers import HfArgumentParser, set_seed
+from timing import Case, check, check_table, parse, quartiles, spread, time_in_turn, write_results
+from transformers import set_seed
+from transformers.hf_argparser import HfArg
 
 from hf_ibdistill import (
     IBResNetConfig,
@@ -57,39 +57,30 @@ LIMITS = {"bare": 0.9, "two passes": 1.5}
 
 @dataclass
 class RecordingArguments:
-    output_file: str = field(default="outputs/benchmark_recording.json", metadata={"help": "Where the results go."})
-    teachers: list[str] = field(
+    output_file: str = HfArg(default="outputs/benchmark_recording.json", help="Where the results go.")
+    teachers: list[str] = HfArg(
         default_factory=lambda: ["resnet26", "rednet26", "resnet26", "resnet26"],
-        metadata={
-            "help": "Presets of the teachers that see whole photographs: the first, the first two, the first four."
-        },
+        help="Presets of the teachers that see whole photographs: the first, the first two, the first four.",
     )
-    light_teachers: list[str] = field(
+    light_teachers: list[str] = HfArg(
         default_factory=lambda: ["convolution-small", "involution-small", "convolution-small", "convolution-small"],
-        metadata={"help": "Presets of the teachers that see small images."},
+        help="Presets of the teachers that see small images.",
     )
-    images: int = field(default=40, metadata={"help": "Photographs that the teachers see whole."})
-    light_images: int = field(default=512, metadata={"help": "Photographs, and digits, that the light teachers see."})
-    light_sizes: list[int] = field(
-        default_factory=lambda: [16, 32], metadata={"help": "Sides that photographs are scaled down to."}
-    )
-    num_classes: int = field(default=1000, metadata={"help": "Classes of the photographs."})
-    batch_size: int = field(default=8, metadata={"help": "Whole photographs in a batch."})
-    light_batch_size: int = field(default=64, metadata={"help": "Small images in a batch."})
-    num_workers: int | None = field(
-        default=None,
-        metadata={"help": "Processes that decode; by default what recording defaults to."},
-    )
-    repetitions: int = field(default=5, metadata={"help": "How often each case is timed."})
-    seed: int = field(default=0, metadata={"help": "Seed of the photographs, the teachers and the orders."})
+    images: int = HfArg(default=40, help="Photographs that the teachers see whole.")
+    light_images: int = HfArg(default=512, help="Photographs, and digits, that the light teachers see.")
+    light_sizes: list[int] = HfArg(default_factory=lambda: [16, 32], help="Sides that photographs are scaled down to.")
+    num_classes: int = HfArg(default=1000, help="Classes of the photographs.")
+    batch_size: int = HfArg(default=8, help="Whole photographs in a batch.")
+    light_batch_size: int = HfArg(default=64, help="Small images in a batch.")
+    num_workers: int | None = HfArg(default=None, help="Processes that decode; by default what recording defaults to.")
+    repetitions: int = HfArg(default=5, help="How often each case is timed.")
+    seed: int = HfArg(default=0, help="Seed of the photographs, the teachers and the orders.")
 
     def __post_init__(self):
         if len(self.teachers) < max(COUNTS) or len(self.light_teachers) < max(COUNTS):
             raise ValueError(f"teachers and light_teachers must name at least {max(COUNTS)} presets each.")
         if self.images < 2 * self.batch_size or self.light_images < 2 * self.light_batch_size:
-            raise ValueError(
-                "images and light_images must be at least two batches; those after the first are measured."
-            )
+            raise ValueError("images and light_images must be at least two batches; the first is not measured.")
 
 
 def make_photographs(count: int, num_classes: int, seed: int = 0) -> Dataset:
@@ -108,10 +99,8 @@ def make_photographs(count: int, num_classes: int, seed: int = 0) -> Dataset:
         file = io.BytesIO()
         crop.save(file, "JPEG", quality=90)
         files.append({"bytes": file.getvalue(), "path": None})
-    names = [str(i) for i in range(num_classes)]
-    return Dataset.from_dict(
-        {"image": files, "label": labels}, features=Features({"image": Image(), "label": ClassLabel(names=names)})
-    )
+    features = Features({"image": Image(), "label": ClassLabel(names=[str(i) for i in range(num_classes)])})
+    return Dataset.from_dict({"image": files, "label": labels}, features)
 
 
 def make_teacher(preset: str, classes: dict, batches: list[torch.Tensor], seed: int) -> IBResNetForImageClassification:
@@ -141,10 +130,10 @@ def make_cases(
     """The cases of a table, by name and number of teachers. Each recording takes its own of `folders`."""
     # The device that a recording moves its teachers to.
     device, processor = Accelerator().device, build_image_processor(table, image_size=size)
-    batches = []
-    for rows in table.iter(batch_size=batch_size):
-        images = [image.convert("RGB") for image in rows["image"]]
-        batches.append(processor(images, return_tensors="pt")["pixel_values"].to(device))
+    batches = [
+        processor([image.convert("RGB") for image in rows["image"]], return_tensors="pt")["pixel_values"].to(device)
+        for rows in table.iter(batch_size=batch_size)
+    ]
     models = {
         f"teacher_{number}": make_teacher(preset, class_config(table), batches, seed + number)
         for number, preset in enumerate(presets)
@@ -186,13 +175,11 @@ def make_parts(bench: RecordingArguments, work: Path) -> dict[str, dict[tuple[st
         "seed": bench.seed,
     }
     light = {"presets": bench.light_teachers, "batch_size": bench.light_batch_size, **shared}
-    return {
-        "photographs": make_cases(whole, bench.teachers, SIDE, bench.batch_size, **shared),
-        **{
-            f"copies of {size}²": make_cases(copied, size=size, two_passes=True, **light) for size in bench.light_sizes
-        },
-        "digits": make_cases(digits, size=8, **light),
-    }
+    parts = {"photographs": make_cases(whole, bench.teachers, SIDE, bench.batch_size, **shared)}
+    for size in bench.light_sizes:
+        parts[f"copies of {size}²"] = make_cases(copied, size=size, two_passes=True, **light)
+    parts["digits"] = make_cases(digits, size=8, **light)
+    return parts
 
 
 def without_start(cases: dict[tuple[str, int], Case], what: str, count: int) -> Case:
@@ -200,12 +187,11 @@ def without_start(cases: dict[tuple[str, int], Case], what: str, count: int) -> 
     case, first = cases[what, count], cases.get((f"{what}, one batch", count))
     if first is None:
         return case
-
-    def difference(all_images, one_batch):
-        pairs = zip(all_images, one_batch)
-        return [(a * case.units - b * first.units) / (case.units - first.units) for a, b in pairs]
-
-    return replace(case, wall=difference(case.wall, first.wall), cpu=difference(case.cpu, first.cpu))
+    times = {}
+    for clock in ("wall", "cpu"):
+        seconds, of_first = (np.array(getattr(timed, clock)) * timed.units for timed in (case, first))
+        times[clock] = ((seconds - of_first) / (case.units - first.units)).tolist()
+    return replace(case, **times)
 
 
 def summarize(parts: dict[str, dict[tuple[str, int], Case]]) -> list[dict]:
@@ -224,10 +210,7 @@ def summarize(parts: dict[str, dict[tuple[str, int], Case]]) -> list[dict]:
             recorded, whole = without_start(cases, "recorded", count), named["recorded"]
             entry["start_seconds"] = quartiles((np.array(whole.wall) - recorded.wall) * whole.units)
             for baseline in set(LIMITS) & set(named):
-                other = without_start(cases, baseline, count)
-                entry[f"against {baseline}"] = {
-                    clock: recorded.speed_against(other, clock) for clock in ("wall", "cpu")
-                }
+                entry[f"against {baseline}"] = recorded.ratios(without_start(cases, baseline, count))
             entries.append(entry)
     return entries
 
@@ -237,11 +220,10 @@ def check_all(entries: list[dict]) -> list[dict]:
     for entry in entries:
         # If decoding is a large part of the work, recording cannot keep up with teachers that decode nothing.
         baseline = "two passes" if "against two passes" in entry else "bare"
+        what, limit = f"{entry['part']}, teachers: {entry['teachers']}", LIMITS[baseline]
         for clock, ratio in entry[f"against {baseline}"].items():
-            what = (
-                f"{entry['part']}, teachers: {entry['teachers']}: at least {LIMITS[baseline]:g} × {baseline}, {clock}"
-            )
-            checks.append(check(what, ratio["median"], ratio["median"] >= LIMITS[baseline]))
+            requirement = f"{what}: at least {limit:g} × {baseline}, {clock}"
+            checks.append(check(requirement, ratio["median"], ratio["median"] >= limit))
     return checks
 
 
@@ -262,7 +244,7 @@ def report(entries: list[dict], checks: list[dict]) -> str:
 
 
 def main():
-    (bench,) = HfArgumentParser(RecordingArguments, description=__doc__.splitlines()[0]).parse_args_into_dataclasses()
+    bench = parse(RecordingArguments, __doc__)
     begin = time.perf_counter()
     # All recordings are removed together at the end, so that removing is not timed.
     with tempfile.TemporaryDirectory() as folder:
@@ -271,7 +253,7 @@ def main():
             time_in_turn(list(cases.values()), bench.repetitions, bench.seed)
     seconds, entries = time.perf_counter() - begin, summarize(parts)
     checks = check_all(entries)
-    write_results(bench.output_file, arguments=asdict(bench), entries=entries, checks=checks, seconds=seconds)
+    write_results(bench, entries=entries, checks=checks, seconds=seconds)
     print(f"\n{report(entries, checks)}")
 
 

@@ -27,14 +27,15 @@ that storing could give them. Of each, means over rows and views, in nats:
 import shutil
 import tempfile
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from datasets import ClassLabel, Dataset, Features, Image
-from timing import check, check_table, write_results
-from transformers import HfArgumentParser, ViTImageProcessor, set_seed
+from scipy.special import log_softmax
+from timing import check, check_table, parse, write_results
+from transformers import ViTImageProcessor, set_seed
+from transformers.hf_argparser import HfArg
 
 from hf_ibdistill import (
     IBResNetConfig,
@@ -49,64 +50,52 @@ from hf_ibdistill import (
 )
 from hf_ibdistill.logits.encoding import column_name, decode
 from hf_ibdistill.publishing.cards import markdown_table
-from hf_ibdistill.rows import ImageRows
 
 
 TEACHER = "conv"
+WAYS = ("ours", "dropped", "renormalized")
 NUM_CLASSES = 1000
 ALLOWED_BYTES = 42  # at k = 10
 
 
 @dataclass
 class StorageArguments:
-    output_file: str = field(default="outputs/benchmark_storage.json", metadata={"help": "Where the results go."})
-    rows: int = field(default=10_000, metadata={"help": "Held-out images to record."})
-    num_views: int = field(default=10, metadata={"help": "Views of each."})
-    top_k: list[int] = field(default_factory=lambda: [5, 10, 20, 50], metadata={"help": "The k to compare."})
-    temperatures: list[float] = field(
-        default_factory=lambda: [1.0, 2.0, 4.0], metadata={"help": "Temperatures of the distributions."}
+    output_file: str = HfArg(default="outputs/benchmark_storage.json", help="Where the results go.")
+    rows: int = HfArg(default=10_000, help="Held-out images to record.")
+    num_views: int = HfArg(default=10, help="Views of each.")
+    top_k: list[int] = HfArg(default_factory=lambda: [5, 10, 20, 50], help="The k to compare.")
+    temperatures: list[float] = HfArg(
+        default_factory=lambda: [1.0, 2.0, 4.0], help="Temperatures of the distributions."
     )
-    teacher_steps: int = field(default=1000, metadata={"help": "Training steps of the teacher."})
-    teacher_images: int = field(default=25600, metadata={"help": "Different images to train it on."})
-    batch_size: int = field(default=128, metadata={"help": "Images a step."})
-    learning_rate: float = field(default=1e-2, metadata={"help": "Peak learning rate of the teacher."})
-    seed: int = field(default=0, metadata={"help": "Seed of the images, the teacher's weights and the views."})
+    teacher_steps: int = HfArg(default=1000, help="Training steps of the teacher.")
+    teacher_images: int = HfArg(default=25600, help="Different images to train it on.")
+    batch_size: int = HfArg(default=128, help="Images a step.")
+    learning_rate: float = HfArg(default=1e-2, help="Peak learning rate of the teacher.")
+    seed: int = HfArg(default=0, help="Seed of the images, the teacher's weights and the views.")
 
 
 def side_by_side(digits: Dataset, count: int, seed: int) -> Dataset:
     """`count` random triples of digits as images of three digits and numbers of three places."""
-    rows = ImageRows(digits, ["label"]).__getitems__(range(len(digits)))
-    pixels = np.stack([np.asarray(row["image"].convert("L")) for row in rows])
-    labels = np.array([row["label"] for row in rows])
-    triples = np.random.default_rng(seed).integers(len(rows), size=(count, 3))
+    pixels = np.stack([np.asarray(image.convert("L")) for image in digits["image"]])
+    labels = np.array(digits["label"])
+    triples = np.random.default_rng(seed).integers(len(digits), size=(count, 3))
     features = Features({"image": Image(), "label": ClassLabel(names=[f"{i:03d}" for i in range(NUM_CLASSES)])})
     images = np.concatenate([pixels[triples[:, place]] for place in range(3)], axis=2)
-    return Dataset.from_dict(
-        {"image": list(images), "label": (labels[triples] * (100, 10, 1)).sum(axis=1)}, features=features
-    )
+    return Dataset.from_dict({"image": list(images), "label": labels[triples] @ (100, 10, 1)}, features)
 
 
 def train_teacher(table: Dataset, processor: ViTImageProcessor, bench: StorageArguments, folder: Path):
     set_seed(bench.seed)
     model = IBResNetForImageClassification(IBResNetConfig.from_preset("convolution-small", **class_config(table)))
     epochs = -(-bench.teacher_steps * bench.batch_size // bench.teacher_images)
-    trainer = ImageClassificationTrainer(
-        model,
-        ImageTrainingArguments(
-            output_dir=str(folder),
-            seed=bench.seed,
-            max_steps=bench.teacher_steps,
-            learning_rate=bench.learning_rate,
-            per_device_train_batch_size=bench.batch_size,
-            eval_strategy="no",
-            logging_strategy="steps",
-            logging_steps=max(1, bench.teacher_steps // 10),
-        ),
-        train_dataset=table,
-        processing_class=processor,
-        # Of another seed than the recorded ones. Without views, the teacher would fail on shifted images.
-        views=ViewRecipe(num_views=epochs, seed=bench.seed + 1),
-    )
+    args = ImageTrainingArguments(
+        str(folder), seed=bench.seed, max_steps=bench.teacher_steps, learning_rate=bench.learning_rate,
+        per_device_train_batch_size=bench.batch_size, eval_strategy="no", logging_strategy="steps",
+        logging_steps=max(1, bench.teacher_steps // 10),
+    )  # fmt: skip
+    # Of another seed than the recorded ones. Without views, the teacher would fail on shifted images.
+    views = ViewRecipe(num_views=epochs, seed=bench.seed + 1)
+    trainer = ImageClassificationTrainer(model, args, train_dataset=table, processing_class=processor, views=views)
     trainer.train()
     return trainer.model
 
@@ -130,9 +119,7 @@ def measure_bytes(table: Dataset, num_views: int, folder: Path) -> dict:
 
 def distances(dense: np.ndarray, decoded: np.ndarray, top_k: int | None, temperature: float) -> dict[str, float]:
     """The distances of the rebuilt distributions from the dense one; (N, C) logits, means over the rows."""
-    log_p, log_q = (
-        (torch.tensor(x, dtype=torch.float64) / temperature).log_softmax(-1).numpy() for x in (dense, decoded)
-    )
+    log_p, log_q = (log_softmax(x.astype(np.float64) / temperature, axis=-1) for x in (dense, decoded))
     p, q = np.exp(log_p), np.exp(log_q)
     result = {
         "kl_p_ours": (p * (log_p - log_q)).sum(-1).mean(),
@@ -177,12 +164,11 @@ def report(bench: StorageArguments, results: dict) -> str:
             values = entry.get("distances", {}).get(temperature)
             if values is not None:
                 inf = "∞" if "tail_mass" in values else "–"
-                keys = ("kl_ours_p", "kl_dropped_p", "kl_renormalized_p", "tv_ours", "tv_dropped", "tv_renormalized")
+                keys = [*(f"kl_{way}_p" for way in WAYS), *(f"tv_{way}" for way in WAYS)]
                 cells = [f"{values[key]:.2e}" if key in values else "–" for key in keys]
                 losses.append([f"{temperature:g}", name, f"{values['kl_p_ours']:.2e}", inf, *cells])
     columns = ["temperature", "encoding", "KL(p‖ours)", "KL(p‖dropped), KL(p‖renormalized)"]
-    columns += [f"KL({q}‖p)" for q in ("ours", "dropped", "renormalized")]
-    columns += [f"TV {q}" for q in ("ours", "dropped", "renormalized")]
+    columns += [*(f"KL({way}‖p)" for way in WAYS), *(f"TV {way}" for way in WAYS)]
     teacher = results["teacher"]
     return (
         f"{bench.rows} held-out images × {bench.num_views} views, {NUM_CLASSES} classes; the teacher is right on "
@@ -196,12 +182,9 @@ def check_all(encodings: dict) -> list[dict]:
     if entry is None:
         return []
     checks = []
-    for name, size in (
-        ("whole folder", entry["bytes_per_view"]),
-        ("each further view", entry["bytes_per_further_view"]),
-    ):
+    for name, key in {"whole folder": "bytes_per_view", "each further view": "bytes_per_further_view"}.items():
         what = f"top-10: at most {ALLOWED_BYTES} bytes a view and teacher ({name})"
-        checks.append(check(what, size, size <= ALLOWED_BYTES))
+        checks.append(check(what, entry[key], entry[key] <= ALLOWED_BYTES))
     for temperature, values in entry["distances"].items():
         forward, backward = values["kl_p_ours"], values["kl_ours_p"]
         what = f"top-10, temperature {temperature:g}: KL"
@@ -211,7 +194,7 @@ def check_all(encodings: dict) -> list[dict]:
 
 
 def main():
-    (bench,) = HfArgumentParser(StorageArguments, description=__doc__.splitlines()[0]).parse_args_into_dataclasses()
+    bench = parse(StorageArguments, __doc__)
     begin = time.perf_counter()
     splits = load_image_dataset("digits", seed=bench.seed)
     train = side_by_side(splits["train"], bench.teacher_images, bench.seed)
@@ -237,14 +220,9 @@ def main():
                 **measure_bytes(table, bench.num_views, work / "saved"),
                 "distances": measure_distances(truth, table, top_k, bench),
             }
-    results = {
-        "arguments": asdict(bench),
-        "teacher": {**metrics, "train_seconds": train_seconds},
-        "encodings": encodings,
-        "checks": check_all(encodings),
-        "seconds": time.perf_counter() - begin,
-    }
-    write_results(bench.output_file, **results)
+    results = {"teacher": {**metrics, "train_seconds": train_seconds}, "encodings": encodings}
+    results |= {"checks": check_all(encodings), "seconds": time.perf_counter() - begin}
+    write_results(bench, **results)
     print(f"\n{report(bench, results)}")
 
 

@@ -1,30 +1,33 @@
 """How the benchmarks measure.
 
-Time: all cases in turn, in another order each repetition, so that a drift of the machine's speed reaches every case. Ratios
-are taken within a repetition. Peak memory: in a process of its own.
+Time: all cases in turn, in another order each repetition, so that a drift of the machine's speed reaches every case. A ratio
+is the median, with quartiles, over the repetitions of the ratios within one. The processor time, which varies less on a
+shared machine, is that of this process and of its data loader workers. Peak memory: in a process of its own.
 """
 
 import json
 import multiprocessing
-import os
 import resource
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import datasets
 import numpy as np
+from transformers import HfArgumentParser
 
+from hf_ibdistill.files import write_text
 from hf_ibdistill.publishing.cards import markdown_table
 from hf_ibdistill.publishing.machine import describe_machine
 
 
 # Small tables are mapped as large ones are, whatever the environment asks for.
 datasets.config.IN_MEMORY_MAX_SIZE = 0
+CLOCKS = ("wall", "cpu")
 STATUS = Path("/proc/self/status")
 KINDS = {"RssAnon": "anonymous", "RssFile": "mapped_files", "VmHWM": "resident"}
 
@@ -49,9 +52,13 @@ class Case:
         """The times, for JSON."""
         return {"units_per_second": self.rate, "wall_seconds_per_unit": self.wall, "cpu_seconds_per_unit": self.cpu}
 
-    def speed_against(self, baseline: "Case", clock: str = "wall") -> dict[str, float]:
-        """Speed as a multiple of the baseline's, by the `"wall"` or the `"cpu"` clock."""
-        return quartiles(np.array(getattr(baseline, clock)) / getattr(self, clock))
+    def ratios(self, baseline: "Case") -> dict[str, dict[str, float]]:
+        """Speed as a multiple of the baseline's, by each of the clocks."""
+        return {clock: quartiles(np.array(getattr(baseline, clock)) / getattr(self, clock)) for clock in CLOCKS}
+
+    def speed_against(self, baseline: "Case") -> dict[str, float]:
+        """Speed on the wall, as a multiple of the baseline's."""
+        return self.ratios(baseline)["wall"]
 
 
 def time_in_turn(cases: Sequence[Case], repetitions: int, seed: int = 0) -> None:
@@ -113,6 +120,12 @@ def _watch_memory(function, *arguments):
     return peaks
 
 
+def parse(kind: type, description: str):
+    """The arguments of a benchmark, a dataclass, from its command line."""
+    (bench,) = HfArgumentParser(kind, description=description.splitlines()[0]).parse_args_into_dataclasses()
+    return bench
+
+
 def quartiles(values) -> dict[str, float]:
     low, middle, high = np.percentile(values, (25, 50, 75))
     return {"median": float(middle), "lower_quartile": float(low), "upper_quartile": float(high)}
@@ -132,8 +145,7 @@ def check_table(checks: Sequence[dict]) -> str:
     return markdown_table(["requirement", "measured", "met"], rows)
 
 
-def write_results(path: str | os.PathLike, **results) -> None:
-    """Write the results, and the machine that they were measured on, as JSON."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"machine": describe_machine(), **results}, indent=2))
+def write_results(bench, **results) -> None:
+    """Write the results, the arguments, and the machine that they were measured on, as JSON to `bench.output_file`."""
+    content = {"machine": describe_machine(), "arguments": asdict(bench), **results}
+    write_text(bench.output_file, json.dumps(content, indent=2))

@@ -16,13 +16,10 @@ read by `ImageRows`, torch's `DataLoader` and `DistillationCollator`:
                     one teacher, so one token and one head less. Its student is timm's distilled ViT of the same width,
                     depth, heads and patch embedding.
 
-The whole of `train()` is timed, without logging, evaluation and saving; all cases in turn, in another order each
-repetition. A ratio is the median, with quartiles, over the repetitions of the ratios within one. The processor time,
-which varies less on a shared machine, is that of this process and of its data loader workers.
-
-Ratios differ by some hundredths from run to run: ask for more repetitions if one is near its limit. The main cause is
-glibc, which returns memory after one step and fetches it for the next, sometimes more and sometimes less. It keeps the
-memory if MALLOC_TRIM_THRESHOLD_ and MALLOC_MMAP_THRESHOLD_ are set to 4000000000.
+The whole of `train()` is timed, without logging, evaluation and saving. Ratios differ by some hundredths from run to run:
+ask for more repetitions if one is near its limit. The main cause is glibc, which returns memory after one step and fetches
+it for the next, sometimes more and sometimes less. It keeps the memory if MALLOC_TRIM_THRESHOLD_ and
+MALLOC_MMAP_THRESHOLD_ are set to 4000000000.
 
 Training the teachers, which online distillation needs as well, and recording are timed once. Recording pays after
 (its seconds) / (seconds of an epoch online − seconds of an epoch stored) epochs, over all students trained on the table.
@@ -32,18 +29,19 @@ import gc
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from itertools import chain, islice, repeat
 from pathlib import Path
 
 import torch
-from datasets import Dataset, Image, load_from_disk
+from datasets import Dataset, load_from_disk
 from PIL.Image import Resampling
-from timing import Case, spread, time_in_turn, write_results
+from timing import Case, parse, spread, time_in_turn, write_results
 from torch import nn
-from transformers import HfArgumentParser, PrinterCallback, Trainer, get_scheduler, set_seed
+from transformers import PrinterCallback, Trainer, get_scheduler, set_seed
+from transformers.hf_argparser import HfArg
 
 from hf_ibdistill import (
     DistillationArguments,
@@ -86,19 +84,19 @@ REQUIREMENTS = [
 
 @dataclass
 class TrainingBenchmarkArguments:
-    output_file: str = field(default="outputs/benchmark_training.json", metadata={"help": "Where the results go."})
-    image_size: int = field(default=28, metadata={"help": "Side that the digits are enlarged to."})
-    patch_embedding: str = field(default="linear", metadata={"help": 'The students\': "linear" or "convolution".'})
-    num_rows: int = field(default=320, metadata={"help": "Images in the tables."})
-    num_views: int = field(default=4, metadata={"help": "Views of each image in the table of views."})
-    top_k: int = field(default=5, metadata={"help": "Stored logits of the top-k columns."})
-    batch_size: int = field(default=64, metadata={"help": "Images a step."})
-    steps: int = field(default=40, metadata={"help": "Steps of each case in a repetition."})
-    repetitions: int = field(default=5, metadata={"help": "How often each case is timed."})
-    teacher_epochs: int = field(default=10, metadata={"help": "Epochs of each teacher."})
-    bf16: bool | None = field(default=None, metadata={"help": "Mixed precision; by default the Trainer's choice."})
-    num_workers: int | None = field(default=None, metadata={"help": "Loader workers; by default the Trainer's."})
-    seed: int = field(default=0, metadata={"help": "Seed of weights, views and orders."})
+    output_file: str = HfArg(default="outputs/benchmark_training.json", help="Where the results go.")
+    image_size: int = HfArg(default=28, help="Side that the digits are enlarged to.")
+    patch_embedding: str = HfArg(default="linear", help='The students\': "linear" or "convolution".')
+    num_rows: int = HfArg(default=320, help="Images in the tables.")
+    num_views: int = HfArg(default=4, help="Views of each image in the table of views.")
+    top_k: int = HfArg(default=5, help="Stored logits of the top-k columns.")
+    batch_size: int = HfArg(default=64, help="Images a step.")
+    steps: int = HfArg(default=40, help="Steps of each case in a repetition.")
+    repetitions: int = HfArg(default=5, help="How often each case is timed.")
+    teacher_epochs: int = HfArg(default=10, help="Epochs of each teacher.")
+    bf16: bool | None = HfArg(default=None, help="Mixed precision; by default the Trainer's choice.")
+    num_workers: int | None = HfArg(default=None, help="Loader workers; by default the Trainer's.")
+    seed: int = HfArg(default=0, help="Seed of weights, views and orders.")
 
 
 class PatchEmbeddingForTimm(nn.Module):
@@ -125,22 +123,22 @@ class TeacherForTimm(nn.Module):
         return self.teacher(pixel_values=pixel_values).logits
 
 
-def make_images(bench: TrainingBenchmarkArguments) -> Dataset:
+def make_images(count: int, size: int, seed: int = 0) -> Dataset:
     """Enlarged digits; more than there are repeat from the first."""
-    digits = load_image_dataset("digits", seed=bench.seed)["train"]
-    digits = digits.select([i % len(digits) for i in range(bench.num_rows)])
-    size, encode = (bench.image_size, bench.image_size), Image()
-    images = [encode.encode_example(image.resize(size, Resampling.BICUBIC)) for image in digits["image"]]
+    digits = load_image_dataset("digits", seed=seed)["train"]
+    digits = digits.select([i % len(digits) for i in range(count)])
+    images = [image.resize((size, size), Resampling.BICUBIC) for image in digits["image"]]
     return Dataset.from_dict({"image": images, "label": digits["label"]}, digits.features)
 
 
 def make_arguments(bench: TrainingBenchmarkArguments, folder: Path, **settings) -> DistillationArguments:
     chosen = {"bf16": bench.bf16, "dataloader_num_workers": bench.num_workers}
     settings |= {name: value for name, value in chosen.items() if value is not None}
-    # transformers' own Trainer would remove the image, an unused column to it, from the rows.
-    settings |= {"remove_unused_columns": False, "dataloader_drop_last": True, "seed": bench.seed}
-    settings |= {"eval_strategy": "no", "logging_strategy": "no", "report_to": "none", "disable_tqdm": True}
-    return DistillationArguments(str(folder), **settings)
+    return DistillationArguments(
+        # transformers' own Trainer would remove the image, an unused column to it, from the rows.
+        str(folder), remove_unused_columns=False, dataloader_drop_last=True, seed=bench.seed, eval_strategy="no",
+        logging_strategy="no", report_to="none", disable_tqdm=True, **settings,
+    )  # fmt: skip
 
 
 def train_teachers(images: Dataset, recipe: ViewRecipe, bench: TrainingBenchmarkArguments, work: Path) -> dict:
@@ -212,11 +210,8 @@ def make_bare_run(student: IBViTForImageClassification, rows: ImageRows, process
 
     def compute_loss(batch):
         outputs = student(pixel_values=batch["pixel_values"])
-        heads, targets = (
-            (outputs.class_logits, outputs.teacher_token_logits),
-            (batch["labels"], batch["teacher_logits"]),
-        )
-        return ensemble_distillation_loss(*heads, *targets, weights=weights, temperature=temperature).loss
+        inputs = outputs.class_logits, outputs.teacher_token_logits, batch["labels"], batch["teacher_logits"]
+        return ensemble_distillation_loss(*inputs, weights=weights, temperature=temperature).loss
 
     collator = DistillationCollator(processor, teacher_names=tuple(PRESETS))
     return partial(train_bare, student, compute_loss, rows, collator, args)
@@ -259,11 +254,9 @@ def compare(cases: dict[str, Case]) -> list[dict]:
     comparisons = []
     for name, baseline, required in REQUIREMENTS:
         if baseline in cases:
-            entry = {"case": name, "baseline": baseline, "required": required}
-            for clock in ("wall", "cpu"):
-                ratio = cases[name].speed_against(cases[baseline], clock)
-                entry[clock] = {**ratio, "met": ratio["median"] >= required}
-            comparisons.append(entry)
+            ratios = cases[name].ratios(cases[baseline])
+            of_clocks = {clock: {**ratio, "met": ratio["median"] >= required} for clock, ratio in ratios.items()}
+            comparisons.append({"case": name, "baseline": baseline, "required": required, **of_clocks})
     return comparisons
 
 
@@ -272,10 +265,10 @@ def find_break_even(cases: dict[str, Case], record_seconds: dict[str, float], nu
     entries = []
     for table, online, stored in (("dense", ONLINE, DENSE), ("top-k", ONLINE, TOP_K), ("views", ONLINE_VIEWS, VIEWS)):
         online, stored = (num_rows / cases[name].rate["median"] for name in (online, stored))
-        entry = {"columns": table, "record_seconds": record_seconds[table]}
-        entry |= {"online_epoch_seconds": online, "stored_epoch_seconds": stored}
-        entry["epochs"] = record_seconds[table] / (online - stored) if online > stored else None
-        entries.append(entry)
+        seconds = record_seconds[table]
+        epochs = seconds / (online - stored) if online > stored else None
+        entry = {"columns": table, "record_seconds": seconds, "online_epoch_seconds": online}
+        entries.append({**entry, "stored_epoch_seconds": stored, "epochs": epochs})
     return entries
 
 
@@ -299,8 +292,7 @@ def report(cases: dict[str, Case], comparisons: list[dict], break_even: list[dic
 
 
 def main():
-    parser = HfArgumentParser(TrainingBenchmarkArguments, description=__doc__.splitlines()[0])
-    (bench,) = parser.parse_args_into_dataclasses()
+    bench = parse(TrainingBenchmarkArguments, __doc__)
     if bench.patch_embedding not in ("linear", "convolution"):
         raise ValueError(f'patch_embedding="{bench.patch_embedding}" is not measured. Choose linear or convolution.')
     if bench.num_rows < bench.batch_size:
@@ -311,7 +303,7 @@ def main():
         work = Path(folder)
         sizes = {"max_steps": bench.steps, "per_device_train_batch_size": bench.batch_size}
         args = make_arguments(bench, work / "students", **sizes)
-        images, begin = make_images(bench), time.perf_counter()
+        images, begin = make_images(bench.num_rows, bench.image_size, bench.seed), time.perf_counter()
         teachers = train_teachers(images, recipe, bench, work)
         teacher_seconds = time.perf_counter() - begin
         for name, settings in {"dense": {}, "top-k": {"top_k": bench.top_k}, "views": {"views": recipe}}.items():
@@ -324,19 +316,11 @@ def main():
         gc.freeze()
         time_in_turn(list(cases.values()), bench.repetitions, bench.seed)
     comparisons, break_even = compare(cases), find_break_even(cases, seconds, bench.num_rows)
-    write_results(
-        bench.output_file,
-        timm=version("timm") if TIMM in cases else None,
-        bf16=args.bf16,
-        num_workers=args.dataloader_num_workers,
-        arguments=asdict(bench),
-        cases={name: case.measured for name, case in cases.items()},
-        comparisons=comparisons,
-        break_even=break_even,
-        train_teachers_seconds=teacher_seconds,
-    )
-    precision = "bf16" if args.bf16 else "float32"
-    print(f"\n{precision}, {args.dataloader_num_workers} loader workers, {bench.steps} steps a run\n")
+    precision, workers = "bf16" if args.bf16 else "float32", args.dataloader_num_workers
+    how = {"timm": version("timm") if TIMM in cases else None, "bf16": args.bf16, "num_workers": workers}
+    results = {"comparisons": comparisons, "break_even": break_even, "train_teachers_seconds": teacher_seconds}
+    write_results(bench, **how, cases={name: case.measured for name, case in cases.items()}, **results)
+    print(f"\n{precision}, {workers} loader workers, {bench.steps} steps a run\n")
     print(report(cases, comparisons, break_even))
     print(f"\nTraining both teachers, {bench.teacher_epochs} epochs each: {teacher_seconds:.1f} s, online or stored.")
     if TIMM not in cases:

@@ -17,8 +17,8 @@ from tqdm.auto import tqdm
 from transformers import BaseImageProcessor, EvalPrediction, PreTrainedModel
 
 from .checks import check_numbers
-from .data.classes import check_class_names, check_labels, class_names, config_class_names
-from .data.columns import LABEL, as_image_table, require_table
+from .data.classes import check_class_names, check_labels, class_names, config_class_names, labelled_rows
+from .data.columns import LABEL, as_image_table, label_candidates, require_table
 from .logits.encoding import column_name, describe_column
 from .models.modeling_ibvit import IBViTForImageClassification
 from .rows import DistillationCollator, ImageRows
@@ -28,6 +28,11 @@ from .teachers import require_model, without_autocast
 def log_softmax(logits: np.ndarray) -> np.ndarray:
     """Log-probabilities over the last axis, in float64."""
     return _on_cpu(logits).double().log_softmax(-1).numpy()
+
+
+def log_mean_probability(logits: np.ndarray) -> np.ndarray:
+    """(T, …, C), the logits of T models → (…, C), the logarithm of their mean probability, in float64."""
+    return _on_cpu(logits).double().log_softmax(-1).logsumexp(0).sub(np.log(len(logits))).numpy()
 
 
 def top_k_accuracy(logits: np.ndarray, labels: np.ndarray, k: int = 1) -> float:
@@ -144,7 +149,7 @@ class RunningMetrics:
         teacher_token_logits: np.ndarray | torch.Tensor | None = None,
         teacher_logits: np.ndarray | torch.Tensor | None = None,
     ) -> None:
-        """Count a batch; arguments are those of [`classification_metrics`]."""
+        """Count a batch; arguments are those of [`classification_metrics`]. Every row needs a label."""
         logits, labels = _on_cpu(logits), _on_cpu(labels)
         sums = {"accuracy": _is_in_top_k(logits, labels, 1)}
         if logits.shape[1] > 5:
@@ -153,17 +158,21 @@ class RunningMetrics:
         if teacher_token_logits is not None:
             sums["class_token_accuracy"] = _on_cpu(class_logits).argmax(-1) == labels
             tokens = _on_cpu(teacher_token_logits).argmax(-1)
-            for i, name in enumerate(self.teacher_names or range(tokens.shape[1])):
-                name = i if name == "class" else name  # a student of old; the class token has this metric
+            for i, name in enumerate(self._names(tokens.shape[1])):
                 sums[f"{name}_token_accuracy"] = tokens[:, i] == labels
-                if teacher_logits is not None:
-                    choices = _on_cpu(teacher_logits)[:, i].argmax(-1)
-                    sums[f"{name}_agreement"] = logits.argmax(-1) == choices
+        if teacher_logits is not None:
+            choices = _on_cpu(teacher_logits).argmax(-1)
+            for i, name in enumerate(self._names(choices.shape[1])):
+                sums[f"{name}_agreement"] = logits.argmax(-1) == choices[:, i]
         sums = {name: values.double().sum() for name, values in sums.items()}
         sums["expected_calibration_error"] = _calibration_gaps(logits, labels, 15)
         self._num_rows += len(labels)
         for name, value in sums.items():
             self._sums[name] = self._sums.get(name, 0) + value
+
+    def _names(self, count):
+        # The class token has that metric; only a student of old has a teacher of this name.
+        return [i if name == "class" else name for i, name in enumerate(self.teacher_names or range(count))]
 
     def compute(self) -> dict[str, float]:
         """The metrics of all rows since the last `compute`."""
@@ -173,7 +182,8 @@ class RunningMetrics:
 
     def __call__(self, prediction: EvalPrediction, compute_result: bool = True) -> dict[str, float]:
         outputs = prediction.predictions if isinstance(prediction.predictions, tuple) else (prediction.predictions,)
-        self.update(outputs[0], prediction.label_ids, *outputs[1:3])
+        # Other models may have further outputs of their own.
+        self.update(outputs[0], prediction.label_ids, *(outputs[1:3] if self.teacher_names else ()))
         return self.compute() if compute_result else {}
 
 
@@ -215,21 +225,24 @@ def predict(
     num_workers: int = 0,
     image_column: str | None = None,
     label_column: str | None = None,
+    teacher_names: Sequence[str] | None = None,
 ) -> Mapping[str, np.ndarray]:
     """Run a classifier over a table.
 
     Args:
         model: any image classifier.
         image_processor: its image processor.
-        dataset: a table with an image and a `ClassLabel` column.
+        dataset: a table with an image column.
         batch_size: images in a forward pass.
         num_workers: processes that decode images ahead of the model.
         image_column: the image column; found if not given.
-        label_column: the label column; found if not given.
+        label_column: the label column; found if not given. A table without labels is predicted as well.
+        teacher_names: teachers whose logits are returned if the table has them; by default those of the student's tokens.
 
     Returns:
-        `logits` (N, C) and `labels` (N,), in the order of the rows. Students add `class_logits` (N, C) and
-        `teacher_token_logits` (N, T, C). Columns of all teachers of the student add `teacher_logits` (N, T, C).
+        `logits` (N, C) and, if the table has them, `labels` (N,), −100 for a row without one, in the order of the rows.
+        Students add `class_logits` (N, C) and `teacher_token_logits` (N, T, C). Columns of all these teachers add
+        `teacher_logits` (N, T, C).
 
     Raises:
         TypeError: `model`, `image_processor` or `dataset` is of another kind.
@@ -237,7 +250,9 @@ def predict(
             their classes.
     """
     results: dict[str, list[torch.Tensor]] = {}
-    for batch in _predict(model, image_processor, dataset, batch_size, num_workers, image_column, label_column):
+    require_table(dataset, "dataset")
+    dataset = as_image_table(dataset, image_column, label_column, needs_label=bool(label_candidates(dataset.features)))
+    for batch in _predict(model, image_processor, dataset, batch_size, num_workers, teacher_names):
         for name, value in batch.items():
             results.setdefault(name, []).append(value)
     return {name: torch.cat(values).numpy() for name, values in results.items()}
@@ -252,36 +267,40 @@ def evaluate_model(
     num_workers: int = 0,
     image_column: str | None = None,
     label_column: str | None = None,
+    teacher_names: Sequence[str] | None = None,
 ) -> dict[str, float]:
     """[`classification_metrics`] of what a classifier predicts for a table, in memory that does not depend on the number
-    of rows. Arguments and errors are those of [`predict`]."""
-    metrics = RunningMetrics(getattr(getattr(model, "config", None), "teacher_names", None))
-    for batch in _predict(model, image_processor, dataset, batch_size, num_workers, image_column, label_column):
+    of rows. Arguments and errors are those of [`predict`]. Rows without a label are left out, with a warning; without any
+    label it raises `ValueError`."""
+    require_table(dataset, "dataset")
+    dataset = labelled_rows(as_image_table(dataset, image_column, label_column), "dataset")
+    metrics = RunningMetrics(teacher_names or getattr(getattr(model, "config", None), "teacher_names", None))
+    for batch in _predict(model, image_processor, dataset, batch_size, num_workers, teacher_names):
         metrics.update(**batch)
     return metrics.compute()
 
 
 def _predict(
-    model, image_processor, dataset, batch_size, num_workers, image_column, label_column
+    model, image_processor, dataset, batch_size, num_workers, teacher_names
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """The results of [`predict`], batch by batch, on the CPU."""
+    """The results of [`predict`] for a table that passed the door, batch by batch, on the CPU."""
     require_model(model)
     if not isinstance(image_processor, BaseImageProcessor):
         raise TypeError(f"image_processor={image_processor!r} is no image processor. Pass that of the model.")
-    require_table(dataset, "dataset")
     check_numbers(1, whole=True, batch_size=batch_size)
     if len(dataset) == 0:
         raise ValueError("The dataset is empty; it needs at least one row.")
-    dataset, config = as_image_table(dataset, image_column, label_column), model.config
-    check_class_names(config_class_names(config), class_names(dataset), "the model")
-    check_labels(dataset)
-    teacher_names = getattr(config, "teacher_names", [])
+    config, has_labels = model.config, LABEL in dataset.column_names
+    if has_labels:
+        check_class_names(config_class_names(config), class_names(dataset), "the model")
+        check_labels(dataset, unlabelled=True)
+    teacher_names = list(getattr(config, "teacher_names", []) if teacher_names is None else teacher_names)
     columns = [column_name(name) for name in teacher_names if column_name(name) in dataset.column_names]
     if len(columns) < len(teacher_names) or any(describe_column(dataset.features[c])[1] is not None for c in columns):
         # Logits of views belong to other images than those that are predicted here.
         columns = []
     loader = torch.utils.data.DataLoader(
-        ImageRows(dataset, [LABEL], columns, config.num_labels),
+        ImageRows(dataset, [LABEL] if has_labels else [], columns, config.num_labels),
         batch_size=batch_size,
         num_workers=num_workers,
         collate_fn=DistillationCollator(image_processor, teacher_names),
@@ -299,6 +318,8 @@ def _predict(
             outputs = dict(zip(names, outputs)) if isinstance(outputs, tuple) else outputs
             found = {name: outputs.get(name) for name in names}
             found |= {name: batch.get(name) for name in ("labels", "teacher_logits")}
+            if not has_labels:
+                del found["labels"]
             found = {name: value for name, value in found.items() if value is not None}
             gathered = accelerator.gather_for_metrics(found)
             yield {name: value.cpu() if name == "labels" else value.float().cpu() for name, value in gathered.items()}

@@ -87,10 +87,8 @@ def export_onnx(model: PreTrainedModel, image_processor: BaseImageProcessor, pat
     """
     check_installed("onnx", "onnxscript")
     program = export_program(model, image_processor)
-    onnx_program = torch.onnx.export(
-        program, input_names=["pixel_values"], output_names=["logits"], dynamo=True, verbose=False
-    )
-    write_whole(Path(path), onnx_program.save)
+    names = {"input_names": ["pixel_values"], "output_names": ["logits"]}
+    write_whole(path, torch.onnx.export(program, **names, dynamo=True, verbose=False).save)
     return Path(path)
 
 
@@ -120,14 +118,8 @@ def quantize_onnx(source: str | os.PathLike, path: str | os.PathLike) -> Path:
             quant_pre_process(source, prepared, skip_symbolic_shape=True)
             # Not the convolutions, which would be slower than in float32. And 7 bits, because processors without VNNI add two
             # products in 16 bits, which products of 8 bits would overflow.
-            quantize_dynamic(
-                prepared,
-                beside,
-                ["MatMul", "Gemm"],
-                per_channel=True,
-                weight_type=QuantType.QInt8,
-                reduce_range=True,
-            )
+            how = {"per_channel": True, "weight_type": QuantType.QInt8, "reduce_range": True}
+            quantize_dynamic(prepared, beside, ["MatMul", "Gemm"], **how)
 
-    write_whole(Path(path), quantize)
+    write_whole(path, quantize)
     return Path(path)

@@ -94,12 +94,10 @@ PART = 1 << 24
 def sha256(path: str | os.PathLike, part: int | None = None) -> str:
     """The SHA-256 of a file, or of one of its parts of 16 MiB, as hexadecimal digits."""
     with open(path, "rb") as file:
-        left = os.path.getsize(path) if part is None else PART
         file.seek(PART * (part or 0))
-        digest = hashlib.sha256()
-        while left > 0 and (block := file.read(min(left, 1 << 20))):
+        digest = hashlib.sha256(file.read(PART))
+        while part is None and (block := file.read(PART)):
             digest.update(block)
-            left -= len(block)
     return digest.hexdigest()
 
 
@@ -111,8 +109,7 @@ def checksums(path: str | os.PathLike) -> dict:
 
 @contextmanager
 def no_cache_files() -> Iterator[None]:
-    """Keep the methods of a `Dataset` from writing cache files beside the files of the user. What they write goes to the
-    folder for temporary files."""
+    """Let the methods of a `Dataset` write their cache files to the folder for temporary files, not beside those of users."""
     was_enabled = is_caching_enabled()
     disable_caching()
     try:

@@ -25,10 +25,7 @@ _RENAMING = {
     "stem.1.normalization": "backbone.stem.2",
     "stem.2.convolution": "backbone.stem.4.conv",
     "stem.2.normalization": "backbone.stem.4.bn",
-    "stages.0": "backbone.layer1",
-    "stages.1": "backbone.layer2",
-    "stages.2": "backbone.layer3",
-    "stages.3": "backbone.layer4",
+    **{f"stages.{i}": f"backbone.layer{i + 1}" for i in range(4)},
     "reduce.convolution": "conv1",
     "reduce.normalization": "bn1",
     "spatial.involution": "conv2",
@@ -70,20 +67,33 @@ def convert_rednet_checkpoint(
     state_dict, own_names = read_checkpoint(checkpoint)
     if "head.fc.weight" not in state_dict:
         raise ValueError(f'{checkpoint} holds no image classifier, because it has no "head.fc.weight".')
-    classes = _name_classes(len(state_dict["head.fc.weight"]), own_names, class_names)
+    count = len(state_dict["head.fc.weight"])
+    names = own_names if class_names is None else class_names
+    if names is None:
+        names = ResNet50_Weights.DEFAULT.meta["categories"] if count == 1000 else [f"LABEL_{i}" for i in range(count)]
+    if len(names) != count:
+        source = "the checkpoint" if class_names is None else "class_names"
+        raise ValueError(
+            f"The model has {count:,} classes, but {source} has {len(names):,} names. Give one for each class."
+        )
+    classes = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     model = convert(state_dict, IBResNetConfig.from_preset(detect_preset(state_dict), **classes))
     model.save_pretrained(output_dir)
-    build_authors_image_processor().save_pretrained(output_dir)
+    BitImageProcessor(
+        size={"shortest_edge": 256},
+        resample=PILImageResampling.BILINEAR,
+        crop_size={"height": 224, "width": 224},
+        image_mean=IMAGENET_DEFAULT_MEAN,
+        image_std=IMAGENET_DEFAULT_STD,
+    ).save_pretrained(output_dir)
     return model
 
 
 def read_checkpoint(path: str) -> tuple[dict[str, torch.Tensor], list[str] | None]:
     """The tensors by name, and the names of the classes if the file has them. No code in the file is run."""
     try:
-        if Path(path).suffix == ".safetensors":
-            content = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        is_safetensors = Path(path).suffix == ".safetensors"
+        content = load_file(path) if is_safetensors else torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:  # a damaged file may raise anything
@@ -93,17 +103,14 @@ def read_checkpoint(path: str) -> tuple[dict[str, torch.Tensor], list[str] | Non
                 f"{path} is damaged, or no file of torch.save or safetensors ({type(error).__name__}). Download it again."
             ) from error
         raise ValueError(
-            f"{path} holds more than tensors and plain values ({code[1]}), and could run any code when it is loaded. "
-            "If you trust its source, save its tensors alone and convert that file: "
+            f"{path} holds code ({code[1]}), which loading would run. If you trust its source, convert its tensors alone: "
             'torch.save(torch.load(path, weights_only=False)["state_dict"], new_path).'
         ) from error
     wrapper = content if isinstance(content, dict) else {}
     state_dict, meta = wrapper.get("state_dict", wrapper), wrapper.get("meta")
     tensors = state_dict.values() if isinstance(state_dict, dict) else []
     if not tensors or not all(isinstance(tensor, torch.Tensor) for tensor in tensors):
-        raise ValueError(
-            f'{path} holds no state dict. It must map names to tensors, at the top or under "state_dict".'
-        )
+        raise ValueError(f'{path} holds no state dict: names mapped to tensors, at the top or under "state_dict".')
     names = meta.get("CLASSES") if isinstance(meta, dict) else None
     is_plain = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
     return state_dict, list(names) if is_plain else None
@@ -116,21 +123,6 @@ def detect_preset(state_dict: dict[str, torch.Tensor]) -> str:
         known = ", ".join(f"{name} {depths}" for depths, name in REDNETS.items())
         raise ValueError(f"backbone.layer1 to layer4 have {depths} blocks. Give one of the RedNets: {known}.")
     return REDNETS[depths]
-
-
-def _name_classes(count: int, own_names: list[str] | None, given: list[str] | None) -> dict:
-    """The fields of the configuration about classes; only their number if they have no names."""
-    names = own_names if given is None else given
-    if names is None and count == 1000:
-        names = ResNet50_Weights.DEFAULT.meta["categories"]
-    if names is None:
-        return {"num_labels": count}
-    if len(names) != count:
-        source = "the checkpoint" if given is None else "class_names"
-        raise ValueError(
-            f"The model has {count:,} classes, but {source} has {len(names):,} names. Give one for each class."
-        )
-    return {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
 
 
 def authors_name(name: str) -> str:
@@ -151,20 +143,10 @@ def convert(state_dict: dict[str, torch.Tensor], config: IBResNetConfig) -> IBRe
             raise ValueError(f"These are not the tensors of a RedNet classifier: {len(names)} {problem} ({first}).")
     converted = {}
     for theirs, (ours, initial) in expected.items():
-        converted[ours] = state_dict.get(theirs, initial)
-        if converted[ours].shape != initial.shape:
+        tensor = converted[ours] = state_dict.get(theirs, initial)
+        if tensor.shape != initial.shape:
             raise ValueError(
-                f"{theirs} has the shape {tuple(converted[ours].shape)}. In a RedNet it is {tuple(initial.shape)}."
+                f"{theirs} has the shape {tuple(tensor.shape)}. In a RedNet it is {tuple(initial.shape)}."
             )
     model.load_state_dict(converted)
     return model
-
-
-def build_authors_image_processor() -> BitImageProcessor:
-    return BitImageProcessor(
-        size={"shortest_edge": 256},
-        resample=PILImageResampling.BILINEAR,
-        crop_size={"height": 224, "width": 224},
-        image_mean=IMAGENET_DEFAULT_MEAN,
-        image_std=IMAGENET_DEFAULT_STD,
-    )

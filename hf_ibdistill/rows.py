@@ -139,6 +139,7 @@ class StreamedImageRows(_RowDecoder, torch.utils.data.IterableDataset):
         table: a stream that passed the door ([`as_image_table`]).
         buffer_size: rows that are held; the next row is drawn from them at random. 0 keeps the order of the stream.
         seed: seed of the draws, with the epoch.
+        labelled_only: skip rows without a label, which is null or −1.
         args, kwargs: as for [`ImageRows`].
 
     Raises:
@@ -146,9 +147,17 @@ class StreamedImageRows(_RowDecoder, torch.utils.data.IterableDataset):
             logits are not finite; the message counts rows from the first that this worker was given.
     """
 
-    def __init__(self, table: IterableDataset, *args, buffer_size: int = 0, seed: int = 0, **kwargs):
+    def __init__(
+        self,
+        table: IterableDataset,
+        *args,
+        buffer_size: int = 0,
+        seed: int = 0,
+        labelled_only: bool = False,
+        **kwargs,
+    ):
         super().__init__(table, *args, **kwargs)
-        self.buffer_size, self.seed = buffer_size, seed
+        self.buffer_size, self.seed, self.labelled_only = buffer_size, seed, labelled_only
         if any(self._has_views.values()) and _may_take_rows(table) and not _takes_the_right_rows():
             raise ValueError(
                 f"The stream is shuffled or filtered. pyarrow {pa.__version__} then takes wrong rows of logits of views, "
@@ -180,8 +189,8 @@ class StreamedImageRows(_RowDecoder, torch.utils.data.IterableDataset):
                     # A stream cannot be checked before it is trained on.
                     if not np.isfinite(row[name]).all():
                         raise ValueError(f'Row {number}: the column "{name}" has missing, NaN or infinite logits.')
-                if LABEL in row and (row[LABEL] is None or row[LABEL] == -1):
-                    raise ValueError(f"Row {number} has no label. Remove such rows before the table is streamed.")
+                if self.labelled_only and row[LABEL] in (None, -1):
+                    continue
                 yield number, row
             first += len(batch)
 
@@ -231,7 +240,7 @@ class DistillationCollator:
         teacher_names: stack the logits of these teachers, in this order, if the rows have them.
         teacher_image_processors: name → image processor of each online teacher.
 
-    A batch has `pixel_values` (N, channels, H, W); `labels` (N,); `teacher_logits` (N, T, C) in the stored type, if the
+    A batch has `pixel_values` (N, channels, H, W); `labels` (N,), −100 for a row without a label; `teacher_logits` (N, T, C) in the stored type, if the
     rows have the column of every teacher; and `teacher_pixel_values`, name → (N, channels, H, W), for online teachers.
     """
 
@@ -249,9 +258,10 @@ class DistillationCollator:
         images = [row[IMAGE] for row in rows]
         # No teacher has the name "": names are identifiers.
         tensors = pixel_values(images, {"": self.image_processor, **self.teacher_image_processors})
+        labels = [row.get(LABEL) for row in rows]
         batch = {
             "pixel_values": tensors.pop(""),
-            "labels": torch.tensor([int(row[LABEL]) for row in rows]),
+            "labels": torch.tensor([-100 if label in (None, -1) else int(label) for label in labels]),
         }
         if self.logits_columns and all(column in rows[0] for column in self.logits_columns):
             # Not float32 yet: half the bytes are half the way to the device.

@@ -1,36 +1,54 @@
-"""Start a student from any checkpoint, for other teachers, images and classes."""
+"""Start a student: from any checkpoint, for other teachers, images and classes, or from nothing."""
 
+import copy
 import itertools
+import logging
 import math
 import os
 
 import torch
-from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedConfig
+from huggingface_hub.errors import StrictDataclassError
+from transformers import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoImageProcessor,
+    BaseImageProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
+)
 
 from .data.classes import config_class_names
 from .models.configuration_ibvit import IBViTConfig
 from .models.conversion_vit import interpolate_positions
 from .models.modeling_ibvit import IBViTForImageClassification
-from .teachers import explain_loading
+from .teachers import explain_loading, load_model
+
+
+logger = logging.getLogger(__name__)
 
 
 def load_student(
     name_or_path: str | os.PathLike, teacher_names: list[str] | tuple[str, ...] | None = None, **kwargs
-) -> IBViTForImageClassification:
-    """A student for other teachers, classes or another image size, in evaluation mode and float32.
+) -> PreTrainedModel:
+    """A student from a checkpoint, for other teachers, classes or another image size, in evaluation mode and float32.
 
-    The token, position, head and (in `"bias_stems"`) stem of a teacher belong to its name. They are kept if the name stays
-    and left out if it goes. A new name gets copies of the token, position and head of the class token, and the default
-    stem. If the names of the classes differ, all heads start from nothing, with a warning of transformers. Position
-    embeddings of the patches are interpolated (bicubic).
+    A student, ViT or DeiT becomes an [`IBViTForImageClassification`]. The token, position, head and (in `"bias_stems"`)
+    stem of a teacher belong to its name. They are kept if the name stays and left out if it goes. A new name gets copies
+    of the token, position and head of the class token, and the default stem. If the names of the classes differ, all heads
+    start from nothing, with a warning of transformers. Position embeddings of the patches are interpolated (bicubic).
+
+    A model of any other family stays what it is, and its prediction answers every teacher; see [`load_with_classes`].
 
     Args:
-        name_or_path: folder or Hub id of a saved student, or of a ViT or DeiT checkpoint (see
-            [`IBViTForImageClassification.from_vit`]; the distillation token of a DeiT becomes the first teacher's).
+        name_or_path: folder or Hub id of a saved student, of a ViT or DeiT checkpoint (see
+            [`IBViTForImageClassification.from_vit`]; the distillation token of a DeiT becomes the first teacher's), or of
+            any model that `AutoModelForImageClassification` loads, with or without a head.
         teacher_names: as in [`IBViTConfig`]. `None` keeps the model's own, which suits fine-tuning without teachers,
-            because the other tokens attend to them.
-        kwargs: fields of [`IBViTConfig`] to change, such as `image_size`, `fusion` and those of [`class_config`]. `None` keeps
-            the field of the checkpoint.
+            because the other tokens attend to them. Without effect on other families, which have no tokens.
+        kwargs: fields of the configuration to change, such as those of [`class_config`], and for an IBViT `image_size` and
+            `fusion`. `None` keeps the field of the checkpoint.
 
     Raises:
         TypeError: `name_or_path` is no path, or a field does not exist.
@@ -44,12 +62,18 @@ def load_student(
     ```python
     >>> model = load_student("user/student", image_size=32, **class_config(images))
     >>> model = load_student("facebook/deit-tiny-patch16-224", teacher_names=("conv", "inv"), **class_config(images))
+    >>> model = load_student("google/mobilenet_v2_1.0_224", **class_config(images))
     ```
     """
-    if not isinstance(name_or_path, (str, os.PathLike)):
-        raise TypeError(f"name_or_path is a {type(name_or_path).__name__}. Pass the folder or Hub id of a checkpoint.")
+    _require_path(name_or_path)
+    kwargs = {name: value for name, value in kwargs.items() if value is not None}
     with explain_loading("The student", name_or_path):
         model_type = PreTrainedConfig.get_config_dict(name_or_path)[0].get("model_type")
+    if model_type not in (IBViTConfig.model_type, "vit", "deit"):
+        # Other families take images of any size, or resize their position embeddings themselves.
+        kwargs.pop("image_size", None)
+        return load_with_classes(name_or_path, "The student", **kwargs)
+    with explain_loading("The student", name_or_path):
         if model_type == IBViTConfig.model_type:
             model = IBViTForImageClassification.from_pretrained(name_or_path, dtype=torch.float32)
         else:
@@ -65,11 +89,8 @@ def load_student(
             stems = dict(zip(old.teacher_names, old.teacher_token_stems))
             alternating = itertools.cycle(("convolution", "involution"))
             fields["teacher_spatial_operators"] = [stems.get(n, stem) for n, stem in zip(teacher_names, alternating)]
-    kwargs = {name: value for name, value in kwargs.items() if value is not None}
-    config, kwargs = IBViTConfig.from_dict(fields, return_unused_kwargs=True, **kwargs)
-    if kwargs:
-        name, value = next(iter(kwargs.items()))
-        raise TypeError(f"{name}={value!r} is no field of IBViTConfig. Check its spelling.")
+    config, unknown = IBViTConfig.from_dict(fields, return_unused_kwargs=True, **kwargs)
+    _refuse_unknown(unknown, config)
     config.validate()
     weights = _match_teachers(weights, old.teacher_names, config.teacher_names)
     if config_class_names(config) != config_class_names(old):
@@ -81,6 +102,113 @@ def load_student(
     model = IBViTForImageClassification.from_pretrained(None, config=config, state_dict=weights, dtype=torch.float32)
     model.config.name_or_path = model.name_or_path = str(name_or_path)
     return model
+
+
+def load_with_classes(name_or_path: str | os.PathLike, owner: str = "The model", **kwargs: object) -> PreTrainedModel:
+    """Any image classifier from a checkpoint, in evaluation mode and float32. If the names of its classes differ from those
+    given, or it has no head, its head starts from nothing, with a warning.
+
+    Args:
+        name_or_path: folder or Hub id of a model that `AutoModelForImageClassification` loads.
+        owner: what an error calls it.
+        kwargs: fields of its configuration to change, such as those of [`class_config`].
+
+    Raises:
+        TypeError: `name_or_path` is no path, or a field does not exist.
+        ValueError: the files are damaged, or no weights but those of the head fit the model.
+        OSError: there is no such checkpoint.
+    """
+    _require_path(name_or_path)
+    with explain_loading(owner, name_or_path):
+        model, info = load_model(name_or_path, dtype=torch.float32)
+    config = copy.deepcopy(model.config)
+    classes = {"num_labels", "id2label", "label2id"}
+    _refuse_unknown({name: value for name, value in kwargs.items() if name not in {*vars(config), *classes}}, config)
+    for name, value in kwargs.items():
+        setattr(config, name, value)
+    heads = head_parameters(model)
+    missing = set(info["missing_keys"]) & dict(model.named_parameters()).keys()
+    if missing - heads:
+        raise ValueError(
+            f"{owner} in {name_or_path} has no weights for {', '.join(sorted(missing - heads)[:4])}. Give a trained model."
+        )
+    has_same_classes = config_class_names(config) == config_class_names(model.config)
+    if has_same_classes and not missing and not kwargs.keys() - classes:
+        return model
+    weights = model.state_dict()
+    if missing or not has_same_classes:
+        logger.warning("%s gets a new head for %d classes; train it.", owner, config.num_labels)
+        weights = {name: tensor for name, tensor in weights.items() if name not in heads}
+    new = type(model)(config)
+    new.load_state_dict(weights, strict=False)
+    new.config.name_or_path = new.name_or_path = str(name_or_path)
+    return new.eval()
+
+
+def build_student(architecture: str, image_size: int | None = None, **fields: object) -> PreTrainedModel:
+    """An untrained classifier of any architecture of transformers, or of timm.
+
+    Args:
+        architecture: a model type of transformers, such as `"mobilenet_v2"`, `"resnet"` or `"convnext"`; or
+            `"timm/"` with a name of timm, such as `"timm/mobilenetv3_small_100"`.
+        image_size: side of its images in pixels, for configurations with such a field.
+        fields: of its configuration, such as `hidden_sizes` and those of [`class_config`]. For timm those of
+            [`class_config`], and arguments of `timm.create_model`.
+
+    Raises:
+        TypeError: a field does not exist.
+        ValueError: there is no image classifier of this architecture, or its fields do not fit each other.
+    """
+    kind, _, name = architecture.rpartition("/")
+    classes = {key: fields.pop(key) for key in ("num_labels", "id2label", "label2id") if key in fields}
+    if kind not in ("", "timm"):
+        raise ValueError(
+            f'architecture="{architecture}" is neither a model type nor timm/NAME. Load a checkpoint with load_student.'
+        )
+    try:
+        if kind == "timm":
+            config = TimmWrapperConfig(architecture=name, model_args=fields or None, **classes)
+            return TimmWrapperForImageClassification(config)
+        defaults = AutoConfig.for_model(name)
+    except ImportError:
+        raise
+    except Exception as error:  # whatever timm and transformers raise for a name that they do not have
+        raise ValueError(f'architecture="{architecture}" cannot be built: {error}') from error
+    found = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING.get(type(defaults), None)
+    if found is None:
+        raise ValueError(f'architecture="{architecture}" has no image classifier in transformers.')
+    _refuse_unknown({key: value for key, value in fields.items() if not hasattr(defaults, key)}, defaults)
+    if image_size is not None and hasattr(defaults, "image_size"):
+        fields.setdefault("image_size", image_size)
+    try:
+        # Some families have several classes; the first is the plain one.
+        model_class = found[0] if isinstance(found, (tuple, list)) else found
+        return model_class(AutoConfig.for_model(name, **fields, **classes))
+    except StrictDataclassError:
+        raise
+    except Exception as error:  # whatever the code of any model raises
+        raise ValueError(f'architecture="{architecture}" cannot be built with {fields}: {error}') from error
+
+
+def head_parameters(model: PreTrainedModel) -> set[str]:
+    """The names of the parameters of a classifier whose shape depends on the number of its classes."""
+    config = copy.deepcopy(model.config)
+    config.num_labels = model.config.num_labels + 1
+    with torch.device("meta"):
+        other = type(model)(config)
+    shapes = {name: parameter.shape for name, parameter in other.named_parameters()}
+    return {name for name, parameter in model.named_parameters() if shapes.get(name) != parameter.shape}
+
+
+def _require_path(name_or_path):
+    if not isinstance(name_or_path, (str, os.PathLike)):
+        raise TypeError(f"name_or_path is a {type(name_or_path).__name__}. Pass the folder or Hub id of a checkpoint.")
+
+
+def _refuse_unknown(fields, config):
+    if fields:
+        name, value = next(iter(fields.items()))
+        raise TypeError(f"{name}={value!r} is no field of {type(config).__name__}. Check its spelling.")
 
 
 def _match_teachers(weights: dict[str, torch.Tensor], old: list[str], new: list[str]) -> dict[str, torch.Tensor]:

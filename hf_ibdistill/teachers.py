@@ -23,13 +23,15 @@ from transformers import (
     PreTrainedModel,
 )
 
-from .data.classes import check_class_names, config_class_names
+from .data.classes import check_class_names, config_class_names, normalize_names
 from .logits.encoding import LogitsEncoding
 
 
 logger = logging.getLogger(__name__)
 
 _Path = str | os.PathLike
+# Class of the dataset → the teacher's class or classes, by name or number.
+ClassMapping = Mapping[str, str | int | Sequence[str | int]]
 TeacherLike = PreTrainedModel | _Path | tuple[PreTrainedModel | _Path, BaseImageProcessor | _Path]
 
 
@@ -41,6 +43,7 @@ class Teacher:
         name: the name of its logits column is `<name>_logits`.
         bf16: whether it runs under bf16 autocast.
         revision: its commit on the Hub; `None` for a folder or a model.
+        classes: class of the dataset → the teacher's class or classes for it, by name or number; `None` for the same names.
     """
 
     name: str
@@ -48,28 +51,61 @@ class Teacher:
     image_processor: BaseImageProcessor
     bf16: bool = False
     revision: str | None = None
-    _class_order: list[int] | None = None
+    classes: ClassMapping | None = None
+    # The names of the classes of `logits`, and for each the numbers of the teacher's classes.
+    _matched: dict[str, list[int]] | None = None
 
     @property
     def class_names(self) -> list[str]:
         """The names of the classes, in the order of `logits`."""
-        names = config_class_names(self.model.config, self._title)
-        return names if self._class_order is None else [names[i] for i in self._class_order]
+        return config_class_names(self.model.config, self._title) if self._matched is None else list(self._matched)
 
     def match_classes(self, expected: Sequence[str]) -> None:
-        """Put `logits` into the order of these classes, matched by name.
+        """Make `logits` those of these classes, matched by name or by `classes`. Further classes are dropped. Of several
+        classes for one, the logit is their log-sum-exp, so that probabilities add up.
 
         Raises:
-            ValueError: the teacher has other classes; the message names the difference.
+            ValueError: the teacher lacks a class, or `classes` does not fit; the message names the difference.
         """
-        names = config_class_names(self.model.config, self._title)
-        if names != list(expected) and sorted(names) == sorted(expected) and len(set(names)) == len(names):
-            self._class_order = [names.index(name) for name in expected]
+        names = normalize_names(config_class_names(self.model.config, self._title))
+        if self.classes is not None:
+            self._matched = {name: self._numbers_of(name, names) for name in expected}
+            unknown = [name for name in self.classes if name not in self._matched]
+            if unknown:
+                raise ValueError(
+                    f"The classes for {self._title} have {unknown[:10]}, which the dataset has not: {list(expected)[:10]}."
+                )
+            used = [number for numbers in self._matched.values() for number in numbers]
+            if len(set(used)) < len(used):
+                twice = sorted({names[number] for number in used if used.count(number) > 1})
+                raise ValueError(f"The classes for {self._title} use {twice[:10]} twice. Give each class once.")
+            return
+        wanted = normalize_names(expected)
+        if names != wanted and set(wanted) <= set(names) and len(set(names)) == len(names):
+            self._matched = {name: [names.index(normal)] for name, normal in zip(expected, wanted)}
+            dropped = len(names) - len(self._matched)
             logger.warning(
-                'The teacher "%s" has the classes of the dataset in another order. Its logits are reordered by class name.',
+                'The teacher "%s" has the classes of the dataset %s. Its logits are matched by class name.',
                 self.name,
+                f"and {dropped} others, which are dropped" if dropped else "in another order",
             )
         check_class_names(self.class_names, expected, self._title)
+
+    def _numbers_of(self, name, names) -> list[int]:
+        """The numbers of the teacher's classes for a class of the dataset."""
+        given = self.classes.get(name, name)
+        numbers = []
+        for one in [given] if isinstance(given, (str, int)) else given:
+            is_number = isinstance(one, int) and not isinstance(one, bool)
+            if (one not in range(len(names))) if is_number else (names.count(one) != 1):
+                raise ValueError(
+                    f'The class "{name}" of the dataset is {one!r} for {self._title}, which has no such class, or several. Its '
+                    f"{len(names)} classes are {names[:5]}, …"
+                )
+            numbers.append(one if is_number else names.index(one))
+        if not numbers:
+            raise ValueError(f'The class "{name}" of the dataset has no class of {self._title}. Give at least one.')
+        return numbers
 
     @property
     def _title(self) -> str:
@@ -110,7 +146,12 @@ class Teacher:
                 f'The teacher "{self.name}" predicts logits of shape {found} for {shape[0]} images, but its configuration '
                 f"has {self.model.config.num_labels} classes (id2label). Make the two fit."
             )
-        return outputs.float() if self._class_order is None else outputs[:, self._class_order].float()
+        if self._matched is None:
+            return outputs.float()
+        groups, outputs = list(self._matched.values()), outputs.float()
+        if all(len(numbers) == 1 for numbers in groups):
+            return outputs[:, [number for (number,) in groups]]
+        return torch.stack([outputs[:, numbers].logsumexp(1) for numbers in groups], dim=1)
 
     def describe(self, encoding: LogitsEncoding) -> dict:
         """The record that identifies the column of this teacher, as a dict for JSON.
@@ -130,8 +171,14 @@ class Teacher:
             "weights_sha256": self.weights_sha256(),
             "config": settings,
             "image_processor": json.loads(self.image_processor.to_json_string()),
-            "num_labels": config.num_labels,
+            "num_labels": len(self.class_names),
             "label_names": self.class_names,
+            # Only if they are chosen, so that records of tables without it stay equal.
+            **(
+                {}
+                if self.classes is None
+                else {"classes": {name: self.classes.get(name, name) for name in self.class_names}}
+            ),
             "encoding": encoding.to_dict(),
             "bf16": self.bf16,
         }
@@ -174,7 +221,11 @@ def without_autocast(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def load_teachers(
-    teachers: Mapping[str, TeacherLike], *, bf16: bool = False, trust_remote_code: bool = False
+    teachers: Mapping[str, TeacherLike],
+    *,
+    bf16: bool = False,
+    trust_remote_code: bool = False,
+    classes: Mapping[str, ClassMapping] | None = None,
 ) -> list[Teacher]:
     """Open teachers by name, in evaluation mode.
 
@@ -183,10 +234,12 @@ def load_teachers(
             may be a Hub id or folder.
         bf16: run them under bf16 autocast.
         trust_remote_code: run the code that a Hub repository or folder contains.
+        classes: teacher → class of the dataset → the teacher's class or classes for it, by name or number. Classes that are
+            not given are matched by name, and so are those of other teachers.
 
     Raises:
-        TypeError: `teachers` is no mapping.
-        ValueError: no teacher, a name that cannot name a column, another kind of object, a model without an image
+        TypeError: `teachers` or `classes` is no mapping.
+        ValueError: no teacher, `classes` of another one, a name that cannot name a column, another kind of object, a model without an image
             processor, or a model with its own code without `trust_remote_code`.
         OSError: an id or folder that cannot be loaded.
         ImportError: a library that the model is built on, such as timm, is not installed.
@@ -195,7 +248,16 @@ def load_teachers(
         raise TypeError(f"teachers={teachers!r} has no names. Pass name → model, Hub id or folder, as a dict.")
     if not teachers:
         raise ValueError("teachers={} is empty. Pass at least one teacher, as name → model, Hub id or folder.")
-    return [_load_teacher(name, teacher, bf16, trust_remote_code) for name, teacher in teachers.items()]
+    classes = {} if classes is None else classes
+    if not isinstance(classes, Mapping) or not all(isinstance(mapping, Mapping) for mapping in classes.values()):
+        raise TypeError(f"classes={classes!r} does not map teacher → class of the dataset → class of the teacher.")
+    others = [name for name in classes if name not in teachers]
+    if others:
+        raise ValueError(f"classes are given for {others}, but the teachers are {list(teachers)}.")
+    loaded = [_load_teacher(name, teacher, bf16, trust_remote_code) for name, teacher in teachers.items()]
+    for teacher in loaded:
+        teacher.classes = classes.get(teacher.name)
+    return loaded
 
 
 def _load_teacher(name, teacher, bf16, trust_remote_code):
@@ -244,7 +306,7 @@ def load_classifier(source: _Path, owner: str = "The model", **options) -> PreTr
         OSError: it cannot be found.
     """
     with explain_loading(owner, source):
-        model, info = _load_model(source, **options)
+        model, info = load_model(source, **options)
     parameters = dict(model.named_parameters())
     # An older student without teachers was saved without an empty tensor.
     missing = sorted(name for name in info["missing_keys"] if name in parameters and parameters[name].numel())
@@ -279,7 +341,8 @@ def explain_loading(owner: str, source: _Path) -> Iterator[None]:
         ) from error
 
 
-def _load_model(source, **options):
+def load_model(source: _Path, **options) -> tuple[PreTrainedModel, dict]:
+    """An image classifier and what `from_pretrained` reports about its weights."""
     try:
         return AutoModelForImageClassification.from_pretrained(source, output_loading_info=True, **options)
     except TypeError:

@@ -3,8 +3,11 @@
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
+    BertConfig,
+    BertModel,
     DeiTConfig,
     DeiTForImageClassification,
     DeiTForImageClassificationWithTeacher,
@@ -16,13 +19,12 @@ from transformers import (
 
 from hf_ibdistill import (
     IBResNetConfig,
-    IBResNetForImageClassification,
     IBViTConfig,
     IBViTForImageClassification,
     load_image_processor,
     load_student,
 )
-from hf_ibdistill.students import default_patch_size
+from hf_ibdistill.students import build_student, default_patch_size
 
 
 SHAPE = {"image_size": 8, "patch_size": 2, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
@@ -199,10 +201,94 @@ def test_checkpoints_and_sizes_that_do_not_fit(tmp_path):
     build("linear").save_pretrained(tmp_path / "student")
     with pytest.raises(StrictDataclassError, match="patch_size=2.*image_size=9"):
         load_student(tmp_path / "student", image_size=9)
-    teacher = IBResNetForImageClassification(IBResNetConfig.from_preset("convolution-small"))
-    teacher.save_pretrained(tmp_path / "teacher")
-    with pytest.raises(ValueError, match='"ibresnet"'):
-        load_student(tmp_path / "teacher")
+    BertModel(BertConfig(vocab_size=9, hidden_size=4, num_hidden_layers=1, num_attention_heads=1)).save_pretrained(
+        tmp_path / "text"
+    )
+    with pytest.raises(ValueError, match=f"The student cannot be loaded from {tmp_path}.*BertConfig"):
+        load_student(tmp_path / "text")
+
+
+# Other families
+
+
+FAMILIES = {
+    "resnet": {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]},
+    "mobilenet_v2": {"depth_multiplier": 0.25},
+    "dinov2": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 4},
+    "levit": {},
+    "ibresnet": {"hidden_sizes": [8] * 4, "embedding_size": 8, "depths": [1] * 4},
+    "timm/mobilenetv3_small_050": {},
+}
+
+
+@pytest.mark.parametrize("architecture", sorted(FAMILIES))
+def test_any_classifier_keeps_its_backbone_and_gets_a_head_for_other_classes(architecture, tmp_path, caplog):
+    model = build_student(architecture, image_size=32, **FAMILIES[architecture], **ANIMALS)
+    model.save_pretrained(tmp_path)
+    same = load_student(tmp_path, ("conv", "inv"), image_size=64, **ANIMALS)
+    assert type(same) is type(model) and not same.training and "new head" not in caplog.text
+    assert all(torch.equal(tensor, same.state_dict()[name]) for name, tensor in model.state_dict().items())
+    more = {"id2label": {i: f"class {i}" for i in range(7)}, "label2id": {f"class {i}": i for i in range(7)}}
+    # The same number of classes, and another one.
+    for classes in (PLANTS, more):
+        other = load_student(tmp_path, **classes)
+        assert "new head" in caplog.text
+        assert [other.config.id2label[i] for i in range(len(classes["id2label"]))] == [*classes["label2id"]]
+        names = {name for name, tensor in other.state_dict().items() if not same_tensor(tensor, model, name)}
+        weights = [name for name in names if name.endswith("weight")]
+        assert weights and {name.rpartition(".")[0] for name in names} == {w.rpartition(".")[0] for w in weights}
+        assert all("classifier" in name or "head" in name for name in names)
+        with torch.no_grad():
+            assert other(pixel_values=torch.rand(1, 3, 32, 32)).logits.shape == (1, len(classes["id2label"]))
+
+
+def same_tensor(tensor, model, name):
+    expected = model.state_dict()[name]
+    return tensor.shape == expected.shape and torch.equal(tensor, expected)
+
+
+def test_a_backbone_without_a_head_gets_one(tmp_path):
+    model = build_student("dinov2", image_size=32, **FAMILIES["dinov2"])
+    model.base_model.save_pretrained(tmp_path)
+    student = load_student(tmp_path, **ANIMALS)
+    assert student.config.num_labels == 3
+    for name, tensor in model.base_model.state_dict().items():
+        assert torch.equal(tensor, student.base_model.state_dict()[name])
+    # Other weights must not be missing.
+    weights = load_file(tmp_path / "model.safetensors")
+    weights.pop("layernorm.weight")
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"The student in {tmp_path} has no weights for dinov2.layernorm.weight"):
+        load_student(tmp_path, **ANIMALS)
+
+
+def test_a_field_of_the_configuration_may_change(tmp_path):
+    build_student("dinov2", image_size=32, **FAMILIES["dinov2"], **ANIMALS).save_pretrained(tmp_path)
+    student = load_student(tmp_path, drop_path_rate=0.5, **ANIMALS)
+    assert student.config.drop_path_rate == 0.5
+    with pytest.raises(TypeError, match="drop_rate=0.5 is no field of Dinov2Config"):
+        load_student(tmp_path, drop_rate=0.5)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "fields", "error", "message"),
+    [
+        ("bert", {}, ValueError, 'architecture="bert" has no image classifier'),
+        ("mobilenet_v9", {}, ValueError, 'architecture="mobilenet_v9" cannot be built'),
+        ("microsoft/resnet-18", {}, ValueError, 'architecture="microsoft/resnet-18" is neither'),
+        ("resnet", {"depth": [1]}, TypeError, r"depth=\[1\] is no field of ResNetConfig"),
+        ("resnet", {"layer_type": "nope"}, StrictDataclassError, "layer_type=nope"),
+    ],
+)
+def test_architectures_that_cannot_be_built(architecture, fields, error, message):
+    with pytest.raises(error, match=message):
+        build_student(architecture, **fields)
+
+
+def test_the_image_size_is_that_of_architectures_that_have_one():
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    assert build_student("vit", image_size=48, **shape).config.image_size == 48
+    assert not hasattr(build_student("resnet", image_size=48, **FAMILIES["resnet"]).config, "image_size")
 
 
 @pytest.mark.parametrize("processor_class", [ViTImageProcessor, DeiTImageProcessor])

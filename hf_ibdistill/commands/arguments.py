@@ -3,54 +3,53 @@
 import argparse
 import dataclasses
 import difflib
+import inspect
 import json
 import logging
 import re
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 from huggingface_hub.errors import StrictDataclassError
-from transformers import HfArgumentParser, TrainingArguments
-from transformers.hf_argparser import string_to_bool
+from transformers import HfArgumentParser, Trainer, TrainingArguments
+from transformers.hf_argparser import HfArg, string_to_bool
 
 from ..checks import check_numbers
 from ..data.loading import load_image_dataset
 from ..data.splits import select_per_class
+from ..data.unlabelled import add_unlabelled
 from ..images.decoding import scale_pixels
 from ..images.views import ViewRecipe
+from ..publishing.results import evaluate_and_save
+from ..training.arguments import ImageTrainingArguments
 
 
 @dataclass
 class DataArguments:
     _argument_group_name = "data"
 
-    dataset: str = field(
+    dataset: str = HfArg(
         default="digits",
-        metadata={
-            "help": 'The images: "digits" (8×8, bundled), a folder of class folders, a save_to_disk folder, a Parquet file '
-            "or folder, a folder of IDX files, or a Hub id."
-        },
+        help='The images: "digits" (8×8, bundled), a folder of class folders, a save_to_disk folder, a Parquet file '
+        "or folder, a folder of IDX files, or a Hub id.",
     )
-    image_column: str | None = field(default=None, metadata={"help": "Image column; found if not given."})
-    label_column: str | None = field(default=None, metadata={"help": "Label column; found if not given."})
-    validation_fraction: float = field(
-        default=0.1, metadata={"help": "Share of the training images to hold out if there is no validation split."}
+    image_column: str | None = HfArg(default=None, help="Image column; found if not given.")
+    label_column: str | None = HfArg(default=None, help="Label column; found if not given.")
+    validation_fraction: float = HfArg(
+        default=0.1, help="Share of the training images to hold out if there is no validation split."
     )
-    images_per_class: int | None = field(
-        default=None, metadata={"help": "Train on a random subset with this many images of each class."}
+    images_per_class: int | None = HfArg(
+        default=None, help="Train on a random subset with this many images of each class."
     )
-    split_seed: int = field(default=0, metadata={"help": "Seed of the validation split and of the subset."})
-    pixel_range: list[float] | None = field(
+    split_seed: int = HfArg(default=0, help="Seed of the validation split and of the subset.")
+    pixel_range: list[float] | None = HfArg(
         default=None,
-        metadata={
-            "help": "Levels of black and white in gray images of 16 or 32 bits, signed or float.",
-            "metavar": "X",
-        },
+        help="Levels of black and white in gray images of 16 or 32 bits, signed or float.",
     )
 
     def load(self) -> DatasetDict:
@@ -65,44 +64,48 @@ class DataArguments:
             seed=self.split_seed,
         )
         if self.images_per_class is not None:
-            splits["train"] = select_per_class(splits["train"], self.images_per_class, seed=self.split_seed)
+            keeps = getattr(self, "keep_rest", False)
+            splits["train"] = select_per_class(
+                splits["train"], self.images_per_class, seed=self.split_seed, keep_rest=keeps
+            )
+        # After the selection, which is one of labelled images.
+        if unlabelled := getattr(self, "unlabelled", None):
+            splits = add_unlabelled(splits, unlabelled, self.image_column)
         return splits if self.pixel_range is None else scale_pixels(splits, *self.pixel_range)
+
+
+@dataclass
+class MixedDataArguments(DataArguments):
+    """For commands that use images without labels."""
+
+    unlabelled: str | None = HfArg(
+        default=None, help="Further training images, without labels: a folder of images, or a source as for --dataset."
+    )
+    keep_rest: bool = HfArg(default=False, help="With --images_per_class, keep the other images without their labels.")
 
 
 @dataclass
 class ViewArguments:
     _argument_group_name = "views"
 
-    num_views: int = field(
-        default=0,
-        metadata={"help": "Augmented views of each image; 0 takes the images as they are."},
-    )
-    crop: str = field(default="pad", metadata={"help": "pad (shift), resized (cut out and resize) or none."})
-    padding: float = field(default=0.125, metadata={"help": "For pad, the largest shift, as a share of the side."})
-    min_scale: float = field(default=0.5, metadata={"help": "For resized, the smallest share of the area."})
-    horizontal_flip: float = field(default=0.0, metadata={"help": "Probability of a mirrored view."})
-    photometric_ops: int = field(default=0, metadata={"help": "Color operations on each view."})
-    magnitude: float = field(default=5.0, metadata={"help": "Strength of the color operations, 0 to 10."})
-    erasing: float = field(default=0.0, metadata={"help": "Probability of a gray rectangle in a view."})
-    view_size: int | None = field(default=None, metadata={"help": "Side of a view; that of the image if not given."})
-    view_seed: int = field(default=0, metadata={"help": "Another seed makes other views."})
+    num_views: int = HfArg(default=0, help="Augmented views of each image; 0 takes the images as they are.")
+    crop: str = HfArg(default="pad", help="pad (shift), resized (cut out and resize) or none.")
+    padding: float = HfArg(default=0.125, help="For pad, the largest shift, as a share of the side.")
+    min_scale: float = HfArg(default=0.5, help="For resized, the smallest share of the area.")
+    horizontal_flip: float = HfArg(default=0.0, help="Probability of a mirrored view.")
+    photometric_ops: int = HfArg(default=0, help="Color operations on each view.")
+    magnitude: float = HfArg(default=5.0, help="Strength of the color operations, 0 to 10.")
+    erasing: float = HfArg(default=0.0, help="Probability of a gray rectangle in a view.")
+    view_size: int | None = HfArg(default=None, help="Side of a view; that of the image if not given.")
+    view_seed: int = HfArg(default=0, help="Another seed makes other views.")
 
     def recipe(self) -> ViewRecipe | None:
         """The view recipe; `None` without views."""
         if self.num_views == 0:
             return None
-        return ViewRecipe(
-            num_views=self.num_views,
-            image_size=self.view_size,
-            crop=self.crop,
-            padding=self.padding,
-            scale=(self.min_scale, 1.0),
-            horizontal_flip=self.horizontal_flip,
-            photometric_ops=self.photometric_ops,
-            magnitude=self.magnitude,
-            erasing=self.erasing,
-            seed=self.view_seed,
-        )
+        names = ("num_views", "crop", "padding", "horizontal_flip", "photometric_ops", "magnitude", "erasing")
+        same = {name: getattr(self, name) for name in names}
+        return ViewRecipe(image_size=self.view_size, scale=(self.min_scale, 1.0), seed=self.view_seed, **same)
 
 
 # The arguments of transformers that its users set most often. `--help` shows these, `--help_all` shows all.
@@ -121,14 +124,18 @@ _COMMON_TRAINING_ARGUMENTS = {
     "hub_model_id": "Repository to publish to; by default the name of output_dir.",
 }
 
-
-_TEACHING = ("teachers", "teacher_names", "temperature", "teacher_weights", "label_weight", "distillation_mode")
-_TEACHING += ("standardize_logits", "confidence_weighting", "fusion")
+_TEACHING = ("teachers", "teacher_names", "temperature", "teacher_weights", "label_weight", "distillation_mode",
+             "standardize_logits", "confidence_weighting", "unlabelled_target", "min_confidence", "unlabelled", "keep_rest",
+             "fusion")  # fmt: skip
 _SHAPE = ("patch_size", "patch_embedding", "hidden_size", "num_hidden_layers", "num_attention_heads", "mlp_ratio")
 _VIEWS = tuple(field.name for field in dataclasses.fields(ViewArguments) if field.name != "num_views")
 # An argument, whether its value leaves others without effect, and these others.
 _WITHOUT_EFFECT = [
-    ("model", bool, _SHAPE),
+    ("student", bool, ("student_config", *_SHAPE)),
+    ("student_config", bool, ("fusion", *_SHAPE)),
+    ("model", lambda value: not value, ("linear_probe", "layer_decay", "freeze_layers")),
+    ("images_per_class", lambda value: not value, ("keep_rest",)),
+    ("unlabelled_target", lambda value: value != "pseudo_labels", ("min_confidence",)),
     ("without_teachers", bool, _TEACHING),
     ("linear_probe", bool, ("layer_decay", "freeze_layers")),
     ("num_views", lambda value: value == 0, _VIEWS),
@@ -140,6 +147,10 @@ _WITHOUT_EFFECT = [
         for kind in ("save", "eval", "logging")
     ),
 ]
+
+
+# What a command reads, which must not be the folder that it writes.
+_READ = ("model", "student", "dataset", "unlabelled")
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -173,18 +184,9 @@ class _Parser(HfArgumentParser):
 
 
 def parse(command: str, description: str, arguments: Sequence[str], *types: type) -> tuple:
-    """Read the arguments of a command into dataclasses.
+    """Read the arguments of a command, its command line after the name, into an instance of each dataclass.
 
     The entries of a file given by `--config` become flags in front of those of the command line, which therefore win.
-
-    Args:
-        command: name of the command.
-        description: the text above the help.
-        arguments: the command line after the name.
-        types: dataclasses.
-
-    Returns:
-        An instance of each dataclass.
 
     Raises:
         ValueError: an argument is unknown, missing, malformed, given twice or without effect, the file cannot be read, or
@@ -211,8 +213,6 @@ def parse(command: str, description: str, arguments: Sequence[str], *types: type
             # transformers lets only some booleans go without a value.
             action.nargs, action.const = "?", True
     known = parser._option_string_actions
-    if sum(flag.partition("=")[0] == "--config" for flag in arguments) > 1:
-        parser.error("--config is given twice; put all arguments into one file")
     # Looked for first: the parser would complain about a required argument whose name was misspelled.
     unknown = [name for flag in arguments if flag.startswith("--") and (name := flag.partition("=")[0]) not in known]
     flags = [] if unknown else _read_config(parser, arguments) + arguments
@@ -225,36 +225,25 @@ def parse(command: str, description: str, arguments: Sequence[str], *types: type
         parser.error(str(error))
     given = {known[name].dest for flag in flags if (name := flag.partition("=")[0]) in known}
     values = {name: value for part in parsed for name, value in vars(part).items()}
-    _check_effects(values, given)
-    if values.get("image_size") is not None:
-        check_numbers(1, whole=True, image_size=values["image_size"])
-    if command != "export" and values.get("output_dir"):  # export adds files to the folder of the model
-        sources = {f"teachers={name}": folder for name, folder in name_folders(values.get("teachers") or ()).items()}
-        check_output_dir(values["output_dir"], sources | {name: values.get(name) for name in ("model", "dataset")})
-    return tuple(parsed)
-
-
-def _check_effects(values, given):
-    """Refuse an argument that another one leaves without effect."""
     for cause, is_cause, names in _WITHOUT_EFFECT:
         for name in names:
+            # A flag without effect may be false.
             if name in given and values[name] is not False and cause in values and is_cause(values[cause]):
                 value = getattr(values[cause], "value", values[cause])
                 raise ValueError(
                     f"{name}={values[name]} has no effect with {cause}={value}. Leave out --{name}, or change --{cause}."
                 )
+    if values.get("image_size") is not None:
+        check_numbers(1, whole=True, image_size=values["image_size"])
+    if command != "export" and values.get("output_dir"):  # export adds files to the folder of the model
+        sources = {f"teachers={name}": folder for name, folder in name_folders(values.get("teachers") or ()).items()}
+        check_output_dir(values["output_dir"], sources | {name: values.get(name) for name in _READ})
+    return tuple(parsed)
 
 
 def check_output_dir(output_dir: str, sources: Mapping[str, str | None]) -> None:
-    """Refuse to write into a folder that the command reads.
-
-    Args:
-        output_dir: the folder to write.
-        sources: what is read → its folder or Hub id.
-
-    Raises:
-        ValueError: they are the same folder.
-    """
+    """Raise `ValueError` if `output_dir` is a folder that the command reads; `sources` maps what it is to its folder or
+    Hub id."""
     for name, folder in sources.items():
         if folder and Path(folder).resolve() == Path(output_dir).resolve():
             raise ValueError(f"output_dir={output_dir} is the folder of {name}. Choose another folder.")
@@ -262,33 +251,38 @@ def check_output_dir(output_dir: str, sources: Mapping[str, str | None]) -> None
 
 def _arrange_help(parser, types, command, hides_rare):
     """Hide what is rarely needed, and give the arguments of this command alone a group of their own."""
-    classes = [base for kind in types for base in kind.__mro__ if base.__module__.startswith("hf_ibdistill")]
-    ours = {name for base in classes for name in vars(base).get("__annotations__", {})}
-    inherited = {field.name for field in dataclasses.fields(TrainingArguments)} - ours
     (kind,) = (kind for kind in types if issubclass(kind, TrainingArguments))
-    added = {field.name for field in dataclasses.fields(kind)}
-    added -= {field.name for field in dataclasses.fields(kind.__base__)}
-    group = parser.add_argument_group(command)
+    classes = [base for base in kind.__mro__ if base.__module__.startswith("hf_ibdistill")]
+    ours = {name for base in classes for name in inspect.get_annotations(base)}
+    inherited = _field_names(TrainingArguments) - ours | {"dataloader_persistent_workers"}
+    added = _field_names(kind) - _field_names(ImageTrainingArguments)
+    others, group = list(parser._action_groups), parser.add_argument_group(command)
     for action in parser._actions:
-        if action.dest in {*inherited, "dataloader_persistent_workers"}:
+        if action.dest in inherited:
             action.help = _COMMON_TRAINING_ARGUMENTS.get(action.dest, argparse.SUPPRESS if hides_rare else action.help)
         if action.dest == "output_dir":
             # transformers falls back on one folder for all models.
             action.required = True
         if action.dest in added:
-            next(other for other in parser._action_groups if action in other._group_actions)._group_actions.remove(
-                action
-            )
+            for other in others:
+                other._group_actions = [kept for kept in other._group_actions if kept is not action]
             group._group_actions.append(action)
+
+
+def _field_names(*kinds) -> set[str]:
+    return {field.name for kind in kinds for field in dataclasses.fields(kind) if field.init}
 
 
 def _read_config(parser, arguments) -> list[str]:
     """The entries of the file that `--config` names, as flags."""
     finder = _Parser(prog=parser.prog, add_help=False, allow_abbrev=False)
-    finder.add_argument("--config")
-    path = finder.parse_known_args(arguments)[0].config
-    if path is None:
+    finder.add_argument("--config", action="append", default=[])
+    paths = finder.parse_known_args(arguments)[0].config
+    if not paths:
         return []
+    if len(paths) > 1:
+        parser.error("--config is given twice; put all arguments into one file")
+    (path,) = paths
     try:
         # Every JSON file is YAML.
         loader = _YamlLoader(Path(path).read_text(encoding="utf-8-sig"))
@@ -297,12 +291,11 @@ def _read_config(parser, arguments) -> list[str]:
             loader.flatten_mapping(root)
             entries = [(str(name.value), _as_text(loader, value)) for name, value in root.value]
     except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
-        parser.error(f"--config {path} cannot be read: {' '.join(str(error).split())}")
+        parser.error(f"--config {path} cannot be read: {error}")
     if not isinstance(root, yaml.MappingNode):
         kind = "list" if isinstance(root, yaml.SequenceNode) else "str"
         parser.error(f"--config {path} holds a {kind}; it must map arguments to values")
-    known = [field.name for kind in parser.dataclass_types for field in dataclasses.fields(kind) if field.init]
-    flags = []
+    known, flags = _field_names(*parser.dataclass_types), []
     for name, value in entries:
         if name not in known:
             parser.reject(name, known, f"--config {path}: ")
@@ -347,11 +340,7 @@ def last_checkpoint(args: TrainingArguments) -> str | bool | None:
 
 
 def name_folders(pairs: Sequence[str]) -> dict[str, str]:
-    """`["conv=outputs/conv", …]` → name → folder or Hub id.
-
-    Raises:
-        ValueError: a pair has no "=", or a name is given twice.
-    """
+    """`["conv=outputs/conv", …]` → name → folder or Hub id; `ValueError` if a pair has no "=", or a name is given twice."""
     named = {}
     for pair in pairs:
         name, _, folder = pair.partition("=")
@@ -360,9 +349,7 @@ def name_folders(pairs: Sequence[str]) -> dict[str, str]:
                 f"teachers={pair} is not of the form NAME=FOLDER or NAME=HUB_ID. Write for example conv=outputs/conv."
             )
         if name in named:
-            raise ValueError(
-                f'Two teachers have the name "{name}": {named[name]} and {folder}. Give each another name.'
-            )
+            raise ValueError(f'Two teachers have the name "{name}": {named[name]} and {folder}. Rename one of them.')
         named[name] = folder
     return named
 
@@ -372,14 +359,27 @@ def result_split(splits: DatasetDict) -> str:
     return "test" if "test" in splits else "validation"
 
 
-def run(command: str, main: Callable[[Sequence[str]], None], arguments: Sequence[str] | None = None) -> None:
-    """Run a command. A mistake in its input ends in one sentence, or with `--traceback` in a traceback.
+def choose_split(splits: DatasetDict, split: str) -> Dataset:
+    """The rows of a split; `ValueError` if it does not exist."""
+    if split not in splits:
+        raise ValueError(f"split={split} does not exist. Choose one of {', '.join(splits)}.")
+    return splits[split]
 
-    Args:
-        command: its name.
-        main: takes the arguments.
-        arguments: the command line after the name; that of this process if not given.
-    """
+
+def train_and_save(trainer: Trainer, splits: DatasetDict, **facts: object) -> dict[str, float]:
+    """Train or resume, measure and save with these facts for [`evaluate_and_save`], and publish if the arguments ask for it;
+    returns the metrics."""
+    trainer.train(resume_from_checkpoint=last_checkpoint(trainer.args))
+    split = result_split(splits)
+    metrics = evaluate_and_save(trainer, splits[split], split, **facts)
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
+    return metrics
+
+
+def run(command: str, main: Callable[[Sequence[str]], None], arguments: Sequence[str] | None = None) -> None:
+    """Run a command on its arguments, by default those of this process. A mistake in its input ends in one sentence, or with
+    `--traceback` in a traceback."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:

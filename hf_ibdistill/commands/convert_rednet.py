@@ -3,8 +3,10 @@
 hf-ibdistill convert-rednet --checkpoint rednet50.pth --output_dir outputs/rednet50
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+
+from transformers.hf_argparser import HfArg
 
 from ..rednet import REDNETS, convert_rednet_checkpoint
 from .arguments import parse, run
@@ -14,14 +16,12 @@ from .arguments import parse, run
 class ConversionArguments:
     _argument_group_name = "conversion"
 
-    checkpoint: str = field(metadata={"help": "The published checkpoint: .pth, or the same tensors in .safetensors."})
-    output_dir: str = field(metadata={"help": "Folder of the converted model and its image processor."})
-    class_names: str | None = field(
+    checkpoint: str = HfArg(help="The published checkpoint: .pth, or the same tensors in .safetensors.")
+    output_dir: str = HfArg(help="Folder of the converted model and its image processor.")
+    class_names: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "Text file with the name of a class on each line; by default the names in the checkpoint, or those of "
-            "ImageNet for 1,000 classes."
-        },
+        help="Text file with the name of a class on each line; by default the names in the checkpoint, or those of "
+        "ImageNet for 1,000 classes.",
     )
 
 

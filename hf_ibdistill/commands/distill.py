@@ -3,109 +3,103 @@
 hf-ibdistill distill --dataset outputs/table --output_dir outputs/student
 hf-ibdistill distill --teachers conv=outputs/conv inv=outputs/inv --output_dir outputs/student
 hf-ibdistill distill --without_teachers --output_dir outputs/plain_vit
-hf-ibdistill distill --model user/student --dataset outputs/table --output_dir outputs/student
+hf-ibdistill distill --student user/student --dataset outputs/table --output_dir outputs/student
+hf-ibdistill distill --student_config mobilenet_v2 depth_multiplier=0.5 --image_size 64 \\
+    --dataset outputs/table --output_dir outputs/mobilenet
 
-The third trains the same student on labels alone. The last starts from a saved student, ViT or
-DeiT.
+The third trains the same student on labels alone. The last two teach any image classifier: a saved
+one, or one from nothing.
 """
 
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from transformers import set_seed
+import yaml
+from transformers import BaseImageProcessor, PreTrainedModel, set_seed
+from transformers.hf_argparser import HfArg
 
 from ..data.classes import class_config
 from ..images.preprocessing import build_image_processor
 from ..logits.encoding import recorded_teachers
-from ..logits.provenance import read_records, stored_views
+from ..logits.provenance import described_teachers, stored_views
 from ..models.configuration_ibvit import IBViTConfig
 from ..models.modeling_ibvit import IBViTForImageClassification
-from ..publishing.results import evaluate_and_save
-from ..students import default_patch_size, load_image_processor, load_student
+from ..students import build_student, default_patch_size, load_image_processor, load_student
 from ..training.arguments import DistillationArguments
 from ..training.trainer import EnsembleDistillationTrainer, ImageClassificationTrainer
-from .arguments import (
-    DataArguments,
-    ViewArguments,
-    check_output_dir,
-    last_checkpoint,
-    name_folders,
-    parse,
-    result_split,
-    run,
-)
+from .arguments import MixedDataArguments, ViewArguments, check_output_dir, name_folders, parse, run, train_and_save
 
 
 @dataclass
 class StudentArguments:
     _argument_group_name = "student"
 
-    teacher_names: list[str] | None = field(
-        default=None,
-        metadata={"help": "Teachers to learn from, in the order of their tokens; by default all recorded ones."},
+    teacher_names: list[str] | None = HfArg(
+        default=None, help="Teachers to learn from, in the order of their tokens; by default all recorded ones."
     )
-    without_teachers: bool = field(default=False, metadata={"help": "Train the same student on labels alone."})
-    teachers: list[str] = field(
+    without_teachers: bool = HfArg(default=False, help="Train the same student on labels alone.")
+    teachers: list[str] = HfArg(
         default_factory=list,
-        metadata={"help": "NAME=FOLDER or NAME=HUB_ID of teachers to run in every step, instead of reading columns."},
+        help="NAME=FOLDER or NAME=HUB_ID of teachers to run in every step, instead of reading columns.",
     )
-    model: str | None = field(
+    student: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "Start from this student, ViT or DeiT (folder or Hub id). Its shape stays, and so do the tokens and heads of "
-            "teachers with the same names."
-        },
+        aliases=["--model"],
+        help="Start from this image classifier (folder or Hub id). A student, ViT or DeiT keeps its shape, and the tokens "
+        "and heads of teachers with the same names.",
     )
-    image_size: int | None = field(
+    student_config: list[str] = HfArg(
+        default_factory=list,
+        help="Train this architecture from nothing: a model type of transformers or timm/NAME, and FIELD=VALUE of its "
+        "configuration.",
+    )
+    image_size: int | None = HfArg(
         default=None,
-        metadata={
-            "help": "Side of the images in pixels; by default that of the model, or of the images up to 64, otherwise 224."
-        },
+        help="Side of the images in pixels; by default that of the model, or of the images up to 64, otherwise 224.",
     )
-    patch_size: int | None = field(
-        default=None, metadata={"help": "Side of a patch; by default near 2 below 16 pixels, 4 up to 64, 16 above."}
+    patch_size: int | None = HfArg(
+        default=None, help="Side of a patch; by default near 2 below 16 pixels, 4 up to 64, 16 above."
     )
-    patch_embedding: str = field(
-        default="convolution", metadata={"help": "linear (ViT), convolution or bias_stems (Co-advise)."}
-    )
-    hidden_size: int = field(default=96, metadata={"help": "Width."})
-    num_hidden_layers: int = field(default=4, metadata={"help": "Depth."})
-    num_attention_heads: int = field(default=4, metadata={"help": "Attention heads; they divide the width."})
-    mlp_ratio: float = field(default=2.0, metadata={"help": "Width of the feed-forward layers over the width."})
-    fusion: str | None = field(
+    patch_embedding: str = HfArg(default="convolution", help="linear (ViT), convolution or bias_stems (Co-advise).")
+    hidden_size: int = HfArg(default=96, help="Width.")
+    num_hidden_layers: int = HfArg(default=4, help="Depth.")
+    num_attention_heads: int = HfArg(default=4, help="Attention heads; they divide the width.")
+    mlp_ratio: float = HfArg(default=2.0, help="Width of the feed-forward layers over the width.")
+    fusion: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "Fusion of the predictions of the tokens: mean_probabilities, mean_logits or class_token; by default that "
-            "of the model, or the first."
-        },
+        help="Fusion of the predictions of the tokens: mean_probabilities, mean_logits or class_token; by default that "
+        "of the model, or the first.",
     )
 
     def __post_init__(self):
         if not 0 < self.mlp_ratio < math.inf:
             raise ValueError(f"mlp_ratio={self.mlp_ratio} must be above 0 and finite.")
 
-    def build(self, train) -> tuple[IBViTForImageClassification, object]:
-        """The student and its image processor.
-
-        Raises:
-            ValueError: there is no teacher.
-        """
-        names = self.teacher_names or list(name_folders(self.teachers)) or recorded_teachers(train)
+    def names(self, train) -> list[str]:
+        """The teachers to learn from; `ValueError` if there are none."""
         if self.without_teachers:
-            names = []
-        elif not names:
+            return []
+        names = self.teacher_names or list(name_folders(self.teachers)) or recorded_teachers(train)
+        if not names:
             raise ValueError(
                 "There is no teacher: the dataset has no logits columns. Record them, give --teachers, or train on labels "
                 "alone with --without_teachers."
             )
+        return names
+
+    def build(self, train, names: list[str]) -> tuple[PreTrainedModel, BaseImageProcessor]:
+        """The student of these teachers and its image processor."""
         classes = class_config(train)
-        if self.model is not None:
+        if self.student is not None:
             changes = {"image_size": self.image_size, "fusion": self.fusion}
-            model = load_student(self.model, teacher_names=names, **changes, **classes)
-            return model, load_image_processor(self.model, self.image_size)
+            model = load_student(self.student, teacher_names=names, **changes, **classes)
+            return model, load_image_processor(self.student, self.image_size)
         processor = build_image_processor(train, image_size=self.image_size)
         image_size = processor.size["height"]
+        if self.student_config:
+            architecture, *fields = self.student_config
+            return build_student(architecture, image_size=image_size, **read_fields(fields), **classes), processor
         config = IBViTConfig(
             teacher_names=names,
             fusion=self.fusion or "mean_probabilities",
@@ -121,15 +115,32 @@ class StudentArguments:
         return IBViTForImageClassification(config), processor
 
 
+def read_fields(pairs: list[str]) -> dict[str, object]:
+    """`["depths=[2, 2]", …]` → field → value, read as YAML; `ValueError` if a pair has no "="."""
+    fields = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name.isidentifier():
+            raise ValueError(
+                f"student_config={pair} is not of the form FIELD=VALUE. Write for example hidden_size=64."
+            )
+        try:
+            fields[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"student_config={pair} has a value that cannot be read: {value}") from error
+    return fields
+
+
 def main(arguments):
     data, views, student, args = parse(
-        "distill", __doc__, arguments, DataArguments, ViewArguments, StudentArguments, DistillationArguments
+        "distill", __doc__, arguments, MixedDataArguments, ViewArguments, StudentArguments, DistillationArguments
     )
     splits = data.load()
-    recorded = [teacher for record in read_records(splits["train"]) for teacher in record["teachers"]]
-    check_output_dir(args.output_dir, {f"the teacher {teacher['name']}": teacher["source"] for teacher in recorded})
+    recorded = {f"the teacher {t['name']}": t["source"] for t in described_teachers(splits["train"])}
+    check_output_dir(args.output_dir, recorded)
     set_seed(args.seed)
-    model, processor = student.build(splits["train"])
+    names = student.names(splits["train"])
+    model, processor = student.build(splits["train"], names)
     shared = {
         "train_dataset": splits["train"],
         "eval_dataset": splits["validation"],
@@ -137,18 +148,13 @@ def main(arguments):
         # A student without teachers gets the views of the table as well, so that both can be compared.
         "views": views.recipe() or stored_views(splits["train"]),
     }
-    if model.config.teacher_names:
+    if names:
         teachers = name_folders(student.teachers) or None
-        trainer = EnsembleDistillationTrainer(model, args, teachers=teachers, **shared)
+        trainer = EnsembleDistillationTrainer(model, args, teachers=teachers, teacher_names=names, **shared)
     else:
         trainer = ImageClassificationTrainer(model, args, **shared)
-    trainer.train(resume_from_checkpoint=last_checkpoint(args))
-    split = result_split(splits)
-    metrics = evaluate_and_save(
-        trainer, splits[split], split, title="Distilled student", data_name=data.dataset, base_model=student.model
-    )
-    if args.push_to_hub:
-        trainer.push_to_hub()
+    facts = {"title": "Distilled student", "data_name": data.dataset, "base_model": student.student}
+    metrics = train_and_save(trainer, splits, **facts)
     if trainer.is_world_process_zero():
         print(json.dumps(metrics, indent=2))
 

@@ -6,39 +6,39 @@ For a student, it measures each token as well.
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from accelerate import PartialState
 from transformers import AutoImageProcessor
+from transformers.hf_argparser import HfArg
 
 from ..evaluation import evaluate_model
 from ..files import write_text
 from ..teachers import load_classifier
-from .arguments import DataArguments, parse, result_split, run
+from .arguments import DataArguments, choose_split, parse, result_split, run
 
 
 @dataclass
 class EvaluationArguments:
     _argument_group_name = "evaluation"
 
-    model: str = field(metadata={"help": "Folder or Hub id of the model."})
-    split: str | None = field(default=None, metadata={"help": "By default test, otherwise validation."})
-    batch_size: int = field(default=256, metadata={"help": "Images per forward pass."})
-    output_file: str | None = field(default=None, metadata={"help": "Write the metrics to this file, as JSON."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run the code of the model repository."})
+    model: str = HfArg(help="Folder or Hub id of the model.")
+    split: str | None = HfArg(default=None, help="By default test, otherwise validation.")
+    batch_size: int = HfArg(default=256, help="Images per forward pass.")
+    output_file: str | None = HfArg(default=None, help="Write the metrics to this file, as JSON.")
+    trust_remote_code: bool = HfArg(default=False, help="Run the code of the model repository.")
 
 
 def main(arguments):
     data, evaluation = parse("evaluate", __doc__, arguments, DataArguments, EvaluationArguments)
     splits = data.load()
     split = evaluation.split or result_split(splits)
-    if split not in splits:
-        raise ValueError(f"split={split} does not exist. Choose one of {', '.join(splits)}.")
+    rows = choose_split(splits, split)
     trust = {"trust_remote_code": evaluation.trust_remote_code}
     metrics = evaluate_model(
         load_classifier(evaluation.model, **trust),
         AutoImageProcessor.from_pretrained(evaluation.model, **trust),
-        splits[split],
+        rows,
         batch_size=evaluation.batch_size,
     )
     text = json.dumps({"model": evaluation.model, "data": data.dataset, "split": split, "metrics": metrics}, indent=2)

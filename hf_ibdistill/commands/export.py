@@ -8,11 +8,12 @@ tools of the Hub look for these names.
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from transformers import AutoImageProcessor
+from transformers.hf_argparser import HfArg
 
 from ..data.columns import IMAGE
 from ..evaluation import predict
@@ -27,14 +28,14 @@ from .arguments import DataArguments, parse, result_split, run
 class ExportArguments:
     _argument_group_name = "export"
 
-    model: str = field(metadata={"help": "Folder or Hub id of the model."})
-    output_dir: str | None = field(default=None, metadata={"help": "By default the folder onnx in that of the model."})
-    quantize: bool = field(default=False, metadata={"help": "Also write the linear layers in 8-bit integers."})
-    max_accuracy_drop: float = field(
-        default=0.003, metadata={"help": "Delete a quantized file whose accuracy is lower by more than this."}
+    model: str = HfArg(help="Folder or Hub id of the model.")
+    output_dir: str | None = HfArg(default=None, help="By default the folder onnx in that of the model.")
+    quantize: bool = HfArg(default=False, help="Also write the linear layers in 8-bit integers.")
+    max_accuracy_drop: float = HfArg(
+        default=0.003, help="Delete a quantized file whose accuracy is lower by more than this."
     )
-    batch_size: int = field(default=256, metadata={"help": "Images per forward pass."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run the code of the model repository."})
+    batch_size: int = HfArg(default=256, help="Images per forward pass.")
+    trust_remote_code: bool = HfArg(default=False, help="Run the code of the model repository.")
 
     def folder(self) -> Path:
         if self.output_dir is None and not Path(self.model).is_dir():

@@ -6,33 +6,31 @@ hf-ibdistill push --folder outputs/table --repo_id user/logits --private
 Log in first (`hf auth login`), or set HF_TOKEN. A second call completes an interrupted one.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from datasets import DatasetDict
+from transformers.hf_argparser import HfArg
 
 from ..data.sources import open_saved
 from ..publishing.hub import push_folder_to_hub, push_logits_to_hub
-from .arguments import parse, run
+from .arguments import choose_split, parse, run
 
 
 @dataclass
 class PushArguments:
     _argument_group_name = "publishing"
 
-    folder: str = field(
-        metadata={"help": "Folder of a trained model, of a recorded table, or written by export_logits_table."}
+    folder: str = HfArg(help="Folder of a trained model, of a recorded table, or written by export_logits_table.")
+    repo_id: str = HfArg(help="user/name; made if it does not exist.")
+    with_images: bool = HfArg(default=False, help="Publish the images and labels of a recorded table.")
+    split: str = HfArg(default="train", help="Split of a recorded table.")
+    private: bool = HfArg(
+        default=False, help="Make a new repository private; by default the setting of the account decides."
     )
-    repo_id: str = field(metadata={"help": "user/name; made if it does not exist."})
-    with_images: bool = field(default=False, metadata={"help": "Publish the images and labels of a recorded table."})
-    split: str = field(default="train", metadata={"help": "Split of a recorded table."})
-    private: bool = field(
-        default=False,
-        metadata={"help": "Make a new repository private; by default the setting of the account decides."},
-    )
-    revision: str | None = field(default=None, metadata={"help": "Branch to commit to; made if it does not exist."})
-    commit_message: str | None = field(default=None, metadata={"help": "Title of the commit or pull request."})
-    create_pr: bool = field(default=False, metadata={"help": "Open a pull request instead of committing."})
+    revision: str | None = HfArg(default=None, help="Branch to commit to; made if it does not exist.")
+    commit_message: str | None = HfArg(default=None, help="Title of the commit or pull request.")
+    create_pr: bool = HfArg(default=False, help="Open a pull request instead of committing.")
 
 
 def main(arguments):
@@ -47,9 +45,7 @@ def main(arguments):
     if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
         table = open_saved(folder)
         if isinstance(table, DatasetDict):
-            if args.split not in table:
-                raise ValueError(f"split={args.split} does not exist. Choose one of {', '.join(table)}.")
-            table = table[args.split]
+            table = choose_split(table, args.split)
         print(push_logits_to_hub(table, args.repo_id, with_images=args.with_images, **how))
     else:
         print(push_folder_to_hub(folder, args.repo_id, **how))

@@ -11,11 +11,12 @@ OUTPUT_DIR/seed_N/student for `from_pretrained` and `pipeline`.
 import json
 import shutil
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import AutoImageProcessor, AutoModelForImageClassification, set_seed
+from transformers.hf_argparser import HfArg
 
 from ..data.classes import class_config, class_names
 from ..data.columns import IMAGE
@@ -43,8 +44,8 @@ PICTURE = "quickstart.png"
 
 @dataclass
 class QuickstartData(DataArguments):
-    images_per_class: int | None = field(
-        default=20, metadata={"help": "Training images of each class; 0 takes all. The method suits few images."}
+    images_per_class: int | None = HfArg(
+        default=20, help="Training images of each class; 0 takes all. The method suits few images."
     )
 
     def __post_init__(self):
@@ -53,9 +54,8 @@ class QuickstartData(DataArguments):
 
 @dataclass
 class QuickstartViews(ViewArguments):
-    num_views: int = field(
-        default=50,
-        metadata={"help": "Stored views of each image; 0 stores the logits of the image as it is, as in the paper."},
+    num_views: int = HfArg(
+        default=50, help="Stored views of each image; 0 stores the logits of the image as it is, as in the paper."
     )
 
 
@@ -63,20 +63,18 @@ class QuickstartViews(ViewArguments):
 class QuickstartArguments:
     _argument_group_name = "quickstart"
 
-    output_dir: str = field(
-        default="outputs/quickstart", metadata={"help": "Folder of everything that this command writes."}
-    )
-    seeds: list[int] = field(
+    output_dir: str = HfArg(default="outputs/quickstart", help="Folder of everything that this command writes.")
+    seeds: list[int] = HfArg(
         default_factory=lambda: [0],
-        metadata={"help": "One run for each seed of the subset, the first weights and the order of the images."},
+        help="One run for each seed of the subset, the first weights and the order of the images.",
     )
-    teacher_steps: int = field(default=400, metadata={"help": "Training steps of each teacher."})
-    student_steps: int = field(default=1000, metadata={"help": "Training steps of each student."})
-    batch_size: int = field(default=50, metadata={"help": "Images per step."})
-    teacher_learning_rate: float = field(default=1e-2, metadata={"help": "Peak learning rate of the teachers."})
-    student_learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of the students."})
-    temperature: float = field(default=4.0, metadata={"help": "Softens the distributions of the teachers."})
-    teacher_weight: float = field(default=1.0, metadata={"help": "Weight of the term of each teacher in the loss."})
+    teacher_steps: int = HfArg(default=400, help="Training steps of each teacher.")
+    student_steps: int = HfArg(default=1000, help="Training steps of each student.")
+    batch_size: int = HfArg(default=50, help="Images per step.")
+    teacher_learning_rate: float = HfArg(default=1e-2, help="Peak learning rate of the teachers.")
+    student_learning_rate: float = HfArg(default=1e-3, help="Peak learning rate of the students.")
+    temperature: float = HfArg(default=4.0, help="Softens the distributions of the teachers.")
+    teacher_weight: float = HfArg(default=1.0, help="Weight of the term of each teacher in the loss.")
 
 
 def train(

@@ -4,9 +4,10 @@ hf-ibdistill verify --table outputs/table --teachers conv=outputs/conv inv=outpu
 """
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from datasets import DatasetDict
+from transformers.hf_argparser import HfArg
 
 from ..data.sources import open_saved
 from ..recording.verification import verify_teacher_logits
@@ -17,11 +18,11 @@ from .arguments import name_folders, parse, run
 class VerificationArguments:
     _argument_group_name = "verification"
 
-    table: str = field(metadata={"help": "Folder of the recorded table."})
-    teachers: list[str] = field(metadata={"help": "NAME=FOLDER or NAME=HUB_ID for each column to verify."})
-    num_rows: int = field(default=256, metadata={"help": "Rows of each split to check."})
-    seed: int = field(default=0, metadata={"help": "Seed of the sample."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run the code of the teacher repositories."})
+    table: str = HfArg(help="Folder of the recorded table.")
+    teachers: list[str] = HfArg(help="NAME=FOLDER or NAME=HUB_ID for each column to verify.")
+    num_rows: int = HfArg(default=256, help="Rows of each split to check.")
+    seed: int = HfArg(default=0, help="Seed of the sample.")
+    trust_remote_code: bool = HfArg(default=False, help="Run the code of the teacher repositories.")
 
 
 def main(arguments):

@@ -1,5 +1,6 @@
 """Classes: their names, their ids in a label column, and whether those of a model fit."""
 
+import logging
 import unicodedata
 from collections.abc import Iterable, Sequence
 
@@ -9,8 +10,12 @@ import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, DatasetDict
 from transformers import PreTrainedConfig
 
+from ..files import no_cache_files
 from .columns import LABEL, Table, as_image_table, require_table
 from .folders import sort_classes
+
+
+logger = logging.getLogger(__name__)
 
 
 def class_names(table: Table) -> list[str]:
@@ -34,21 +39,28 @@ def label_values(table: Dataset) -> pa.ChunkedArray:
 
 
 def label_ids(table: Dataset) -> np.ndarray:
-    """The column "label" as an array (N,) of int64; −1 for a row without a label."""
+    """The column "label" as an array (N,) of int64; −1 for a row without a label, and without such a column."""
+    if LABEL not in table.column_names:
+        return np.full(len(table), -1)
     return label_values(table).fill_null(-1).to_numpy().astype(np.int64)
 
 
-def check_labels(table: Dataset) -> np.ndarray:
-    """Refuse a table with rows whose label is missing or is no class.
+def check_labels(table: Dataset, *, unlabelled: bool = False) -> np.ndarray:
+    """Refuse a table with a label that is no class.
+
+    Args:
+        table: a table that passed the door.
+        unlabelled: whether rows may have no label.
 
     Returns:
-        (N,), the class ids.
+        (N,), the class ids; −1 for a row without a label.
 
     Raises:
         ValueError: such a label; the message has the number of such rows and the first of them.
     """
     labels, names = label_ids(table), class_names(table)
-    rows = np.flatnonzero((labels < 0) | (labels >= len(names)))
+    lowest = -1 if unlabelled else 0
+    rows = np.flatnonzero((labels < lowest) | (labels >= len(names)))
     if len(rows):
         values = sorted(set(labels[rows].tolist()))[:10]
         raise ValueError(
@@ -56,6 +68,25 @@ def check_labels(table: Dataset) -> np.ndarray:
             f"{rows[:10].tolist()}). There are {len(names)} classes. Remove these rows."
         )
     return labels
+
+
+def labelled_rows(table: Dataset, what: str) -> Dataset:
+    """The rows with a label. A warning reports the others, which null or −1 marks.
+
+    Args:
+        table: a table that passed the door.
+        what: its name, for the warning.
+
+    Raises:
+        ValueError: no row has a label.
+    """
+    rows = np.flatnonzero(label_ids(table) != -1)
+    if len(rows) == 0 < len(table):
+        raise ValueError(f"None of {len(table)} rows has a label. Add labelled images of every class.")
+    if len(rows) == len(table):
+        return table
+    logger.warning("%s: %d of %d rows have no label and are left out.", what, len(table) - len(rows), len(table))
+    return table.select(rows)
 
 
 def config_class_names(config: PreTrainedConfig, owner: str = "the model") -> list[str]:
@@ -104,8 +135,7 @@ def check_class_names(label_names: Sequence[str], expected: Sequence[str], owner
     """
     if len(label_names) != len(expected):
         raise ValueError(f"{owner} has {len(label_names)} classes; the dataset has {len(expected)}.")
-    # Some systems write an accented letter as one sign, others as two.
-    label_names, expected = _normalize(label_names), _normalize(expected)
+    label_names, expected = normalize_names(label_names), normalize_names(expected)
     is_unnamed = has_default_names(label_names) or has_default_names(expected)
     if not is_unnamed and label_names != expected:
         raise ValueError(
@@ -114,7 +144,8 @@ def check_class_names(label_names: Sequence[str], expected: Sequence[str], owner
         )
 
 
-def _normalize(names):
+def normalize_names(names: Iterable[str]) -> list[str]:
+    """Names in which an accented letter is one sign, because some systems write it as two."""
     return [unicodedata.normalize("NFC", name) for name in names]
 
 
@@ -136,29 +167,47 @@ def name_difference(expected: Iterable[str], found: Iterable[str]) -> str:
 def encode_labels(splits: DatasetDict) -> DatasetDict:
     """Make the column "label" of every split a `ClassLabel` with the classes of the training split.
 
+    Null or −1 is a training row without a label; a warning reports their number.
+
     Raises:
-        ValueError: a split has rows without a label, other classes, or ids out of range.
+        ValueError: another split has rows without a label, or a split has NaN, other classes, or ids out of range.
     """
     splits = DatasetDict(splits)
     for name, split in splits.items():
+        values = label_values(split)
         # NaN is how pandas writes a missing value.
-        missing = pc.is_null(label_values(split), nan_is_null=True)
+        missing = pc.is_null(values, nan_is_null=True)
+        if name == "train":
+            missing = pc.and_not(missing, pc.is_null(values))
         rows = np.flatnonzero(missing.to_numpy())
         if len(rows):
-            raise ValueError(f'The split "{name}" has {len(rows)} rows without a label (first {rows[:10].tolist()}).')
+            raise ValueError(
+                f'The split "{name}" has {len(rows)} rows without a label (first {rows[:10].tolist()}). Remove them; a '
+                "training row without a label has null, not NaN."
+            )
     if not all(isinstance(split.features[LABEL], ClassLabel) for split in splits.values()):
         splits = _number_classes(splits)
     names, ids = splits["train"].features[LABEL].names, {}
     for name, split in splits.items():
         found = split.features[LABEL].names
-        if _normalize(found) != _normalize(names):
+        if normalize_names(found) != normalize_names(names):
             raise ValueError(
                 f'The splits "train" and "{name}" have different classes: {name_difference(names, found)}.'
             )
         try:
-            ids[name] = check_labels(split)
+            ids[name] = check_labels(split, unlabelled=name == "train")
         except ValueError as error:
             raise ValueError(f'The split "{name}": {error}') from error
+    unlabelled = np.flatnonzero(ids["train"] == -1)
+    if len(unlabelled) == len(ids["train"]):
+        raise ValueError(f'None of {len(unlabelled)} rows of the split "train" has a label.')
+    if len(unlabelled):
+        logger.warning(
+            "%d of %d training images have no label (first rows %s). Only teachers teach from them.",
+            len(unlabelled),
+            len(ids["train"]),
+            unlabelled[:10].tolist(),
+        )
     for name, labels in ids.items():
         untaught = np.setdiff1d(labels, ids["train"])
         if len(untaught):
@@ -173,18 +222,14 @@ def _number_classes(splits):
     readers = {name: _value_reader(split, name) for name, split in splits.items()}
     train = splits["train"].features[LABEL]
     if isinstance(train, ClassLabel):
-        names = _normalize(train.names)
+        names = normalize_names(train.names)
     else:
-        names = {readers["train"](value) for value in splits["train"].unique(LABEL)}
-        if -1 in names:
-            raise ValueError(
-                'Rows of the split "train" have the label −1, which stands for no label. Remove these rows, or number the '
-                "classes from 0."
-            )
+        names = {readers["train"](value) for value in splits["train"].unique(LABEL)} - {None, -1}
         names = sort_classes(names) if train.dtype in _TEXT else sorted(names)
     ids = {name: i for i, name in enumerate(names)}
+    known = {*ids, None, -1}
     for split, rows in splits.items():
-        unknown = [value for value in map(readers[split], rows.unique(LABEL)) if value not in ids]
+        unknown = [value for value in map(readers[split], rows.unique(LABEL)) if value not in known]
         if unknown:
             raise ValueError(
                 f'The split "{split}" has classes that no training image has: {unknown[:10]}. The classes are '
@@ -192,11 +237,13 @@ def _number_classes(splits):
             )
     feature = ClassLabel(names=[str(name) for name in names])
     for split, rows in splits.items():
-        values = label_values(rows).to_pylist()
-        labels = np.array([ids[readers[split](value)] for value in values], np.int64)
-        # Not `map`, which would write a copy of the images beside the files of the user.
-        numbered = rows.remove_columns(LABEL).add_column(LABEL, labels, feature=feature)
-        splits[split] = numbered.select_columns(rows.column_names)
+        labels = [ids.get(readers[split](value), -1) for value in label_values(rows).to_pylist()]
+        # Not `map`, which would write a copy of the images. The new column comes first, because a table without columns
+        # has no rows.
+        new = "_" + max(rows.column_names, key=len)
+        with no_cache_files():
+            numbered = rows.add_column(new, np.array(labels, np.int64), feature=feature)
+        splits[split] = numbered.remove_columns(LABEL).rename_column(new, LABEL).select_columns(rows.column_names)
     return splits
 
 
@@ -211,18 +258,18 @@ def _value_reader(rows, split):
     """
     feature = rows.features[LABEL]
     if isinstance(feature, ClassLabel):
-        names = _normalize(feature.names)
-        return lambda value: names[value] if 0 <= value < len(names) else value
+        names = normalize_names(feature.names)
+        return lambda value: value if value is None or not 0 <= value < len(names) else names[value]
     if feature.dtype in _TEXT:
-        return lambda value: unicodedata.normalize("NFC", value)
+        return lambda value: value if value is None else unicodedata.normalize("NFC", value)
     if feature.dtype == "bool" or "int" in feature.dtype:
         return lambda value: value
     if feature.dtype.startswith("float"):
-        values = label_values(rows).to_numpy()
+        values = label_values(rows).fill_null(-1).to_numpy()
         # pandas makes floats of numbers if one of them is missing.
         wrong = np.flatnonzero(values != np.round(values))
         if not len(wrong) and np.isfinite(values).all():
-            return int
+            return lambda value: None if value is None else int(value)
         row = int(wrong[0]) if len(wrong) else int(np.flatnonzero(~np.isfinite(values))[0])
         what = f"row {row} is {values[row]}, and a class has a name or a whole number"
     else:

@@ -123,13 +123,8 @@ def _find_columns(table, image_column, label_column, needs_image, needs_label) -
             "images, so this package decodes and preprocesses them."
         )
     images = [name for name, feature in features.items() if isinstance(feature, Image)]
-    labels = [
-        name
-        for name, feature in features.items()
-        if isinstance(feature, ClassLabel) or (name in _LABEL_NAMES and isinstance(feature, Value))
-    ]
     image = _find("image", image_column, images, features, needs_image)
-    label = _find("label", label_column, labels, features, needs_label)
+    label = _find("label", label_column, label_candidates(features), features, needs_label)
     if image_column is not None and not _holds_images(features[image]):
         raise ValueError(
             f'image_column="{image}" is {features[image]}, not images, paths or encoded bytes. Cast it: '
@@ -138,6 +133,15 @@ def _find_columns(table, image_column, label_column, needs_image, needs_label) -
     if label_column is not None and not isinstance(features[label], (ClassLabel, Value)):
         raise ValueError(f'label_column="{label}" is {features[label]}, not one label a row. Choose another column.')
     return image, label
+
+
+def label_candidates(features: Features) -> list[str]:
+    """The columns that could be the label column: a `ClassLabel`, or one with a usual name of a label."""
+    return [
+        name
+        for name, feature in features.items()
+        if isinstance(feature, ClassLabel) or (name in _LABEL_NAMES and isinstance(feature, Value))
+    ]
 
 
 def _holds_images(feature) -> bool:

@@ -110,6 +110,26 @@ def open_image_folder(root: Path) -> dict[str, Dataset]:
     return _open_classes({split: (path, None) for path, split in splits.items()}, files, root)
 
 
+def open_images(root: Path) -> Dataset:
+    """All images below a folder, at any depth, in the column `image`.
+
+    Raises:
+        ValueError: there is no image, or the folder has a validation or test split.
+    """
+    evaluated = [path.name for path in _entries(root)[0] if split_of(path.name) not in (None, "train")]
+    if evaluated:
+        raise ValueError(
+            f"{root} has the split folders {', '.join(evaluated)}, which may hold images to measure on. Give the folder of "
+            "the images to learn from."
+        )
+    images, others = _find_images(root)
+    if not images:
+        raise ValueError(f"{root} holds no image that Pillow opens: {_describe(root)}.")
+    if others:
+        logger.warning("%s: %d files that are no images are left out (%s).", root, others.total(), _count(others))
+    return _to_dataset(pa.table({"image": _image_array(images)}))
+
+
 def _is_split(path):
     return bool(_entries(path)[0]) or _metadata(path) is not None
 
@@ -151,24 +171,35 @@ def _read_classes(folders) -> dict[str, list[str]]:
     """Class → its image files, sorted."""
     classes: dict[str, list[str]] = {}
     for folder in folders:
-        images, others = [], Counter()
-        for path in walk(folder):
-            if _is_image(path):
-                images.append(path)
-            else:
-                others[os.path.splitext(path)[1].lower() or "no extension"] += 1
-        left_out = ", ".join(f"{count} with {kind}" for kind, count in others.most_common())
+        images, others = _find_images(folder)
         if not images:
-            content = f"its files are no images that Pillow opens ({left_out})" if others else "it is empty"
+            content = f"its files are no images that Pillow opens ({_count(others)})" if others else "it is empty"
             raise ValueError(
                 f"The class folder {folder} has no image: {content}. Remove or convert them. For .heic, install and "
                 "register pillow-heif."
             )
         if others:
-            logger.warning("%s: %d files that are no images are left out (%s).", folder, others.total(), left_out)
+            logger.warning(
+                "%s: %d files that are no images are left out (%s).", folder, others.total(), _count(others)
+            )
         # The same name, composed on one system and decomposed on another, is one class.
-        classes.setdefault(unicodedata.normalize("NFC", folder.name), []).extend(sorted(images))
+        classes.setdefault(unicodedata.normalize("NFC", folder.name), []).extend(images)
     return classes
+
+
+def _find_images(folder) -> tuple[list[str], Counter]:
+    """The image files below a folder, sorted, and the number of other files by their extension."""
+    images, others = [], Counter()
+    for path in walk(folder):
+        if _is_image(path):
+            images.append(path)
+        else:
+            others[os.path.splitext(path)[1].lower() or "no extension"] += 1
+    return sorted(images), others
+
+
+def _count(kinds: Counter) -> str:
+    return ", ".join(f"{count} with {kind}" for kind, count in kinds.most_common())
 
 
 def sort_classes(names: Iterable[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Open a dataset of labelled images: source, splits, columns, classes."""
+"""Open a dataset: source, splits, columns, classes, images without labels."""
 
 import os
 
@@ -8,6 +8,7 @@ from .classes import encode_labels
 from .columns import as_image_table
 from .sources import open_source
 from .splits import drop_unlabelled_test, hold_out_validation, name_splits
+from .unlabelled import UnlabelledSource, add_unlabelled
 
 
 def load_image_dataset(
@@ -17,11 +18,13 @@ def load_image_dataset(
     label_column: str | None = None,
     validation_fraction: float = 0.1,
     seed: int = 0,
+    unlabelled: UnlabelledSource | None = None,
     **load_kwargs,
 ) -> DatasetDict:
-    """Open a dataset of labelled images with a train and a validation split, and a test split if the source has one.
+    """Open a dataset of images with a train and a validation split, and a test split if the source has one.
 
     Every split has the columns `image` (`datasets.Image`) and `label` (`datasets.ClassLabel`); other columns are kept.
+    A training image may have no label (null or −1): teachers teach from it, while teachers and results need labels.
     Without a validation split, a stratified part of the training split becomes one, and a warning reports it. A test
     split is never trained on.
 
@@ -37,18 +40,22 @@ def load_image_dataset(
         label_column: the label column; found if not given.
         validation_fraction: share of the training split that becomes the validation split if there is none.
         seed: seed of that split.
+        unlabelled: further images for the training split, without labels: a folder of images at any depth, another of these
+            sources, a table or a stream, whose images are held in memory. Images of the validation or test split are
+            refused; each image is decoded once to find them.
         load_kwargs: for a Hub id, passed to `datasets.load_dataset`, for example the `name` of a configuration or a
             `revision`. Parquet files take `split` and the options of their reader; other sources take none.
 
     Raises:
-        TypeError: `source` is no text or path.
+        TypeError: `source` is no text or path, or `unlabelled` is of another kind.
         FileNotFoundError: `source` looks like a path and nothing is there.
         ValueError: a column cannot be found, a split is empty or missing, files are damaged or differ, labels do not fit
-            their names, or an argument does not apply to this source.
+            their names, unlabelled images are among those to measure on, or an argument does not apply to this source.
     """
     if not isinstance(source, (str, os.PathLike)):
         raise TypeError(f"source is a {type(source).__name__}. Pass a folder, a file or a Hub id.")
     splits = name_splits(open_source(source, load_kwargs), source)
     splits = as_image_table(splits, image_column, label_column)
     splits = encode_labels(drop_unlabelled_test(splits))
-    return hold_out_validation(splits, validation_fraction, seed, source)
+    splits = hold_out_validation(splits, validation_fraction, seed, source)
+    return splits if unlabelled is None else add_unlabelled(splits, unlabelled, image_column)

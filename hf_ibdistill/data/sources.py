@@ -8,7 +8,7 @@ import logging
 import os
 import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PureWindowsPath
 
 import numpy as np
@@ -18,14 +18,23 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, l
 from datasets.exceptions import DatasetGenerationError
 
 from .folders import check_name, divide_rows, open_image_folder, report_files, split_in, walk
-from .splits import stratified_split
+from .splits import stratified_rows
 
 
 logger = logging.getLogger(__name__)
 
 
-def open_source(source: str | os.PathLike, load_kwargs: Mapping) -> dict[str, Dataset]:
+def open_source(
+    source: str | os.PathLike,
+    load_kwargs: Mapping,
+    open_images: Callable[[Path], dict[str, Dataset]] = open_image_folder,
+) -> dict[str, Dataset]:
     """Open a source by its format; see [`~data.loading.load_image_dataset`].
+
+    Args:
+        source: where the images come from.
+        load_kwargs: passed to `datasets.load_dataset`.
+        open_images: reads a folder of image files.
 
     Returns:
         Split → table, with the columns and the names of splits that the source has.
@@ -35,7 +44,7 @@ def open_source(source: str | os.PathLike, load_kwargs: Mapping) -> dict[str, Da
         ValueError: the files are of another format, damaged or empty, their splits are not clear, or an argument does not
             apply.
     """
-    opened = _open(source, load_kwargs)
+    opened = _open(source, load_kwargs, open_images)
     if isinstance(opened, Dataset):
         # A single table names its split; part of one is "train[:10%]".
         opened = {str(opened.split or "train").partition("[")[0]: opened}
@@ -55,7 +64,7 @@ def _divide_by_column(rows, source):
     return divide_rows(rows, [split_in(str(value)) for value in values], f'The column "{column}" of {source}')
 
 
-def _open(source, load_kwargs):
+def _open(source, load_kwargs, open_images):
     if load_kwargs.get("streaming"):
         raise ValueError("streaming=True is not supported: splits and classes need the whole table. Open it without.")
     if not str(source).strip():
@@ -70,7 +79,7 @@ def _open(source, load_kwargs):
         _refuse(source, load_kwargs)
         return _load_digits()
     if path.is_dir():
-        return _open_folder(path, load_kwargs)
+        return _open_folder(path, load_kwargs, open_images)
     if path.is_file():
         if path.suffix != ".parquet":
             raise ValueError(f"{path} is not a Parquet file; give a folder, a .parquet file or a Hub id.")
@@ -93,7 +102,7 @@ def _refuse(source, load_kwargs, names=None):
         raise ValueError(f"{', '.join(ignored)} does not apply to {source}. Leave it out; it is for Hub ids.")
 
 
-def _open_folder(path, load_kwargs):
+def _open_folder(path, load_kwargs, open_images):
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
         _refuse(path, load_kwargs)
         return open_saved(path)
@@ -110,7 +119,7 @@ def _open_folder(path, load_kwargs):
         report_files(path, sorted({*files} - {*parquet}), "beside the Parquet files")
         return _open_parquet(path, parquet, load_kwargs)
     _refuse(path, load_kwargs)
-    return open_image_folder(path)
+    return open_images(path)
 
 
 def open_saved(path: str | os.PathLike) -> Dataset | DatasetDict:
@@ -229,8 +238,8 @@ def _load_digits():
     pixels = (digits.images * (255 / 16)).round().astype(np.uint8)
     rows = {"image": list(pixels), "label": digits.target}
     # The source has no test split. This one is the same for every seed, so that results can be compared.
-    train, test = stratified_split(Dataset.from_dict(rows, features=features), 360, 0, digits.target)
-    return {"train": train, "test": test}
+    table = Dataset.from_dict(rows, features=features)
+    return dict(zip(("train", "test"), map(table.select, stratified_rows(digits.target, 360, 0))))
 
 
 def _load_idx(folder):

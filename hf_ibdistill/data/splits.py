@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping
 
 import numpy as np
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, concatenate_datasets
 from datasets.utils.stratify import stratified_shuffle_split_generate_indices
 
 from ..checks import check_numbers
@@ -66,54 +66,64 @@ def hold_out_validation(splits: DatasetDict, fraction: float, seed: int, source:
     if fraction in (0, 1):
         raise ValueError(f"validation_fraction={fraction} is not between 0 and 1.")
     train = splits["train"]
-    if len(train) < 2:
-        raise ValueError("A training split of one image cannot be divided; add a validation split to the data.")
     labels = label_ids(train)
-    smallest = np.unique(labels, return_counts=True)[1].min()
-    held_out = min(max(1, round(len(train) * fraction)), len(train) - 1)
-    is_stratified = smallest >= 2 and min(held_out, len(train) - held_out) >= train.features[LABEL].num_classes
+    labelled, unlabelled = np.flatnonzero(labels != -1), np.flatnonzero(labels == -1)
+    count = len(labelled)
+    if count < 2:
+        raise ValueError(
+            f"A training split with labels for {count} images cannot be divided; add a validation split to the data."
+        )
+    smallest = np.unique(labels[labelled], return_counts=True)[1].min()
+    held_out = min(max(1, round(count * fraction)), count - 1)
+    is_stratified = smallest >= 2 and min(held_out, count - held_out) >= train.features[LABEL].num_classes
     if is_stratified:
-        parts = stratified_split(train, held_out, seed, labels)
+        rest, chosen = stratified_rows(labels[labelled], held_out, seed)
     else:
         # As `train_test_split` chooses them, which would write a cache file beside the data.
-        order = np.random.default_rng(seed).permutation(len(train))
-        parts = train.select(order[held_out:]), train.select(order[:held_out])
+        order = np.random.default_rng(seed).permutation(count)
+        rest, chosen = order[held_out:], order[:held_out]
+    rest = labelled[rest] if not len(unlabelled) else np.sort(np.concatenate((labelled[rest], unlabelled)))
+    parts = train.select(rest), train.select(labelled[chosen])
     logger.warning(
-        "%s has no validation split: %s %d of its %d training images become one (seed %d).",
+        "%s has no validation split: %s %d of its %d training images with labels become one (seed %d).",
         source,
         "a stratified" if is_stratified else "a random (there are too few images to split by class)",
         held_out,
-        len(train),
+        count,
         seed,
     )
     return DatasetDict({**splits, **dict(zip(("train", "validation"), parts))})
 
 
-def stratified_split(
-    table: Dataset, held_out: int, seed: int, labels: np.ndarray | None = None
-) -> tuple[Dataset, Dataset]:
-    """Hold out rows at random, with the same share of every class. Returns the other rows and the held-out rows.
+def stratified_rows(labels: np.ndarray, held_out: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Hold out rows at random, with the same share of every class.
 
     The result is that of `train_test_split(stratify_by_column="label")`, which reads the labels one by one.
+
+    Args:
+        labels: (N,), class ids.
+        held_out: number of rows to hold out.
+        seed: seed of the choice.
+
+    Returns:
+        The numbers of the other rows, and those of the held-out rows.
     """
     random = np.random.default_rng(seed)
-    labels = label_ids(table) if labels is None else labels
-    parts = stratified_shuffle_split_generate_indices(labels, len(table) - held_out, held_out, rng=random)
-    rest, chosen = next(parts)
-    return table.select(rest), table.select(chosen)
+    return next(stratified_shuffle_split_generate_indices(labels, len(labels) - held_out, held_out, rng=random))
 
 
 def select_per_class(
-    dataset: Dataset, images_per_class: int, label_column: str | None = None, seed: int = 0
+    dataset: Dataset, images_per_class: int, label_column: str | None = None, seed: int = 0, keep_rest: bool = False
 ) -> Dataset:
-    """A random subset with this many images of each class. Subsets of one seed are nested: the smaller is part of the
-    larger.
+    """A random subset with this many labelled images of each class. Subsets of one seed are nested: the smaller is part of
+    the larger.
 
     Args:
         dataset: a table with a `ClassLabel` column.
         images_per_class: images of each class.
         label_column: the label column; found if not given.
         seed: seed of the choice.
+        keep_rest: keep the other rows without their labels, which become null, instead of leaving them out.
 
     Raises:
         TypeError: `dataset` is not one table.
@@ -134,4 +144,9 @@ def select_per_class(
                 "size of the smallest class."
             )
         chosen.extend(rows[:images_per_class])
-    return dataset.select(sorted(chosen))
+    if not keep_rest:
+        return dataset.select(sorted(chosen))
+    rest = np.setdiff1d(np.arange(len(labels)), chosen)
+    # A column that one part lacks is null in its rows. No row is copied.
+    parts = [dataset.select(chosen), dataset.select(rest).remove_columns(LABEL)]
+    return concatenate_datasets(parts).select(np.argsort(np.concatenate((chosen, rest))))

@@ -54,8 +54,7 @@ def decode_image(value: Mapping | None, mode: str | None = None) -> PIL.Image.Im
         image = _load(_read(value))
         wide = _wide_levels(image)
         if wide is None:
-            # Only a warning of Pillow depends on it.
-            image.info.pop("transparency", None)
+            image.info.pop("transparency", None)  # only a warning of Pillow depends on it
             rgb = image if image.mode == "RGB" else image.convert("RGB")
         else:
             levels, highest, is_negative = wide
@@ -81,11 +80,7 @@ def decode_image(value: Mapping | None, mode: str | None = None) -> PIL.Image.Im
 
 
 def file_key(value: Mapping) -> int:
-    """A hash of 64 bits of the encoded file. Unlike the row key it does not depend on the decoder.
-
-    Args:
-        value: `{"bytes": …, "path": …}`.
-    """
+    """A hash of 64 bits of the encoded file, `{"bytes": …, "path": …}`, whatever its decoder makes of it."""
     return int.from_bytes(hashlib.blake2b(_read(value), digest_size=8).digest(), "little", signed=True)
 
 
@@ -128,8 +123,7 @@ def scale_pixels(
         shares = (levels.astype(np.float64) - minimum) / (maximum - minimum)
         if shares.min() < 0 or shares.max() > 1:
             outside.append(row)
-        encoded = io.BytesIO()
-        gray = _from_levels(np.rint(shares.clip(0, 1) * 255), is_negative)
+        gray, encoded = _from_levels(np.rint(shares.clip(0, 1) * 255), is_negative), io.BytesIO()
         _upright(gray, image).save(encoded, "PNG")
         return {IMAGE: {"bytes": encoded.getvalue(), "path": value["path"]}}
 

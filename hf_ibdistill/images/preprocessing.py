@@ -13,14 +13,10 @@ from ..data.columns import IMAGE, as_image_table, require_table
 from .decoding import decode_image
 
 
-_GROUPED_SIDE = 64
-
-
 def build_image_processor(
     dataset: Dataset, image_column: str | None = None, image_size: int | None = None
 ) -> ViTImageProcessor:
-    """An image processor for a model trained from nothing on these images: resizes them to squares and scales the pixels
-    to −1 … 1.
+    """An image processor for a new model: resizes images to squares and scales the pixels to −1 … 1.
 
     Args:
         dataset: a table with an image column.
@@ -73,7 +69,7 @@ def _preprocess(processor, images):
     if isinstance(processor, TorchvisionBackend):
         # On a CPU it takes images one by one by default: twice as slow for small ones, twice as fast for large ones.
         largest = max(max(im.size if isinstance(im, PIL.Image.Image) else im.shape[-2:]) for im in images)
-        options["disable_grouping"] = None if largest > _GROUPED_SIDE else False
+        options["disable_grouping"] = None if largest > 64 else False
     try:
         return processor(images, return_tensors="pt", **options)["pixel_values"]
     except ValueError as error:
@@ -82,6 +78,6 @@ def _preprocess(processor, images):
             raise
         settings = {name: value for name, value in processor.to_dict().items() if "crop" in name or "size" in name}
         raise ValueError(
-            f"{type(processor).__name__} makes images of several sizes with {settings}, but a batch needs one size. Set a "
-            'fixed size, for example size={"height": 224, "width": 224}, or a crop, do_center_crop=True and crop_size.'
+            f"{type(processor).__name__} makes images of several sizes with {settings}. Set one, for example "
+            'size={"height": 224, "width": 224}, or a crop, do_center_crop=True and crop_size.'
         ) from error

@@ -4,8 +4,8 @@ A view is a pure function of (recipe, row key, view index). The operations are t
 come from a stream of their own, seeded for every view. So neither the order of the rows nor the number of workers nor
 the batch size changes a pixel.
 
-Nor does the processor. Kernels of torch round floats differently on processors with other instructions, and draw other
-numbers. So images are resized and colors are changed in whole numbers, and random numbers are rounded once.
+Nor does the processor. Kernels of torch round and draw floats differently on other processors. So images are resized and
+colors are changed in whole numbers, and random numbers are rounded once.
 """
 
 import hashlib
@@ -44,9 +44,8 @@ class ViewRecipe:
         scale: for `"resized"`, the smallest and the largest share of the area of the image.
         ratio: for `"resized"`, the smallest and the largest ratio of width to height.
         horizontal_flip: probability of a mirrored view.
-        photometric_ops: number of color operations, applied in a row. Each is drawn from brightness, contrast,
-            saturation, sharpness, posterize, solarize, autocontrast and equalize, as in RandAugment (arXiv 1909.13719)
-            without its geometric operations.
+        photometric_ops: number of color operations in a row, drawn from brightness, contrast, saturation, sharpness,
+            posterize, solarize, autocontrast and equalize (RandAugment, arXiv 1909.13719, without geometry).
         magnitude: strength of the color operations, 0 to 10.
         erasing: probability that a random rectangle becomes gray (arXiv 1708.04896).
         seed: another seed makes other views.
@@ -68,9 +67,8 @@ class ViewRecipe:
     seed: int = 0
 
     def __post_init__(self):
-        check_numbers(1, whole=True, num_views=self.num_views)
-        if self.image_size is not None:
-            check_numbers(1, whole=True, image_size=self.image_size)
+        image_size = 1 if self.image_size is None else self.image_size
+        check_numbers(1, whole=True, num_views=self.num_views, image_size=image_size)
         check_numbers(0, whole=True, photometric_ops=self.photometric_ops)
         check_numbers(-(2**63), 2**63 - 1, whole=True, seed=self.seed)
         check_numbers(0, 10, magnitude=self.magnitude)

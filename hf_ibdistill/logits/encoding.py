@@ -14,19 +14,17 @@ from ..checks import check_numbers
 DTYPES = ("float16", "float32")
 ROW_KEY = "row_key"
 FILE_KEY = "file_key"
+_TOP_K_PARTS = ("class_ids", "differences", "rest", "gap")
 _GAP_STEPS = 8
 
 
 @dataclass(frozen=True)
 class LogitsEncoding:
-    """How a row's logits are stored.
+    """How a row's logits are stored: every one of them (dense), or the k largest with their class ids and the log-sum-exp
+    of all others (top-k).
 
-    Dense: every logit.
-
-    Top-k: the k largest logits with their class ids, and the log-sum-exp of all others. All are stored as differences
-    from the largest logit. A softmax depends on differences only, and differences keep more digits. The probabilities of
-    the stored classes are exact to the stored precision. The rest of the probability is spread evenly over the other
-    classes.
+    Top-k stores differences from the largest logit. A softmax depends on differences only, and differences keep more
+    digits. The stored classes have exact probabilities; the others share the rest evenly.
 
     How much is left for the others depends on the temperature τ. Let m others have mean logit μ and log-sum-exp L. The
     cumulant expansion to second order is log Σ exp(l/τ) ≈ log m + μ/τ + g/τ². It is exact at τ = 1 for
@@ -68,8 +66,7 @@ class LogitsEncoding:
             return a_list(self.dtype, num_classes)
         if self.top_k >= num_classes:
             raise ValueError(
-                f"top_k={self.top_k} is not below the number of classes ({num_classes}). Leave it out to store every "
-                "logit."
+                f"top_k={self.top_k} is not below the number of classes ({num_classes}). Leave it out to store all logits."
             )
         # The difference of the largest logit from itself is 0 and not stored.
         return {
@@ -85,12 +82,16 @@ class LogitsEncoding:
         Raises:
             NonFiniteLogitsError: a logit is NaN or infinite, or becomes infinite in the stored type.
         """
-        self._check_finite(logits)
+        magnitudes = np.abs(logits.reshape(len(logits), -1))
+        # Top-k stores differences of two logits, so each may reach half of the largest number.
+        bad = np.flatnonzero(~(magnitudes <= np.finfo(self.dtype).max / (1 if self.top_k is None else 2)).all(axis=1))
+        if len(bad):
+            raise NonFiniteLogitsError(bad, largest=float(magnitudes.max()))
         num_classes = logits.shape[-1]
         feature = self.feature(num_classes, logits.shape[1] if views else None)
         arrow_type = Features({"column": feature}).arrow_schema.field("column").type
         if self.top_k is None:
-            return _to_arrow(logits.astype(self.dtype), arrow_type)
+            return _to_arrow(logits.astype(self.dtype)).cast(arrow_type)
         logits = logits.astype(np.float32)
         ids = np.argpartition(-logits, self.top_k - 1, axis=-1)[..., : self.top_k]
         # Equal logits keep the order of their classes, so that the same logits always give the same bytes.
@@ -98,46 +99,30 @@ class LogitsEncoding:
         values = np.take_along_axis(logits, ids, -1)
         others = logits - values[..., :1]
         num_others = num_classes - self.top_k
-        mean = (
-            others.sum(-1, keepdims=True) - np.take_along_axis(others, ids, -1).sum(-1, keepdims=True)
-        ) / num_others
+        stored = np.take_along_axis(others, ids, -1)
+        mean = (others.sum(-1, keepdims=True) - stored.sum(-1, keepdims=True)) / num_others
         np.put_along_axis(others, ids, -np.inf, axis=-1)
         rest = np.logaddexp.reduce(others, axis=-1, keepdims=True)
         gap = rest - np.log(num_others) - mean
-        parts = {
-            "class_ids": ids.astype(np.uint16 if num_classes <= 2**16 else np.uint32),
-            "differences": (values[..., 1:] - values[..., :1]).astype(self.dtype),
-            "rest": rest.astype(self.dtype),
-            "gap": (gap * _GAP_STEPS).round().clip(0, 255).astype(np.uint8),
-        }
-        fields = list(arrow_type)
-        return pa.StructArray.from_arrays([_to_arrow(parts[f.name], f.type) for f in fields], fields=fields)
-
-    def _check_finite(self, logits):
-        flat = logits.reshape(len(logits), -1)
-        # Top-k stores differences of two logits, so each may reach half of the largest number.
-        limit = np.finfo(self.dtype).max / (1 if self.top_k is None else 2)
-        bad = np.flatnonzero(~(np.abs(flat) <= limit).all(axis=1))
-        if len(bad):
-            raise NonFiniteLogitsError(bad, largest=float(np.abs(flat).max()))
+        parts = (
+            ids.astype(np.uint16 if num_classes <= 2**16 else np.uint32),
+            stored[..., 1:].astype(self.dtype),
+            rest.astype(self.dtype),
+            (gap * _GAP_STEPS).round().clip(0, 255).astype(np.uint8),
+        )
+        return pa.StructArray.from_arrays(map(_to_arrow, parts), names=_TOP_K_PARTS).cast(arrow_type)
 
 
 class NonFiniteLogitsError(ValueError):
-    """Some rows have NaN or infinite logits.
-
-    Attributes:
-        rows: their numbers, counted from the first row of the encoded array.
-        advice: what to do, for a message.
-    """
+    """Some rows have NaN or infinite logits: `rows`, counted from the first encoded one, and `advice` for a message."""
 
     def __init__(self, rows: np.ndarray, largest: float):
         self.rows = rows
         self.advice = "check the teacher and these images"
         if np.isfinite(largest):
             self.advice = (
-                f"the largest is {largest:.3g}, too large for float16. A teacher predicts such logits if it has hardly "
-                "been trained, or never on such images. Train it longer, on the same views, or store the logits with "
-                'dtype="float32"'
+                f"the largest is {largest:.3g}, too large for float16. Train the teacher longer, on the same views, or store "
+                'the logits with dtype="float32"'
             )
         super().__init__(
             f"Logits are NaN or infinite in {len(rows)} rows (first {rows[:10].tolist()}): {self.advice}."
@@ -172,8 +157,8 @@ def check_teacher_names(names: Iterable[str]) -> None:
     for name in names:
         if re.fullmatch("(label|class|view|train|(eval|test)(_.*)?)", name.lower()):
             raise ValueError(
-                f'"{name}" cannot name a teacher, because other metrics begin with it, such as "label_loss", "eval_loss" and '
-                f'"class_token_accuracy". Choose another name, such as "my_{name}".'
+                f'"{name}" cannot name a teacher, because other metrics begin with it, such as "label_loss". Choose another '
+                f'name, such as "my_{name}".'
             )
 
 
@@ -193,7 +178,7 @@ def describe_column(feature) -> tuple[LogitsEncoding, int | None, int | None]:
     Raises:
         ValueError: the column has another type.
     """
-    is_top_k = isinstance(feature, dict) and set(feature) == {"class_ids", "differences", "rest", "gap"}
+    is_top_k = isinstance(feature, dict) and set(feature) == set(_TOP_K_PARTS)
     inner = feature["class_ids"] if is_top_k else feature
     num_views = None
     if isinstance(inner, List) and isinstance(inner.feature, List):
@@ -209,14 +194,13 @@ def describe_column(feature) -> tuple[LogitsEncoding, int | None, int | None]:
 def decode(
     column: pa.Array | pa.ChunkedArray, num_classes: int, view: int | None = None, temperature: float = 1.0
 ) -> np.ndarray:
-    """A batch of rows of a logits column → (N, C) in the stored type.
+    """N rows of a logits column → (N, C) in the stored type. A row without logits becomes NaN.
 
-    Top-k logits come back in float32, as differences from the largest of the row. All classes that were not stored get
-    one value. It is chosen so that their probabilities sum up to the stored rest at this temperature. A row without
-    logits, as of a table that was joined with an unrecorded one, becomes NaN.
+    Top-k logits come back in float32, as differences from the largest of the row. The classes that were not stored get
+    the value at which their probabilities sum up to the stored rest at this temperature.
 
     Args:
-        column: N rows of the column.
+        column: the rows.
         num_classes: C.
         view: which view of a column with views; `None` for a column without.
         temperature: the temperature at which the logits will be used.
@@ -237,14 +221,7 @@ def decode(
 
 
 class StoredLogits:
-    """Random access to a logits column of a table.
-
-    It reads one view of the given rows. Indexing the table would first copy all views of these rows.
-
-    Args:
-        dataset: the table.
-        column: its logits column.
-    """
+    """Random access to one view in a logits column. Indexing the table would first copy all views of the rows."""
 
     def __init__(self, dataset: Dataset, column: str):
         self._dataset, self._column, self._chunks = dataset.select_columns([column]), column, None
@@ -306,7 +283,7 @@ def _to_parts(column):
     """An Arrow column → [logits (N, C)] or [class ids, differences, rest, gap], each (N, ·), or (N, V, ·) with views."""
     if not pa.types.is_struct(column.type):
         return [_to_numpy(column)]
-    return [_to_numpy(column.field(name)) for name in ("class_ids", "differences", "rest", "gap")]
+    return [_to_numpy(column.field(name)) for name in _TOP_K_PARTS]
 
 
 def _expand(parts, num_classes, temperature):
@@ -328,21 +305,17 @@ def concatenate_views(first: pa.Array | pa.ChunkedArray, second: pa.Array) -> pa
     """Join two columns with views of the same rows: first the views of `first`, then those of `second`, bit for bit."""
     if isinstance(first, pa.ChunkedArray):
         first = first.combine_chunks()
-    if pa.types.is_struct(first.type):
-        names = [field.name for field in first.type]
-        return pa.StructArray.from_arrays(
-            [concatenate_views(first.field(name), second.field(name)) for name in names], names=names
-        )
-    joined = np.concatenate([_to_numpy(first), _to_numpy(second)], axis=1)
-    return _to_arrow(joined, None)
+    parts = zip(_to_parts(first), _to_parts(second))
+    joined = [_to_arrow(np.concatenate(part, axis=1)) for part in parts]
+    return joined[0] if len(joined) == 1 else pa.StructArray.from_arrays(joined, names=_TOP_K_PARTS)
 
 
-def _to_arrow(array, arrow_type=None):
-    """A numpy array of 2 or 3 dimensions → nested lists of fixed lengths. It copies only if the type differs."""
+def _to_arrow(array):
+    """A numpy array of 2 or 3 dimensions → nested lists of fixed lengths, without a copy."""
     nested = pa.array(np.ascontiguousarray(array).reshape(-1))
     for length in reversed(array.shape[1:]):
         nested = pa.FixedSizeListArray.from_arrays(nested, length)
-    return nested if arrow_type is None else nested.cast(arrow_type)
+    return nested
 
 
 def _to_numpy(array):

@@ -6,11 +6,14 @@ shuffling, saving and loading preserve it, and `concatenate_datasets` joins the 
 
 import json
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset, Image, IterableDataset
 
 from ..data.classes import check_class_names
@@ -65,6 +68,11 @@ def read_records(dataset: Dataset) -> list[dict]:
     return records
 
 
+def described_teachers(dataset: Dataset) -> list[dict]:
+    """The teachers in all records of the table, as [`Teacher.describe`] describes them."""
+    return [teacher for record in read_records(dataset) for teacher in record["teachers"]]
+
+
 def check_record(record: object, where: str) -> dict:
     """Refuse what is not a whole record.
 
@@ -84,8 +92,7 @@ def check_record(record: object, where: str) -> dict:
         is_whole = False
     if not is_whole:
         raise ValueError(
-            f"{where}: the provenance record is damaged, because parts of it are missing. Restore it from a copy, or "
-            "record again."
+            f"{where}: the provenance record is damaged or not whole. Restore it from a copy, or record again."
         )
     return record
 
@@ -98,8 +105,10 @@ def only_record(dataset: Dataset) -> dict:
     """
     records = read_records(dataset)
     if len(records) != 1:
+        columns = ", ".join(map(column_name, recorded_teachers(dataset))) or "none"
         raise ValueError(
-            f"The table has {len(records)} provenance records; it needs exactly one. Use a table that one recording made."
+            f"The table has {len(records)} provenance records for its logits columns ({columns}); it needs exactly one. "
+            "Use a table that one recording made, or remove these columns and record again."
         )
     return records[0]
 
@@ -137,7 +146,7 @@ def damaged_files(dataset: Dataset, *, quickly: bool = False) -> list[Path]:
     """
     damaged, parts = [], []
     files = sorted({Path(file["filename"]) for file in getattr(dataset, "cache_files", [])})
-    for folder in sorted({path.parent for path in files}):
+    for folder, paths in groupby(files, lambda path: path.parent):
         try:
             expected = read_json(folder / CHECKSUMS)
         except FileNotFoundError:
@@ -145,11 +154,9 @@ def damaged_files(dataset: Dataset, *, quickly: bool = False) -> list[Path]:
         except ValueError:
             damaged.append(folder / CHECKSUMS)
             continue
-        for path in files:
-            if path.parent != folder or path.name not in expected:
-                continue
-            sums, size = expected[path.name], path.stat().st_size if path.exists() else None
-            if isinstance(sums, str):
+        for path in [path for path in paths if path.name in expected]:
+            sums, size = expected[path.name], path.stat().st_size if path.exists() else -1
+            if isinstance(sums, str) and size >= 0:
                 # Of version 0.1.0: one checksum of the whole file.
                 if not quickly or size <= _QUICK_PARTS * PART:
                     parts.append((path, None, sums))
@@ -173,8 +180,8 @@ def check_files(dataset: Dataset, *, quickly: bool = False) -> None:
     damaged = damaged_files(dataset, quickly=quickly)
     if damaged:
         raise ValueError(
-            f"{len(damaged)} files of the table are damaged, because their content is not what recording wrote: "
-            f"{', '.join(map(str, damaged[:3]))}. Restore them from a copy, or delete the folder and record again."
+            f"{len(damaged)} files of the table are damaged: {', '.join(map(str, damaged[:3]))}. Restore them from a copy, or "
+            "delete the folder and record again."
         )
 
 
@@ -187,16 +194,22 @@ def check_complete(dataset: Dataset) -> None:
     check_keys(dataset)
     columns = [column_name(name) for name in recorded_teachers(dataset)]
     for column in [*columns, *{ROW_KEY}.intersection(dataset.column_names)]:
-        missing, start = [], 0
-        for batch in dataset.select_columns([column]).with_format("arrow").iter(batch_size=1024):
-            values = batch[column].combine_chunks()
-            missing += (start + missing_rows(values)).tolist()
-            start += len(values)
+        missing = _rows_of_column(dataset, column, missing_rows)
         if missing:
             raise ValueError(
                 f'The column "{column}" has no values in {len(missing)} rows (first {missing[:10]}). Record these rows, or '
                 "remove them."
             )
+
+
+def _rows_of_column(dataset, column, find: Callable[[pa.Array], np.ndarray]) -> list[int]:
+    """The rows that `find` returns for each part of a column, counted from the first row of the table."""
+    rows, start = [], 0
+    for batch in dataset.select_columns([column]).with_format("arrow").iter(batch_size=1024):
+        values = batch[column].combine_chunks()
+        rows += (start + find(values)).tolist()
+        start += len(values)
+    return rows
 
 
 # Rows that are decoded to find changed images.
@@ -206,10 +219,8 @@ _SAMPLE = 16
 def check_images(
     dataset: Dataset, rows: Sequence[int] | None = None, keys: Mapping[str, Sequence[int | None]] | None = None
 ) -> None:
-    """Refuse images that are not the ones that were recorded.
-
-    The file of an image must have the recorded key, or its pixels must. Only files are read, unless they differ. Of rows
-    without the key of a file, at most 16 are decoded.
+    """Refuse images of which neither the file nor the pixels have the recorded key. Only images of another file are
+    decoded, and at most 16 of the rows without the key of a file.
 
     Args:
         dataset: the table with the images.
@@ -219,18 +230,19 @@ def check_images(
     Raises:
         ValueError: images differ; the message has their number and the first rows.
     """
-    rows = _spread(range(len(dataset))) if rows is None else rows
+    rows = spread(range(len(dataset)), _SAMPLE) if rows is None else rows
     check_keys(dataset)
-    names = [name for name in (ROW_KEY, FILE_KEY) if name in (dataset.column_names if keys is None else keys)]
-    if IMAGE not in dataset.column_names or not names or not len(rows):
-        return
-    keys = dataset.with_format(None).select_columns(names)[list(rows)] if keys is None else keys
+    table = dataset.with_format(None)
+    if keys is None:
+        names = [name for name in (ROW_KEY, FILE_KEY) if name in table.column_names]
+        keys = table.select_columns(names)[list(rows)] if names else {}
     recorded = list(zip(rows, *(keys.get(name, [None] * len(rows)) for name in (ROW_KEY, FILE_KEY)), strict=True))
     compared = [row for row in recorded if row[2] is not None]
-    compared += _spread([row for row in recorded if row[2] is None and row[1] is not None])
-    mode = dataset.features[IMAGE].mode
-    encoded = dataset.with_format(None).select_columns([IMAGE]).cast_column(IMAGE, Image(decode=False))
-    changed = []
+    compared += spread([row for row in recorded if row[2] is None and row[1] is not None], _SAMPLE)
+    if not compared or IMAGE not in table.column_names:
+        return
+    encoded = table.select_columns([IMAGE]).cast_column(IMAGE, Image(decode=False))
+    mode, changed = table.features[IMAGE].mode, []
     for start in range(0, len(compared), 64):
         group = compared[start : start + 64]
         images = encoded[[row for row, _, _ in group]][IMAGE]
@@ -249,9 +261,9 @@ def _is_recorded(cell, mode, of_pixels, of_file) -> bool:
         return True  # whoever reads the row reports it
 
 
-def _spread(items: Sequence) -> list:
-    """At most 16 of the items, from all over."""
-    return [items[i] for i in sorted({int(i) for i in np.linspace(0, len(items) - 1, _SAMPLE)})] if len(items) else []
+def spread(items: Sequence, count: int) -> list:
+    """At most `count` of the items, from all over."""
+    return [items[i] for i in np.unique(np.linspace(0, len(items) - 1, count, dtype=int))] if len(items) else []
 
 
 def stored_views(dataset: Dataset) -> ViewRecipe | None:
@@ -269,42 +281,37 @@ def stored_views(dataset: Dataset) -> ViewRecipe | None:
         expected = None if recipe is None else recipe.num_views
         if num_views != expected:
             raise ValueError(
-                f'The column "{column_name(name)}" holds {num_views or "no"} views a row; the provenance of the table '
-                f"has {expected or 'none'}. The recipe in the provenance is needed to make the views again. "
-                "to_iterable_dataset loses it: call attach_record after it, or open_logits_table(streaming=True)."
+                f'The column "{column_name(name)}" holds {num_views or "no"} views a row; the provenance has '
+                f"{expected or 'none'}. If to_iterable_dataset lost them, call attach_record after it."
             )
     return recipe
 
 
 def record_differences(expected: dict, found: dict) -> list[str]:
-    """What differs between two records, one line for each difference. Library versions may differ."""
-    lines = []
-    names = [teacher["name"] for teacher in expected["teachers"]]
-    found_names = [teacher["name"] for teacher in found["teachers"]]
-    if names != found_names:
-        lines.append(f"teachers: {found_names} instead of {names}")
+    """What differs between two records, or two manifests of a recording, one line for each difference. Library versions
+    may differ."""
+    names, found_names = ([teacher["name"] for teacher in record["teachers"]] for record in (expected, found))
+    pairs = [("teachers:", names, found_names)]
     for teacher, other in zip(expected["teachers"], found["teachers"]):
-        for key in teacher_differences(teacher, other):
-            lines.append(f'teacher "{teacher["name"]}": {key} {other.get(key)} instead of {teacher.get(key)}')
-    for part in ("dataset", "views"):
-        ours, theirs = expected[part] or {}, found[part] or {}
-        for key in sorted({*ours, *theirs}):
-            if ours.get(key) != theirs.get(key):
-                lines.append(f"{part}: {key} {theirs.get(key)} instead of {ours.get(key)}")
-    return lines
+        title = f'teacher "{teacher["name"]}"'
+        pairs += [(f"{title}: {key}", teacher.get(key), other.get(key)) for key in teacher_differences(teacher, other)]
+    for part in ("dataset", "views", "layout"):
+        ours, theirs = (dict(record.get(part) or {}) for record in (expected, found))
+        pairs += [(f"{part}: {key}", ours.get(key), theirs.get(key)) for key in sorted({*ours, *theirs})]
+    return [f"{name} {other} instead of {one}" for name, one, other in pairs if one != other]
 
 
 def teacher_differences(teacher: dict, other: dict) -> list[str]:
     """The parts of two described teachers that differ and change the columns."""
     # Older records have no "bf16"; their teachers ran in float32.
     parts = {"weights_sha256": None, "image_processor": None, "label_names": None, "encoding": None, "bf16": False}
+    parts["classes"] = None  # unless they were matched by hand
     return [key for key, default in parts.items() if teacher.get(key, default) != other.get(key, default)]
 
 
 def check_columns(dataset: Dataset, teacher_names: Sequence[str], label_names: Sequence[str]) -> None:
-    """Check before training that the table holds the logits of these teachers over these classes.
-
-    The numbers of a stream are checked when they are read.
+    """Check before training that the table holds the logits of these teachers over these classes. The numbers of a stream
+    are checked when they are read.
 
     Raises:
         ValueError: a column is missing, has another number of classes, or numbers that are not finite; its teacher has
@@ -317,15 +324,13 @@ def check_columns(dataset: Dataset, teacher_names: Sequence[str], label_names: S
         if column not in dataset.column_names:
             raise ValueError(
                 f'The student has the teacher "{name}", but the table has no column "{column}" (logits columns: '
-                f"{', '.join(recorded) or 'none'}). Record it with record_teacher_logits, or pass teachers={{...}} to "
-                "run the teachers during training."
+                f"{', '.join(recorded) or 'none'}). Record it with record_teacher_logits, or pass teachers={{...}} to run it in training."
             )
         _check_column(dataset, column, len(label_names))
     stored_views(dataset)
-    for record in read_records(dataset):
-        for teacher in record["teachers"]:
-            if teacher["name"] in teacher_names:
-                check_class_names(teacher["label_names"], label_names, f'the teacher "{teacher["name"]}"')
+    for teacher in described_teachers(dataset):
+        if teacher["name"] in teacher_names:
+            check_class_names(teacher["label_names"], label_names, f'the teacher "{teacher["name"]}"')
     check_same_teachers(dataset)
     if not isinstance(dataset, IterableDataset):
         check_images(dataset)
@@ -338,15 +343,14 @@ def check_same_teachers(dataset: Dataset | IterableDataset) -> None:
         ValueError: two of its records describe different teachers by one name.
     """
     found = {}
-    for record in read_records(dataset):
-        for teacher in record["teachers"]:
-            name = teacher["name"]
-            differing = teacher_differences(found.setdefault(name, teacher), teacher)
-            if differing and column_name(name) in dataset.column_names:
-                raise ValueError(
-                    f'The table joins recordings of different teachers named "{name}" ({", ".join(differing)} differ). Use '
-                    "one of them, or rename a column before joining."
-                )
+    for teacher in described_teachers(dataset):
+        name = teacher["name"]
+        differing = teacher_differences(found.setdefault(name, teacher), teacher)
+        if differing and column_name(name) in dataset.column_names:
+            raise ValueError(
+                f'The table joins recordings of different teachers named "{name}" ({", ".join(differing)} differ). Use one of '
+                "them, or rename a column before joining."
+            )
 
 
 def _check_column(dataset, column, num_classes):
@@ -359,28 +363,22 @@ def _check_column(dataset, column, num_classes):
         raise ValueError(f'The column "{column}" holds logits of {column_classes} classes; {needed}.')
     if isinstance(dataset, IterableDataset):
         return
-    bad, start = [], 0
-    for batch in dataset.select_columns([column]).with_format("arrow").iter(batch_size=1024):
-        values = batch[column].combine_chunks()
-        finite = np.full(len(values), True)
-        finite[missing_rows(values)] = False
-        if finite.all():
-            if encoding.top_k is not None and _largest_class_id(values) >= num_classes:
-                raise ValueError(f'The column "{column}" names class {_largest_class_id(values)}; {needed}.')
-            for view in range(num_views or 1):
-                logits = decode(values, num_classes, None if num_views is None else view)
-                finite &= np.isfinite(logits).all(axis=1)
-        bad += (start + np.flatnonzero(~finite)).tolist()
-        start += len(values)
+
+    def without_finite_logits(values):
+        missing = missing_rows(values)
+        if len(missing):
+            return missing
+        if encoding.top_k is not None:
+            largest = pc.max(pc.list_flatten(values.field("class_ids"), recursive=True)).as_py()
+            if largest >= num_classes:
+                raise ValueError(f'The column "{column}" names class {largest}; {needed}.')
+        views = [None] if num_views is None else range(num_views)
+        finite = [np.isfinite(decode(values, num_classes, view)).all(axis=1) for view in views]
+        return np.flatnonzero(~np.all(finite, axis=0))
+
+    bad = _rows_of_column(dataset, column, without_finite_logits)
     if bad:
         raise ValueError(
             f'The column "{column}" has missing, NaN or infinite logits in {len(bad)} rows (first {bad[:10]}). '
             "Record them again, or remove these rows."
         )
-
-
-def _largest_class_id(values) -> int:
-    ids = values.field("class_ids")
-    while hasattr(ids.type, "list_size"):
-        ids = ids.flatten()
-    return int(ids.to_numpy().max())

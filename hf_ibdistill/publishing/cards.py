@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from ..data.sources import last_part, public_name
 from ..logits.encoding import column_name, recorded_teachers
 from ..logits.provenance import only_record
+from ..recording.assessment import logits_metrics
 
 
 # Stands for the name of the repository until there is one.
@@ -45,6 +46,7 @@ def create_model_card(
             - `metrics`: name → measured value, as `evaluate_model` returns them;
             - `recipe`: hyperparameters, name → value;
             - `teachers`: for a student, name → `{"source": Hub id or name of a folder, "metrics": …}`, both optional;
+            - `ensemble`: metrics of the mean probability of the teachers;
             - `online`: whether the teachers ran in every step; `None` if there were none;
             - `base_model`: Hub id, or name of the folder, of the checkpoint that this model started as;
             - `picture`: file name of a picture beside the card;
@@ -55,7 +57,12 @@ def create_model_card(
     metrics, split = results.get("metrics") or {}, results.get("split")
     base_model, data_name = (results.get(key) and public_name(results[key]) for key in ("base_model", "data"))
     online, teachers = results.get("online"), results.get("teachers") or {}
-    has_results = bool(metrics and data_name)
+    task = {"task_type": "image-classification", "task_name": "Image Classification"}
+    task |= {"dataset_type": data_name, "dataset_name": data_name, "dataset_split": split}
+    measured = [
+        EvalResult(metric_type=name, metric_name=name.replace("_", " "), metric_value=round(float(value), 6), **task)
+        for name, value in (metrics.items() if data_name else ())
+    ]
     data = ModelCardData(
         license="apache-2.0",
         library_name="transformers",
@@ -63,25 +70,11 @@ def create_model_card(
         tags=["hf_ibdistill", "knowledge-distillation", model.config.model_type],
         datasets=[data_name] if _is_hub_id(data_name) else None,
         base_model=base_model if _is_hub_id(base_model) else None,
-        model_name=results["title"] if has_results else None,
-        eval_results=[
-            EvalResult(
-                task_type="image-classification",
-                task_name="Image Classification",
-                dataset_type=data_name,
-                dataset_name=data_name,
-                dataset_split=split,
-                metric_type=name,
-                metric_name=name.replace("_", " "),
-                metric_value=round(float(value), 6),
-            )
-            for name, value in metrics.items()
-        ]
-        if has_results
-        else None,
+        model_name=results["title"] if measured else None,
+        eval_results=measured or None,
     )
-    names = getattr(model.config, "teacher_names", [])
-    seconds = results.get("train_seconds")
+    tokens, seconds = getattr(model.config, "teacher_names", []), results.get("train_seconds")
+    names = tokens or list(teachers)
     hardware = {} if seconds is None else {"training": f"{seconds:.1f} s"}
     hardware |= {name: _in_a_line(value) for name, value in (results.get("machine") or {}).items()}
     return ModelCard.from_template(
@@ -92,6 +85,7 @@ def create_model_card(
         base_model=_link(base_model),
         teacher_names=", ".join(names),
         online=online,
+        has_tokens=bool(tokens),
         fuses=getattr(model.config, "fusion", None) != "class_token",
         is_involution=getattr(model.config, "spatial_operator", None) == "involution",
         num_parameters=f"{model.num_parameters():,}",
@@ -101,10 +95,10 @@ def create_model_card(
         repo_id=repo_id or UNPUBLISHED,
         has_own_code=not type(model).__module__.startswith("transformers."),
         metrics_table=_table(["metric", split or "value"], {name: f"{value:.4f}" for name, value in metrics.items()}),
-        teachers_table=_teachers_table({name: teachers[name] for name in names if name in teachers}, split),
-        recipe_table=_table(
-            ["setting", "value"], {name: f"`{value}`" for name, value in (results.get("recipe") or {}).items()}
+        teachers_table=_teachers_table(
+            {name: teachers[name] for name in names if name in teachers}, results.get("ensemble"), split
         ),
+        recipe_table=_settings_table(results.get("recipe")),
         machine_table=_table(["", ""], hardware),
         picture=results.get("picture"),
         notes=results.get("notes", ""),
@@ -115,20 +109,22 @@ def _table(header, rows):
     return markdown_table(header, list(rows.items())) if rows else ""
 
 
+def _settings_table(settings):
+    return _table(["setting", "value"], {name: f"`{value}`" for name, value in (settings or {}).items()})
+
+
 def _in_a_line(value):
     """A mapping, such as the versions of libraries, in one line."""
     return ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, Mapping) else value
 
 
-def _teachers_table(teachers, split):
-    columns = {
-        "from": {name: _link(teacher["source"]) for name, teacher in teachers.items() if teacher.get("source")},
-        f"accuracy ({split or 'same data'})": {
-            name: f"{100 * teacher['metrics']['accuracy']:.2f} %"
-            for name, teacher in teachers.items()
-            if teacher.get("metrics")
-        },
-    }
+def _teachers_table(teachers, ensemble, split):
+    if ensemble and len(teachers) > 1:
+        teachers = {**teachers, "mean probability": {"metrics": ensemble}}
+    sources = {name: _link(teacher["source"]) for name, teacher in teachers.items() if teacher.get("source")}
+    metrics = {name: teacher["metrics"] for name, teacher in teachers.items() if teacher.get("metrics")}
+    accuracies = {name: f"{100 * measured['accuracy']:.2f} %" for name, measured in metrics.items()}
+    columns = {"from": sources, f"accuracy ({split or 'same data'})": accuracies}
     columns = {title: cells for title, cells in columns.items() if cells}
     rows = [[name, *(cells.get(name, "") for cells in columns.values())] for name in teachers]
     return markdown_table(["teacher", *columns], rows) if columns else ""
@@ -145,14 +141,16 @@ def _is_hub_id(name):
     return bool(name) and re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
 
 
-def teacher_source(source: str | None, revision: str | None) -> str | None:
-    """What a card may show of the source of a teacher. Only one that was loaded from the Hub has a revision; the relative
-    path of a folder looks like a Hub id."""
-    return source if revision or not source else last_part(source)
+def teacher_source(teacher: Mapping[str, object]) -> str | None:
+    """What a card may show of the source of a described teacher. Only one that was loaded from the Hub has a revision; the
+    relative path of a folder looks like a Hub id."""
+    source = teacher["source"]
+    return last_part(source) if source and not teacher.get("revision") else source
 
 
 def create_logits_card(table: Dataset, *, repo_id: str | None = None) -> DatasetCard:
-    """A card for a recorded table: its teachers, views, encoding and data, from its provenance.
+    """A card for a recorded table: its teachers, views, encoding and data, from its provenance, and what its logits can
+    teach ([`logits_metrics`]).
 
     Args:
         table: what [`record_teacher_logits`] returned, with or without its images, and one provenance record.
@@ -182,10 +180,11 @@ def create_logits_card(table: Dataset, *, repo_id: str | None = None) -> Dataset
         encoding = teacher["encoding"]
         top_k = encoding["top_k"]
         kept = "all" if top_k is None else f"the {top_k} largest and the log-sum-exp of the rest"
-        origin = _link(teacher_source(teacher["source"], teacher.get("revision")))
+        origin = _link(teacher_source(teacher))
         origin += f" @ {teacher['revision'][:12]}" if teacher.get("revision") else ""
         rows.append([f"`{column_name(teacher['name'])}`", teacher["config"].get("model_type", ""), origin,
                      f"{kept}, {encoding['dtype']}", f"`{teacher['weights_sha256'][:16]}`"])  # fmt: skip
+    measured = {name: f"{value:.4f}" for name, value in logits_metrics(table).items()}
     label_names = teachers[0]["label_names"]
     others = f" and {len(label_names) - 20} more" if len(label_names) > 20 else ""
     known = {name: value for name, value in source.items() if value not in (None, "None")}
@@ -200,6 +199,7 @@ def create_logits_card(table: Dataset, *, repo_id: str | None = None) -> Dataset
         repo_id=repo_id or UNPUBLISHED,
         teachers_table=markdown_table(["column", "model", "from", "logits", "sha256 of the weights"], rows),
         label_names=", ".join(label_names[:20]) + others,
-        views_table=_table(["setting", "value"], {name: f"`{value}`" for name, value in (views or {}).items()}),
+        metrics_table=_table(["of at most 1,000 rows", "mean"], measured),
+        views_table=_settings_table(views),
         data_table=_table(["", ""], {**known, "versions": _in_a_line(record["versions"])}),
     )

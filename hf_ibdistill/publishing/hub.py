@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 
 # Pickles run code when they are opened, and pickled training arguments hold tokens. Hidden files may hold secrets, and the
 # state of the trainer has paths of this machine.
-_IGNORED = ["checkpoint-*", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle"]
-_IGNORED += ["trainer_state.json", ".*", "*/.*", "_*", "*.pyc", "*.partial"]
+_IGNORED = ["checkpoint-*", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "trainer_state.json",
+            ".*", "*/.*", "_*", "*.pyc", "*.partial"]  # fmt: skip
 # Seconds before each retry.
 _WAITS = (1, 1, 2, 2, 4, 4, 8, 8)
 
@@ -126,7 +126,8 @@ def push_logits_to_hub(
         The address of the repository, or of the pull request.
 
     Raises:
-        ValueError: these are several splits, the table has no provenance or no logits, or is damaged; and as [`push_folder_to_hub`].
+        ValueError: these are several splits, or the table has no provenance or no logits, or is damaged; and as from
+            [`push_folder_to_hub`].
     """
     require_table(table, "table")
     only_record(table)
@@ -212,14 +213,12 @@ def _explain(error, repo_id, revision, create_pr):
             "that have arrived are not sent twice."
         ), not isinstance(error, RuntimeError)
     if isinstance(error, RevisionNotFoundError):
-        return ValueError(
-            f"revision={revision} does not exist in {repo_id}. Leave it out, name a branch, or set create_pr."
-        ), False
+        message = f"revision={revision} does not exist in {repo_id}. Leave it out, name a branch, or set create_pr."
+        return ValueError(message), False
     if status in (401, 403, 404):
         return PermissionError(
             f"repo_id={repo_id} cannot be published ({status}): the token is invalid or has no right to write there. Log in "
             "with a token that may write (`hf auth login`), choose another name, or propose it to the owner with create_pr."
         ), False
-    return ValueError(
-        f"The Hub refused repo_id={repo_id} ({status}): {error.server_message or 'no reason given'}."
-    ), False
+    reason = error.server_message or "no reason given"
+    return ValueError(f"The Hub refused repo_id={repo_id} ({status}): {reason}."), False

@@ -7,8 +7,10 @@ from pathlib import Path
 from datasets import Dataset
 from transformers import Trainer
 
+from ..data.classes import label_ids, labelled_rows
+from ..data.columns import LABEL, as_image_table, require_table
 from ..data.sources import public_name
-from ..evaluation import classification_metrics, predict
+from ..evaluation import classification_metrics, log_mean_probability, predict
 from ..files import write_text
 from ..logits.provenance import read_records
 from .cards import create_model_card, teacher_source
@@ -21,7 +23,7 @@ _RECIPE = (
     "gradient_accumulation_steps", "label_smoothing_factor", "max_grad_norm", "optim", "adam_beta1", "adam_beta2",
     "adam_epsilon", "bf16", "fp16", "seed", "layer_decay", "freeze_layers", "linear_probe",
     "distillation_mode", "temperature", "teacher_weights", "label_weight", "standardize_logits",
-    "confidence_weighting",
+    "confidence_weighting", "unlabelled_target", "min_confidence",
 )  # fmt: skip
 # Fields of a configuration that do not describe the shape of the model.
 _NO_SHAPE = {"id2label", "label2id", "auto_map", "architectures", "transformers_version", "dtype", "problem_type"}
@@ -71,37 +73,36 @@ def evaluate_and_save(
         # Before anything that may fail. Not `trainer.save_model`, which adds the arguments as a pickle.
         model.save_pretrained(folder)
         trainer.processing_class.save_pretrained(folder)
-    outputs = predict(
-        model,
-        trainer.processing_class,
-        dataset,
-        batch_size=args.per_device_eval_batch_size,
-        image_column=getattr(trainer, "image_column", None),
-        label_column=getattr(trainer, "label_column", None),
-    )
-    teacher_names = getattr(model.config, "teacher_names", None)
+    require_table(dataset, "dataset")
+    columns = getattr(trainer, "image_column", None), getattr(trainer, "label_column", None)
+    dataset = labelled_rows(as_image_table(dataset, *columns), f"The {split} split")
+    teacher_names = getattr(trainer, "teacher_names", getattr(model.config, "teacher_names", None))
+    batch_size = args.per_device_eval_batch_size
+    outputs = predict(model, trainer.processing_class, dataset, batch_size=batch_size, teacher_names=teacher_names)
     metrics = classification_metrics(**outputs, teacher_names=teacher_names)
     if teacher_metrics is None and "teacher_logits" in outputs:
         # These logits belong to the images as they are, so they measure the teachers.
-        recorded = dict(zip(teacher_names, outputs["teacher_logits"].swapaxes(0, 1)))
         teacher_metrics = {
-            name: classification_metrics(logits, outputs["labels"]) for name, logits in recorded.items()
+            name: classification_metrics(logits, outputs["labels"])
+            for name, logits in zip(teacher_names, outputs["teacher_logits"].swapaxes(0, 1))
         }
     if trainer.is_world_process_zero():
-        seconds = [entry["train_runtime"] for entry in trainer.state.log_history if "train_runtime" in entry]
+        history = trainer.state.log_history
+        seconds = next((entry["train_runtime"] for entry in history if "train_runtime" in entry), None)
         results = {
             "title": title,
             "data": public_name(data_name),
             "split": split,
             "metrics": metrics,
             "teachers": _describe_teachers(trainer, teacher_metrics or {}),
+            "ensemble": _measure_ensemble(outputs),
             "online": bool(trainer.teachers) if hasattr(trainer, "teachers") else None,
             "base_model": base_model and public_name(base_model),
             "picture": picture,
             "notes": notes,
             "recipe": _describe_recipe(trainer, model),
-            "log_history": trainer.state.log_history,
-            "train_seconds": seconds[0] if seconds else None,
+            "log_history": history,
+            "train_seconds": seconds,
             "machine": describe_machine(),
         }
         write_text(folder / RESULTS, json.dumps(results, indent=2))
@@ -110,11 +111,20 @@ def evaluate_and_save(
     return metrics
 
 
+def _measure_ensemble(outputs) -> dict[str, float] | None:
+    """Metrics of the mean probability of the teachers; `None` without their logits of the images as they are."""
+    if "teacher_logits" not in outputs:
+        return None
+    logits = log_mean_probability(outputs["teacher_logits"].swapaxes(0, 1))
+    return classification_metrics(logits, outputs["labels"])
+
+
 def _describe_recipe(trainer, model) -> dict:
     args, rows, views = trainer.args, trainer.train_dataset, getattr(trainer, "views", None)
     return {
         # A stream has no length.
         "training images": len(rows) if isinstance(rows, Sized) else "streamed" if rows is not None else None,
+        "training images without label": _count_unlabelled(rows),
         "steps": trainer.state.global_step,
         "epochs": round(trainer.state.epoch or 0, 2),
         "processes": args.world_size,
@@ -124,15 +134,24 @@ def _describe_recipe(trainer, model) -> dict:
     }
 
 
+def _count_unlabelled(rows) -> int | None:
+    table = getattr(rows, "table", None)
+    if not isinstance(table, Dataset) or LABEL not in table.column_names:
+        return None
+    return int((label_ids(table) == -1).sum()) or None
+
+
 def _describe_teachers(trainer, metrics) -> dict[str, dict]:
     """Teacher of the student → its source and metrics; `None` and {} if they are not known."""
-    sources = {}
     table = getattr(trainer.train_dataset, "table", None)
-    for record in [] if table is None else read_records(table):
-        for teacher in record["teachers"]:
-            sources[teacher["name"]] = teacher_source(teacher["source"], teacher.get("revision"))
-    # The table may hold logits of other teachers of the same name.
-    for teacher in getattr(trainer, "teachers", []):
-        sources[teacher.name] = teacher_source(teacher.model.config.name_or_path, teacher.revision)
+    described = [
+        teacher for record in ([] if table is None else read_records(table)) for teacher in record["teachers"]
+    ]
+    # The last, because the table may hold logits of other teachers of the same name.
+    described += [
+        {"name": teacher.name, "source": teacher.model.config.name_or_path, "revision": teacher.revision}
+        for teacher in getattr(trainer, "teachers", [])
+    ]
+    sources = {teacher["name"]: teacher_source(teacher) for teacher in described}
     names = dict.fromkeys([*getattr(trainer, "teacher_names", []), *metrics])
     return {name: {"source": sources.get(name) or None, "metrics": dict(metrics.get(name, {}))} for name in names}

@@ -64,10 +64,7 @@ def export_logits_table(
     for i in range(num_files):
         rows = range(i * rows_per_file, min((i + 1) * rows_per_file, len(dataset)))
         dataset.select(rows).to_parquet(beside / "data" / f"{split}-{i:05d}-of-{num_files:05d}.parquet")
-    teachers = [
-        {**teacher, "source": teacher_source(teacher["source"], teacher.get("revision"))}
-        for teacher in record["teachers"]
-    ]
+    teachers = [{**teacher, "source": teacher_source(teacher)} for teacher in record["teachers"]]
     write_text(beside / PROVENANCE, json.dumps({**record, "teachers": teachers}, indent=2))
     create_logits_card(dataset, repo_id=repo_id).save(beside / "README.md")
     if output_dir.exists():

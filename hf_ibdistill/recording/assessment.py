@@ -7,10 +7,17 @@ import scipy.special
 from datasets import Dataset
 
 from ..checks import check_numbers
-from ..data.classes import class_names
-from ..data.columns import LABEL, as_image_table, require_table
-from ..evaluation import log_softmax
+from ..data.classes import class_names, label_ids
+from ..data.columns import as_image_table, label_candidates, require_table
+from ..evaluation import (
+    expected_calibration_error,
+    log_mean_probability,
+    log_softmax,
+    negative_log_likelihood,
+    top_k_accuracy,
+)
 from ..logits.encoding import StoredLogits, column_name, describe_column, recorded_teachers
+from ..logits.provenance import described_teachers
 
 
 def logits_metrics(
@@ -32,7 +39,9 @@ def logits_metrics(
 
     Returns:
         Means over rows and views; entropies and Jensen–Shannon divergences (Lin 1991, equation 5.1) in nats:
-            - `<teacher>_accuracy`;
+            - `<teacher>_accuracy`, of the rows with a label, if there are any; with several teachers, `ensemble_accuracy`,
+              `ensemble_negative_log_likelihood` (nats) and `ensemble_expected_calibration_error` of their mean probability
+              at temperature 1. These bound what a student can learn;
             - `<teacher>_entropy`; near log(C), the logits hardly distinguish the classes;
             - `<teacher>_view_divergence`, with views: how much a prediction depends on the view. Near 0, one view of each
               image would teach as much;
@@ -41,7 +50,7 @@ def logits_metrics(
 
     Raises:
         TypeError: `dataset` is not one table.
-        ValueError: the table is empty, or holds no logits or no labels.
+        ValueError: the table is empty, or holds no logits.
     """
     require_table(dataset, "dataset")
     check_numbers(1, whole=True, num_rows=num_rows)
@@ -49,26 +58,38 @@ def logits_metrics(
     check_numbers(1e-6, temperature=temperature)
     names = recorded_teachers(dataset)
     if len(dataset) == 0 or not names:
-        raise ValueError(
-            f"There are no logits in these {len(dataset)} rows of {', '.join(dataset.column_names)}. Pass a table made by "
-            "record_teacher_logits."
-        )
-    dataset = as_image_table(dataset, label_column=label_column)
-    num_classes = len(class_names(dataset))
+        columns = ", ".join(dataset.column_names)
+        raise ValueError(f"There are no logits in these {len(dataset)} rows of {columns}. Pass a recorded table.")
+    needs_label = label_column is not None or bool(label_candidates(dataset.features))
+    dataset = as_image_table(dataset, label_column=label_column, needs_image=False, needs_label=needs_label)
+    described = {teacher["name"]: len(teacher["label_names"]) for teacher in described_teachers(dataset)}
     sample = np.random.default_rng(seed).choice(len(dataset), size=min(num_rows, len(dataset)), replace=False)
-    labels = np.asarray(dataset.select_columns([LABEL])[sample][LABEL])
-    probabilities, metrics = {}, {}
+    labels = label_ids(dataset.select(sample))
+    has_label = labels != -1
+    probabilities, plain_logits, metrics = {}, [], {}
     for name in names:
         column = column_name(name)
-        num_views = describe_column(dataset.features[column])[1]
-        stored = StoredLogits(dataset, column)
+        (_, num_views, num_classes), stored = describe_column(dataset.features[column]), StoredLogits(dataset, column)
         views = [None] if num_views is None else range(num_views)
-        logits = np.stack([stored.read(sample, num_classes, view, temperature) for view in views])
-        values = probabilities[name] = np.exp(log_softmax(logits.astype(np.float32) / temperature))
-        metrics[f"{name}_accuracy"] = float((values.argmax(-1) == labels).mean())
+        num_classes = len(class_names(dataset)) if needs_label else described.get(name, num_classes)
+        logits, plain = (
+            np.stack([stored.read(sample, num_classes, view, tau) for view in views]).astype(np.float32)
+            for tau in (temperature, 1.0)
+        )
+        values = probabilities[name] = np.exp(log_softmax(logits / temperature))
+        plain_logits.append(plain[:, has_label])
+        if has_label.any():
+            metrics[f"{name}_accuracy"] = float((plain.argmax(-1) == labels)[:, has_label].mean())
         metrics[f"{name}_entropy"] = float(_entropy(values).mean())
         if num_views is not None:
             metrics[f"{name}_view_divergence"] = _divergence(values)
+    if len(names) > 1 and has_label.any():
+        ensemble = log_mean_probability(np.stack(plain_logits))
+        views_of_labels = np.tile(labels[has_label], len(ensemble))
+        ensemble = ensemble.reshape(len(views_of_labels), -1)
+        for metric in (top_k_accuracy, negative_log_likelihood, expected_calibration_error):
+            name = "accuracy" if metric is top_k_accuracy else metric.__name__
+            metrics[f"ensemble_{name}"] = metric(ensemble, views_of_labels)
     for first, second in combinations(probabilities, 2):
         pair = np.stack([probabilities[first], probabilities[second]])
         metrics[f"{first}_{second}_agreement"] = float((pair[0].argmax(-1) == pair[1].argmax(-1)).mean())

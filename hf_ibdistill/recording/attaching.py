@@ -28,9 +28,9 @@ def attach_teacher_logits(
 ) -> Dataset:
     """Add to images the logits that were recorded for the same images, matched by the key of their pixels.
 
-    Logits can be published even if the images cannot. A user who has the images joins the two here. The order of the
-    rows does not matter, and rows with the same image get the same logits. If other pixels come out of the same file, as
-    of a JPEG file with another decoder, the key of the file finds them, and a warning reports it.
+    Logits can be published even if the images cannot. The order of the rows does not matter, and rows with the same image
+    get the same logits. If other pixels come out of the same file, as of a JPEG file with another decoder, the key of the
+    file finds them, and a warning reports it.
 
     Args:
         images: the user's own copy, with an image column.
@@ -65,7 +65,8 @@ def attach_teacher_logits(
     twice = [name for name in columns if name in images.column_names]
     if twice:
         raise ValueError(f"The images already have the columns {twice}. Remove them first.")
-    hashes = torch.utils.data.DataLoader(_Keys(images), batch_size=64, num_workers=num_workers or 0, collate_fn=list)
+    rows = _Keys(images, file_keys=True)
+    hashes = torch.utils.data.DataLoader(rows, batch_size=64, num_workers=num_workers or 0, collate_fn=list)
     keys = np.array([pair for batch in tqdm(hashes, desc="Hashing the images") for pair in batch]).reshape(-1, 2)
     partner = _find(keys[:, 0], logits_table, ROW_KEY)
     if has_files:
@@ -74,24 +75,19 @@ def attach_teacher_logits(
         partner = np.where(by_file, same_file, partner)
         if by_file.any():
             logger.warning(
-                "%s have other pixels than the recorded ones, but the same files: another decoder, for example of JPEG. They "
-                "get the logits that were recorded for these files.",
+                "%s have other pixels than the recorded ones, but the same files: another decoder, for example of JPEG. "
+                "They get the logits of these files.",
                 _describe(by_file),
             )
     missing = partner < 0
     if missing.any():
         message = f"{_describe(missing)} have no recorded logits"
         if not skip_missing:
-            differing, hint = "pixels and files differ", ""
-            if not has_files:
-                differing = "pixels differ"
-                hint = (
-                    f', or another decoder, for example of JPEG. A new recording has the column "{FILE_KEY}", which finds '
-                    "the same files"
-                )
+            what = "pixels and files" if has_files else "pixels"
+            decoder = "" if has_files else f', or another decoder (the table has no "{FILE_KEY}" to find its files)'
             raise ValueError(
-                f"{message}. Their {differing} from all recorded ones: another version of the dataset, or resized or "
-                f"re-compressed files{hint}. skip_missing=True leaves them out."
+                f"{message}, because their {what} differ: another version of the dataset, resized or re-compressed files"
+                f"{decoder}. Pass the recorded images, or skip_missing=True to leave these out."
             )
         logger.warning("%s and are left out.", message)
         images, partner = images.select(np.flatnonzero(~missing)), partner[~missing]
@@ -102,17 +98,11 @@ def attach_teacher_logits(
         return concatenate_datasets([images, logits], axis=1)
 
 
-class _Keys(torch.utils.data.Dataset):
-    """Row → (row key, file key), with one decoded image at a time."""
-
-    def __init__(self, images):
-        self.rows = ImageRows(images, file_keys=True)
-
-    def __len__(self):
-        return len(self.rows)
+class _Keys(ImageRows):
+    """(row key, file key) in place of row, with one decoded image at a time."""
 
     def __getitems__(self, indices):
-        return [(row_key(row[IMAGE]), row[FILE_KEY]) for row in self.rows.read(indices)]
+        return [(row_key(row[IMAGE]), row[FILE_KEY]) for row in self.read(indices)]
 
 
 def _find(keys, logits_table, column) -> np.ndarray:

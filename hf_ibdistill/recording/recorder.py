@@ -8,11 +8,12 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from itertools import islice
 
 import numpy as np
 import PIL.Image
@@ -25,8 +26,8 @@ from datasets.arrow_writer import ArrowWriter
 from tqdm.auto import tqdm
 
 from ..checks import check_numbers
-from ..data.classes import class_names, label_ids
-from ..data.columns import IMAGE, as_image_table, require_table
+from ..data.classes import check_labels, class_names, label_ids
+from ..data.columns import IMAGE, LABEL, as_image_table, label_candidates, require_table
 from ..data.sources import open_saved
 from ..files import output_folder, write_text
 from ..images.preprocessing import pixel_values
@@ -49,10 +50,11 @@ from ..logits.provenance import (
     check_images,
     only_record,
     read_records,
+    spread,
     teacher_differences,
 )
 from ..rows import ImageRows, default_num_workers
-from ..teachers import Teacher, TeacherLike, load_teachers
+from ..teachers import ClassMapping, Teacher, TeacherLike, load_teachers
 from .shards import (
     ROW,
     assemble,
@@ -85,29 +87,28 @@ def record_teacher_logits(
     image_column: str | None = None,
     label_column: str | None = None,
     trust_remote_code: bool = False,
+    teacher_classes: Mapping[str, ClassMapping] | None = None,
 ) -> Dataset | DatasetDict:
     """Record the logits of each teacher for each image, once, in a column `<name>_logits` (arXiv 2310.00369).
 
-    Every image is decoded once and shown to all teachers, each through its own image processor. Without `views` they see
-    the image as it is. With a recipe they see V augmented views of it, which training makes again. Under `accelerate
-    launch` the processes share the shards. Called again on the same folder, it continues an interrupted recording or
-    returns the finished one.
+    Every image is decoded once and shown to all teachers, each through its own image processor: as it is, or with `views`
+    as V augmented views, which training makes again. Under `accelerate launch` the processes share the shards. Called again
+    on the same folder, it continues an interrupted recording or returns the finished one.
 
     A table that already holds logits takes further teachers, or more views by the same recipe and teachers. Only what is
     new is computed.
 
     Args:
-        dataset: a table with an image and a `ClassLabel` column, or several splits of it, all of which are recorded. Views
-            are for training: of several splits, only "train" gets them. The others are recorded as they are, so that
-            agreement with the teachers can be measured.
-        teachers: name → Hub id, folder, model loaded by `from_pretrained`, or (model, image processor). If a teacher has
-            the classes in another order, its logits are put into the order of the dataset, by the names of the classes.
+        dataset: a table with an image and a `ClassLabel` column, or several splits of it, all of which are recorded. Rows
+            may have no label (null or −1), or the table no label column; the classes then are those of the first teacher.
+            Of several splits, only "train" gets views. The others, which measure agreement with the teachers, get none.
+        teachers: name → Hub id, folder, model loaded by `from_pretrained`, or (model, image processor). Logits are put into
+            the order of the classes of the dataset, by name. A teacher may have further classes, which are dropped.
         output_dir: folder of the finished table, which `datasets.load_from_disk` reads.
         views: which views to record, and how many.
         top_k: store the k largest logits and the log-sum-exp of the rest; `None` stores all.
         dtype: `"float16"` or `"float32"`, the type of the stored logits.
-        bf16: run the teachers under bf16 autocast. It is faster on hardware with bf16 units, but the stored logits are
-            rounded to three digits.
+        bf16: run the teachers under bf16 autocast: faster on hardware with bf16 units, but rounded to three digits.
         batch_size: images (views) in a forward pass.
         shard_size: rows in a shard, rounded up to whole batches: what an interruption can cost.
         num_workers: processes that decode images and make views ahead of the teachers. `None` is none on a CPU, and up to
@@ -116,6 +117,8 @@ def record_teacher_logits(
         image_column: the image column; found if not given.
         label_column: the label column; found if not given.
         trust_remote_code: run the code of Hub repositories that bring their own.
+        teacher_classes: teacher → class of the dataset → the teacher's class for it, by name or number, if the names differ.
+            A list of classes stands for their log-sum-exp, so that their probabilities add up.
 
     Returns:
         The input with its image and label columns named `image` and `label`, its other columns, `row_key` (64 bits of the
@@ -129,7 +132,7 @@ def record_teacher_logits(
             be decoded, or a logit is not finite; the message names the row, and finished shards are kept.
         OSError: the disk is full; finished shards are kept.
     """
-    teachers = load_teachers(teachers, bf16=bf16, trust_remote_code=trust_remote_code)
+    teachers = load_teachers(teachers, bf16=bf16, trust_remote_code=trust_remote_code, classes=teacher_classes)
     check_teacher_names(teacher.name for teacher in teachers)
     encoding = LogitsEncoding(dtype, top_k)
     layout = {"batch_size": batch_size, "shard_size": shard_size, "skip_unreadable": skip_unreadable}
@@ -137,15 +140,19 @@ def record_teacher_logits(
     check_numbers(0, whole=True, num_workers=num_workers or 0)
     if views is not None and not isinstance(views, ViewRecipe):
         raise TypeError(f"views={views!r} is not a ViewRecipe. Pass ViewRecipe(num_views=…).")
-    dataset, output_dir = as_image_table(dataset, image_column, label_column), output_folder(output_dir)
+    output_dir, needs_label = output_folder(output_dir), True
+    if label_column is None and isinstance(dataset, Dataset):
+        needs_label = bool(label_candidates(dataset.features))
+    dataset = as_image_table(dataset, image_column, label_column, needs_label=needs_label)
     splits = dataset if isinstance(dataset, Mapping) else {None: dataset}
     if isinstance(dataset, Mapping):
         check_folder_of_splits(output_dir)
     plans, sample = {}, None
     for name, split in splits.items():
-        _check_before_recording(split, name, teachers)
+        title = f'split "{name}"' if name else "dataset"
+        _check_before_recording(split, title, teachers)
         recipe = views if name in (None, "train") else None
-        image, keys = _look_at_images(split, name)
+        image, keys = _look_at_images(split, title)
         sample = sample or (image, recipe)
         # If the training split takes more views, the others stay as they are.
         keeps = name != "train" and "train" in splits
@@ -160,7 +167,7 @@ def record_teacher_logits(
         teacher.model.to(accelerator.device)
         _try(teacher, *sample)
     recorded = {
-        name: _record_split(accelerator, split, plans[name], output_dir / name if name else output_dir, num_workers)
+        name: _record_split(accelerator, split, plans[name], output_dir / (name or ""), num_workers)
         for name, split in splits.items()
     }
     if not isinstance(dataset, Mapping):
@@ -186,8 +193,8 @@ class _Plan:
     layout: dict  # batch_size, shard_size and skip_unreadable, as given
 
     @property
-    def new_views(self) -> range:
-        return range(min(self.first_view.values()), self.views.num_views)
+    def new_views(self) -> range | None:
+        return None if self.views is None else range(min(self.first_view.values()), self.views.num_views)
 
     @property
     def rows_per_batch(self) -> int:
@@ -198,35 +205,39 @@ class _Plan:
         return -(-self.layout["shard_size"] // self.rows_per_batch) * self.rows_per_batch
 
 
-def _check_before_recording(dataset, split, teachers) -> None:
-    require_table(dataset, f'the split "{split}" of the dataset' if split else "dataset")
+def _check_before_recording(dataset, title, teachers) -> None:
+    require_table(dataset, title)
     if len(dataset) == 0:
-        what = f'split "{split}"' if split else "dataset"
-        raise ValueError(f"The {what} is empty. Pass at least one row.")
+        raise ValueError(f"The {title} is empty. Pass at least one row.")
     for key in () if read_records(dataset) else (ROW_KEY, FILE_KEY):
         if key in dataset.column_names:
             raise ValueError(f'The column "{key}" would be overwritten by the keys of the images. Rename it.')
     check_keys(dataset)
+    if LABEL in dataset.column_names:
+        check_labels(dataset, unlabelled=True)
+        names = class_names(dataset)
+    else:
+        names = teachers[0].class_names
     for teacher in teachers:
-        teacher.match_classes(class_names(dataset))
+        teacher.match_classes(names)
 
 
-def _look_at_images(dataset, split) -> tuple[PIL.Image.Image, list[int | None]]:
+def _look_at_images(dataset, title) -> tuple[PIL.Image.Image, list[int | None]]:
     """The first readable one of up to 64 images from all over the dataset, and the key of each, `None` if unreadable."""
-    first, keys = None, []
-    rows = ImageRows(dataset, skip_unreadable=True)
-    for row in sorted({int(row) for row in np.linspace(0, len(dataset) - 1, 64)}):
-        image = rows[row][IMAGE]
-        first = first or image
-        keys.append(None if image is None else row_key(image))
-    if first is None:
+    rows, first, keys, problem = ImageRows(dataset), None, [], None
+    for row in spread(range(len(dataset)), 64):
         try:
-            ImageRows(dataset)[0]
+            image = rows[row][IMAGE]
         except ValueError as error:
-            what = f'split "{split}"' if split else "dataset"
-            raise ValueError(
-                f"None of {len(keys)} sampled images of the {what} can be decoded, so there is nothing to record. {error}"
-            ) from error
+            problem = problem or error
+            keys.append(None)
+        else:
+            first = first or image
+            keys.append(row_key(image))
+    if first is None:
+        raise ValueError(
+            f"None of {len(keys)} sampled images of the {title} can be decoded, so there is nothing to record. {problem}"
+        ) from problem
     return first, keys
 
 
@@ -247,26 +258,34 @@ def _try(teacher, image, views) -> None:
 def _plan(dataset, teachers, views, encoding, layout, sample_keys, keeps_recorded) -> _Plan:
     described = {teacher.name: teacher.describe(encoding) for teacher in teachers}
     for teacher in teachers:
-        encoding.feature(teacher.model.config.num_labels, None)
-    first_view = dict.fromkeys(described, 0)
-    old = {}
-    if recorded_teachers(dataset):
-        old, old_views = _recorded_so_far(dataset, views)
-        for name in [name for name in described if name in old]:
-            _check_same_teacher(name, old[name], described[name])
-            if keeps_recorded:
-                del described[name], first_view[name]
-            else:
-                first_view[name] = _views_to_keep(name, views, old_views)
-        left_behind = [name for name in old if name not in described and not keeps_recorded]
-        if left_behind and views is not None and views.num_views != old_views.num_views:
+        encoding.feature(len(teacher.class_names), None)
+    old, old_views = _recorded_so_far(dataset, views) if recorded_teachers(dataset) else ({}, None)
+    for name in [name for name in described if name in old]:
+        differences = teacher_differences(described[name], old[name])
+        if differences:
             raise ValueError(
-                f"num_views={views.num_views}, but {left_behind} have {old_views.num_views} views in this table. Record "
-                f"{old_views.num_views}, or pass these teachers as well, so that they get {views.num_views}."
+                f'The dataset already has a column "{column_name(name)}" of another teacher ({", ".join(differences)} '
+                "differ). Rename the teacher, or remove the column."
             )
+        if keeps_recorded:
+            del described[name]
+        elif views is None:
+            raise ValueError(f'The dataset already has the column "{column_name(name)}". Leave this teacher out.')
+        elif views.num_views <= old_views.num_views:
+            raise ValueError(
+                f'The dataset already has the column "{column_name(name)}" with {old_views.num_views} views. Leave this '
+                "teacher out, or record more views."
+            )
+    left_behind = [name for name in old if name not in described]
+    # They differ in the number of views alone.
+    if left_behind and views != old_views:
+        raise ValueError(
+            f"num_views={views.num_views}, but {left_behind} have {old_views.num_views} views in this table. Record "
+            f"{old_views.num_views}, or pass these teachers as well, so that they get {views.num_views}."
+        )
     return _Plan(
         teachers=[teacher for teacher in teachers if teacher.name in described],
-        first_view=first_view,
+        first_view={name: old_views.num_views if name in old else 0 for name in described},
         views=views,
         encoding=encoding,
         record=build_record(list({**old, **described}.values()), _describe_dataset(dataset, sample_keys), views),
@@ -278,39 +297,15 @@ def _recorded_so_far(dataset, views) -> tuple[dict[str, dict], ViewRecipe | None
     """The teachers whose logits the dataset holds already, and their views."""
     check_files(dataset)
     check_complete(dataset)
-    records = read_records(dataset)
-    if len(records) != 1:
-        raise ValueError(
-            f"The dataset has logits columns ({', '.join(map(column_name, recorded_teachers(dataset)))}) and "
-            f"{len(records)} provenance records; it needs exactly one to be continued. Remove the columns to start over."
-        )
-    old_views = None if records[0]["views"] is None else ViewRecipe(**records[0]["views"])
+    record = only_record(dataset)
+    old_views = None if record["views"] is None else ViewRecipe(**record["views"])
     if (views is None) != (old_views is None) or (views is not None and not views.same_views(old_views)):
         raise ValueError(
             f"The dataset holds logits of other views: {old_views} instead of {views}. Use its recipe (stored_views), "
             "or remove the columns to start over."
         )
-    kept = [teacher for teacher in records[0]["teachers"] if teacher["name"] in recorded_teachers(dataset)]
-    return {teacher["name"]: teacher for teacher in kept}, old_views
-
-
-def _check_same_teacher(name, old, new) -> None:
-    differences = teacher_differences(new, old)
-    if differences:
-        raise ValueError(
-            f'The dataset already has a column "{column_name(name)}" of another teacher ({", ".join(differences)} '
-            "differ). Rename the teacher, or remove the column."
-        )
-
-
-def _views_to_keep(name, views, old_views) -> int:
-    if views is None or views.num_views <= old_views.num_views:
-        raise ValueError(
-            f'The dataset already has the column "{column_name(name)}"'
-            f"{'' if views is None else f' with {old_views.num_views} views'}. Leave this teacher out"
-            f"{'.' if views is None else ', or record more views.'}"
-        )
-    return old_views.num_views
+    recorded = recorded_teachers(dataset)
+    return {teacher["name"]: teacher for teacher in record["teachers"] if teacher["name"] in recorded}, old_views
 
 
 def _describe_dataset(dataset, sample_keys) -> dict:
@@ -334,20 +329,21 @@ def _record_split(accelerator, dataset, plan, folder, num_workers) -> Dataset:
             logger.warning("%s already holds this recording; nothing to do.", folder)
             return table
         size = plan.rows_per_shard
-        shards = [range(start, min(start + size, len(dataset))) for start in range(0, len(dataset), size)]
-        pending = [rows for rows in shards if not shard_is_whole(shard_path(folder, rows))]
+        ranges = [range(start, min(start + size, len(dataset))) for start in range(0, len(dataset), size)]
+        shards = {shard_path(folder, rows): rows for rows in ranges}
+        is_whole = {path: shard_is_whole(path) for path in shards}
         if accelerator.is_main_process:
             if recorded_teachers(dataset):
                 check_images(dataset, range(len(dataset)))
-            keys = shard_keys(shard_path(folder, rows) for rows in shards if rows not in pending)
+            keys = shard_keys(path for path in shards if is_whole[path])
             check_images(dataset, keys.pop(ROW), keys)
         # No process writes before every process has listed the finished shards.
         accelerator.wait_for_everyone()
-        with accelerator.split_between_processes(pending) as own_shards:
-            _record_shards(accelerator, dataset, plan, own_shards, folder, num_workers)
+        with accelerator.split_between_processes([path for path in shards if not is_whole[path]]) as own:
+            _record_shards(accelerator, dataset, plan, {path: shards[path] for path in own}, num_workers)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            assemble(dataset, plan.record, [shard_path(folder, rows) for rows in shards], folder)
+            assemble(dataset, plan.record, list(shards), folder)
         accelerator.wait_for_everyone()
         return open_saved(folder)
 
@@ -360,90 +356,74 @@ def _check_finished(dataset, table) -> None:
         check_images(dataset, rows.tolist(), keys[:])
 
 
-def _record_shards(accelerator, dataset, plan, shards, folder, num_workers) -> None:
-    columns = {column_name(t.name): _feature(plan, t) for t in plan.teachers}
+def _record_shards(accelerator, dataset, plan, shards, num_workers) -> None:
+    if not shards:
+        return
+    num_views = None if plan.views is None else plan.views.num_views
+    columns = {column_name(t.name): plan.encoding.feature(len(t.class_names), num_views) for t in plan.teachers}
     features = Features({**dict.fromkeys((ROW, ROW_KEY, FILE_KEY), Value("int64")), **columns})
-    if num_workers is None:
-        num_workers = default_num_workers(use_cpu=accelerator.device.type == "cpu")
-    batches = _teacher_outputs(accelerator, plan, _image_batches(dataset, plan, shards, num_workers))
-    total = sum(len(rows) for rows in shards)
+    batches = iter(_image_batches(accelerator, dataset, plan, shards.values(), num_workers))
     with tqdm(
-        total=total, unit="image", desc="Recording logits", disable=not accelerator.is_local_main_process
+        total=sum(map(len, shards.values())),
+        unit="image",
+        desc="Recording logits",
+        disable=not accelerator.is_local_main_process,
     ) as bar:
-        for rows in shards:
+        for path, rows in shards.items():
 
             def write(path, rows=rows):
                 with ArrowWriter(features=features, path=str(path)) as writer:
-                    seen = 0
-                    while seen < len(rows):
-                        size, numbers, keys, logits = next(batches)
-                        if numbers:
-                            writer.write_table(_encode(dataset, plan, numbers, keys, logits, features))
-                        seen += size
+                    for size, identity, inputs in islice(batches, -(-len(rows) // plan.rows_per_batch)):
+                        if identity:
+                            inputs = send_to_device(inputs, accelerator.device)
+                            writer.write_table(_run(dataset, plan, identity, inputs).cast(features.arrow_schema))
                         bar.update(size)
                     writer.finalize()
 
-            write_shard(shard_path(folder, rows), write)
+            write_shard(path, write)
 
 
-def _feature(plan, teacher):
-    return plan.encoding.feature(teacher.model.config.num_labels, None if plan.views is None else plan.views.num_views)
-
-
-def _image_batches(dataset, plan, shards, num_workers) -> torch.utils.data.DataLoader:
-    """(rows, row numbers, (row key, file key) of each, pixel values of each teacher), batch by batch in the order of the
-    shards. The new views of a row follow one another."""
+def _image_batches(accelerator, dataset, plan, shards, num_workers) -> torch.utils.data.DataLoader:
+    """What [`_collate`] makes of the rows, batch by batch in the order of the shards."""
+    if num_workers is None:
+        num_workers = default_num_workers(use_cpu=accelerator.device.type == "cpu")
     # Views that were recorded before follow from the key that was recorded with them.
     kept = [ROW_KEY] if recorded_teachers(dataset) and ROW_KEY in dataset.column_names else []
-    images = ImageRows(dataset, kept, skip_unreadable=plan.layout["skip_unreadable"], file_keys=True)
     processors = {teacher.name: teacher.image_processor for teacher in plan.teachers}
     size = plan.rows_per_batch
-    batches = [list(rows[start : start + size]) for rows in shards for start in range(0, len(rows), size)]
-
     return torch.utils.data.DataLoader(
-        _Numbered(images),
-        batch_sampler=batches,
-        collate_fn=partial(_collate, processors, plan.views, None if plan.views is None else plan.new_views),
+        _Numbered(dataset, kept, skip_unreadable=plan.layout["skip_unreadable"], file_keys=True),
+        batch_sampler=[rows[start : start + size] for rows in shards for start in range(0, len(rows), size)],
+        collate_fn=partial(_collate, processors, plan.views, plan.new_views),
         num_workers=num_workers,
         pin_memory=torch.accelerator.is_available(),
     )
 
 
-def _collate(processors, recipe, views, rows):
-    readable = [(number, row) for number, row in rows if row[IMAGE] is not None]
-    numbers, pictures = [number for number, _ in readable], [row[IMAGE] for _, row in readable]
-    keys = [(row[ROW_KEY] if ROW_KEY in row else row_key(row[IMAGE]), row[FILE_KEY]) for _, row in readable]
-    if recipe is not None:
-        pictures = make_views(
-            [picture for picture in pictures for _ in views],
-            recipe,
-            [key for key, _ in keys for _ in views],
-            list(views) * len(pictures),
-        )
-    return len(rows), numbers, keys, pixel_values(pictures, processors) if readable else {}
-
-
-class _Numbered(torch.utils.data.Dataset):
+class _Numbered(ImageRows):
     """(row number, row) in place of row."""
 
-    def __init__(self, rows):
-        self.rows = rows
-
-    def __len__(self):
-        return len(self.rows)
-
     def __getitems__(self, indices):
-        return list(zip(indices, self.rows.__getitems__(indices)))
+        return list(zip(indices, self.read(indices)))
 
 
-def _teacher_outputs(
-    accelerator, plan, loader
-) -> Iterator[tuple[int, list[int], list[tuple[int, int]], dict[str, np.ndarray]]]:
-    for size, numbers, keys, inputs in loader:
-        inputs = send_to_device(inputs, accelerator.device)
-        with torch.inference_mode():
-            logits = {t.name: _logits_that_fit(t, inputs[t.name]).cpu().numpy() for t in plan.teachers if numbers}
-        yield size, numbers, keys, logits
+def _collate(processors, recipe, views, rows) -> tuple[int, dict[str, list[int]], dict[str, torch.Tensor]]:
+    """Rows → how many; the numbers and keys of the readable ones; and their pixel values for each teacher, in which the
+    views of a row follow one another."""
+    readable = [(number, row) for number, row in rows if row[IMAGE] is not None]
+    if not readable:
+        return len(rows), {}, {}
+    images = [row[IMAGE] for _, row in readable]
+    keys = [row[ROW_KEY] if ROW_KEY in row else row_key(row[IMAGE]) for _, row in readable]
+    identity = {
+        ROW: [number for number, _ in readable],
+        ROW_KEY: keys,
+        FILE_KEY: [row[FILE_KEY] for _, row in readable],
+    }
+    if recipe is not None:
+        images = [image for image in images for _ in views]
+        images = make_views(images, recipe, [key for key in keys for _ in views], list(views) * len(keys))
+    return len(rows), identity, pixel_values(images, processors)
 
 
 def _logits_that_fit(teacher, pixel_values) -> torch.Tensor:
@@ -456,9 +436,11 @@ def _logits_that_fit(teacher, pixel_values) -> torch.Tensor:
     return torch.cat([_logits_that_fit(teacher, half) for half in pixel_values.tensor_split(2)])
 
 
-def _encode(dataset, plan, numbers, keys, logits, features) -> pa.Table:
-    identity = zip((ROW, ROW_KEY, FILE_KEY), (numbers, *zip(*keys)))
-    columns = {name: pa.array(values, pa.int64()) for name, values in identity}
+def _run(dataset, plan, identity, inputs) -> pa.Table:
+    """Run the teachers on a batch, and encode their logits behind the views that the dataset has of them."""
+    numbers, columns = identity[ROW], dict(identity)
+    with torch.inference_mode():
+        logits = {t.name: _logits_that_fit(t, inputs[t.name]).cpu().numpy() for t in plan.teachers}
     for name, values in logits.items():
         column, first = column_name(name), plan.first_view[name]
         if plan.views is not None:
@@ -474,4 +456,4 @@ def _encode(dataset, plan, numbers, keys, logits, features) -> pa.Table:
         if first > 0:
             kept = dataset.select_columns([column]).with_format("arrow")[numbers][column]
             columns[column] = concatenate_views(kept, columns[column])
-    return pa.table(columns).cast(features.arrow_schema)
+    return pa.table(columns)

@@ -52,14 +52,13 @@ def lock_folder(folder: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        other = _read_holder(holder) if holder.exists() else "another process"
         raise ValueError(
-            f"{folder} is being recorded by {other}. Wait until it has finished, or stop it and call again. If that process "
-            f"is gone, as may happen on a network disk, delete {folder / _LOCK}."
+            f"{folder} is being recorded by {_read_holder(holder) or 'another process'}. Wait until it has finished, or stop "
+            f"it and call again. If it is gone, as may happen on a network disk, delete {folder / _LOCK}."
         ) from None
     try:
-        if holder.exists():
-            other = _read_holder(holder)
+        other = _read_holder(holder)
+        if other is not None:
             logger.warning("%s: %s stopped before it had finished. Its recording is continued.", folder, other)
         since = datetime.now().astimezone().isoformat(" ", "seconds")
         write_text(holder, f"process {os.getpid()} on {platform.node()} since {since}")
@@ -70,16 +69,15 @@ def lock_folder(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _read_holder(holder):
+def _read_holder(holder) -> str | None:
     # A power failure may have damaged it.
-    return holder.read_text(encoding="utf-8", errors="replace")
+    return holder.read_text(encoding="utf-8", errors="replace") if holder.exists() else None
 
 
 def _holds_something_else(folder):
     """Whether there are files, but no recording. One that is killed before its manifest exists leaves parts of it."""
-    if not folder.exists() or (folder / _MANIFEST).exists():
-        return False
-    return any(entry.name not in (_LOCK, _HOLDER) and entry.suffix != ".partial" for entry in folder.iterdir())
+    entries = folder.iterdir() if folder.exists() and not (folder / _MANIFEST).exists() else []
+    return any(entry.name not in (_LOCK, _HOLDER) and entry.suffix != ".partial" for entry in entries)
 
 
 def open_folder(folder: Path, record: dict, layout: dict) -> bool:
@@ -96,38 +94,30 @@ def open_folder(folder: Path, record: dict, layout: dict) -> bool:
     Raises:
         ValueError: the folder holds another table, another recording, a damaged one or other files.
     """
-    path = folder / _MANIFEST
-    if (folder / "state.json").exists():
+    manifest = folder / _MANIFEST
+    is_finished = (folder / "state.json").exists()
+    if is_finished:
         records = read_records(open_saved(folder))
         if len(records) != 1:
             raise ValueError(f"{folder} holds another table. Choose an empty folder.")
         differences = record_differences(record, records[0])
-        if differences:
-            raise ValueError(
-                f"{folder} holds a finished recording that differs: {'; '.join(differences)}. "
-                "Choose another folder, or delete this one."
-            )
-        _remove_scaffolding(folder)
-        return True
-    if path.exists():
-        found = read_json(path)
-        differences = record_differences(record, check_record(found.get("record"), str(path)))
-        old_layout = dict(found.get("layout") or {})
-        differences += [
-            f"{key} {old_layout.get(key)} instead of {value}"
-            for key, value in layout.items()
-            if old_layout.get(key) != value
-        ]
-        if differences:
-            raise ValueError(
-                f"{folder} holds an interrupted recording that differs: {'; '.join(differences)}. "
-                "Continue it with the settings that it began with, choose another folder, or delete this one."
-            )
-        return False
-    if _holds_something_else(folder):
+    elif manifest.exists():
+        found = read_json(manifest)
+        old = check_record(found.get("record"), str(manifest))
+        differences = record_differences({**record, "layout": layout}, {**old, "layout": found.get("layout")})
+    elif _holds_something_else(folder):
         raise ValueError(f"{folder} is not empty and holds no recording. Choose an empty folder.")
-    write_text(path, json.dumps({"record": record, "layout": layout}, indent=2))
-    return False
+    else:
+        write_text(manifest, json.dumps({"record": record, "layout": layout}, indent=2))
+        return False
+    if differences:
+        raise ValueError(
+            f"{folder} holds {'a finished' if is_finished else 'an interrupted'} recording that differs: "
+            f"{'; '.join(differences)}. Use the settings that it began with, choose another folder, or delete this one."
+        )
+    if is_finished:
+        _remove_scaffolding(folder)
+    return is_finished
 
 
 def check_folder_of_splits(folder: Path) -> None:
@@ -176,8 +166,7 @@ def shard_keys(paths: Iterable[Path], names: Sequence[str] = (ROW, ROW_KEY, FILE
 
 
 def assemble(dataset: Dataset, record: dict, shards: list[Path], folder: Path) -> None:
-    """Join the images and the logits of all shards into one table in the folder. `state.json` arrives last and marks the
-    table as finished.
+    """Join the images and the logits of all shards into one table. `state.json` arrives last and marks it as finished.
 
     Raises:
         OSError: the disk is full, or it changed what was written; whole shards are kept.
@@ -203,8 +192,8 @@ def _write_table(dataset, record, shards, finished):
     damaged = [path for path in shards if not shard_is_whole(path)]
     if damaged:
         raise OSError(
-            f"{len(damaged)} of {len(shards)} shards are damaged, because their content is not what was written: "
-            f"{', '.join(map(str, damaged[:3]))}. Call again: these are recorded again, and the others are kept."
+            f"{len(damaged)} of {len(shards)} shards are damaged: {', '.join(map(str, damaged[:3]))}. Call again: these are "
+            "recorded again, and the others are kept."
         )
     logits = concatenate_datasets([Dataset.from_file(str(path)) for path in shards])
     rows = logits.select_columns([ROW]).with_format("arrow")[:][ROW].to_numpy()
@@ -227,7 +216,7 @@ def _write_table(dataset, record, shards, finished):
     written = open_saved(finished).select_columns(logits.column_names)
     if not written.data.table.equals(logits.data.table):
         raise OSError(
-            f"{finished} does not hold what was written to it. Check the disk, and call again. The shards are kept."
+            f"{finished} does not hold what was written to it. Check the disk and call again; shards are kept."
         )
 
 

@@ -1,6 +1,7 @@
 """Run the teachers again on a sample of a recorded table and compare."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,10 +9,11 @@ from datasets import Dataset
 
 from ..checks import check_numbers
 from ..data.columns import IMAGE, as_image_table, require_table
+from ..evaluation import log_softmax
 from ..images.preprocessing import pixel_values
 from ..images.views import make_view, row_key
 from ..logits.encoding import ROW_KEY, LogitsEncoding, StoredLogits, column_name, decode, describe_column
-from ..logits.provenance import damaged_files, read_records, stored_views, teacher_differences
+from ..logits.provenance import damaged_files, described_teachers, stored_views, teacher_differences
 from ..rows import ImageRows
 from ..teachers import TeacherLike, load_teachers
 
@@ -48,8 +50,7 @@ def verify_teacher_logits(
         teachers: name → Hub id, folder, model or (model, image processor), for each column to verify.
         num_rows: rows in the sample.
         seed: seed of the sample.
-        tolerance: largest difference of a log-probability that rounding may explain, relative to the range of the row's
-            logits (at least 1).
+        tolerance: allowed difference of a log-probability, relative to the range of the row's logits (at least 1).
         image_column: the image column; found if not given.
         trust_remote_code: run the code that a Hub repository or folder contains.
 
@@ -63,7 +64,7 @@ def verify_teacher_logits(
     check_numbers(0, tolerance=tolerance)
     dataset = as_image_table(dataset, image_column, needs_label=False)
     loaded = load_teachers(teachers, trust_remote_code=trust_remote_code)
-    described = {teacher["name"]: teacher for record in read_records(dataset) for teacher in record["teachers"]}
+    described = {teacher["name"]: teacher for teacher in described_teachers(dataset)}
     problems = [f"The file {path.name} is not the one that recording wrote." for path in damaged_files(dataset)]
     for teacher in loaded:
         column = column_name(teacher.name)
@@ -72,12 +73,13 @@ def verify_teacher_logits(
                 f'The table has no column "{column}", or no provenance of it; its columns are '
                 f"{', '.join(dataset.column_names)}. Verify teachers that record_teacher_logits ran for this table."
             )
-        encoding = LogitsEncoding(**described[teacher.name]["encoding"])
-        teacher.bf16 = described[teacher.name].get("bf16", False)
-        label_names = described[teacher.name]["label_names"]
-        if sorted(teacher.class_names) == sorted(label_names):
-            teacher.match_classes(label_names)
-        differing = teacher_differences(described[teacher.name], teacher.describe(encoding))
+        expected = described[teacher.name]
+        teacher.bf16 = expected.get("bf16", False)
+        teacher.classes = expected.get("classes")
+        # Another teacher may not have these classes; the comparison of both descriptions reports it.
+        with suppress(ValueError):
+            teacher.match_classes(expected["label_names"])
+        differing = teacher_differences(expected, teacher.describe(LogitsEncoding(**expected["encoding"])))
         if differing:
             problems.append(f'The teacher "{teacher.name}" is not the one that was recorded: {", ".join(differing)}.')
 
@@ -103,37 +105,26 @@ def verify_teacher_logits(
     if wrong:
         problems.append(f"The images of {len(wrong)} rows are not the ones that were recorded (first {wrong[:10]}).")
 
-    largest = {}
-    for teacher in loaded:
-        if teacher.name not in predicted:
-            largest[teacher.name] = float("inf")
-            continue
-        fresh = np.concatenate(predicted[teacher.name])
-        column = column_name(teacher.name)
-        encoding, num_views, _ = describe_column(dataset.features[column])
+    largest = {teacher.name: float("inf") for teacher in loaded}
+    for name, batches in predicted.items():
+        fresh, column = np.concatenate(batches), column_name(name)
+        encoding, stored = describe_column(dataset.features[column])[0], StoredLogits(dataset, column)
         # Encoded and decoded, so that what top-k leaves out is missing on both sides.
         fresh = decode(LogitsEncoding("float32", encoding.top_k).encode(fresh), fresh.shape[1])
-        stored = StoredLogits(dataset, column)
         recorded = np.concatenate(
-            [
-                stored.read([row], fresh.shape[1], None if num_views is None else view)
-                for row, view in zip(sample, views)
-            ]
+            [stored.read([row], fresh.shape[1], None if recipe is None else view) for row, view in zip(sample, views)]
         )
-        differences = _largest_differences(_log_probabilities(fresh), _log_probabilities(recorded), encoding.top_k)
+        differences = _largest_differences(
+            log_softmax(fresh.astype(float)), log_softmax(recorded.astype(float)), encoding.top_k
+        )
+        largest[name] = float(differences.max())
         allowed = tolerance * np.maximum(1, np.ptp(fresh, axis=1))
         wrong = [row for row, is_wrong in zip(sample, ~(differences <= allowed)) if is_wrong]
-        largest[teacher.name] = float(differences.max())
         if wrong:
             problems.append(
                 f'"{column}" differs from what the teacher predicts in {len(wrong)} of {len(sample)} rows (first {wrong[:10]}).'
             )
     return Verification(len(sample), largest, problems)
-
-
-def _log_probabilities(logits):
-    logits = logits.astype(np.float64)
-    return logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
 
 
 def _largest_differences(first, second, top_k):

@@ -3,16 +3,17 @@
 import inspect
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from transformers import TrainingArguments
+from transformers.hf_argparser import HfArg
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.utils import is_torch_bf16_gpu_available
 
 from ..checks import check_numbers
 from ..rows import default_num_workers
-from .losses import MODES
+from .losses import MODES, UNLABELLED_TARGETS
 
 
 def has_bf16_units(use_cpu: bool) -> bool:
@@ -27,7 +28,7 @@ def has_bf16_units(use_cpu: bool) -> bool:
 
 
 def _default(value, help):
-    return field(default=value, metadata={"help": help})
+    return HfArg(default=value, help=help)
 
 
 @dataclass(repr=False)  # transformers' own hides tokens
@@ -50,22 +51,17 @@ class ImageTrainingArguments(TrainingArguments):
     shuffle_buffer_size: int = _default(
         0, "Rows of a stream that are held and drawn from at random; 0 keeps the order of the stream."
     )
-    dataloader_num_workers: int | None = field(
+    dataloader_num_workers: int | None = HfArg(
         default=None,
-        metadata={
-            "help": "Processes that decode images ahead of the model; by default none on a CPU, up to 8 on an accelerator."
-        },
+        help="Processes that decode images ahead of the model; by default none on a CPU, up to 8 on an accelerator.",
     )
-    dataloader_persistent_workers: bool | None = field(
-        default=None,
-        metadata={"help": "Keep these processes from epoch to epoch; by default yes, if there are any."},
+    dataloader_persistent_workers: bool | None = HfArg(
+        default=None, help="Keep these processes from epoch to epoch; by default yes, if there are any."
     )
-    bf16: bool | None = field(
+    bf16: bool | None = HfArg(
         default=None,
-        metadata={
-            "help": "Run the model under bf16 autocast; weights, loss and optimizer stay in float32. By default on "
-            "hardware with bf16 units."
-        },
+        help="Run the model under bf16 autocast; weights, loss and optimizer stay in float32. By default on "
+        "hardware with bf16 units.",
     )
 
     def __post_init__(self):
@@ -87,6 +83,11 @@ class ImageTrainingArguments(TrainingArguments):
         batches = ("gradient_accumulation_steps", "per_device_train_batch_size", "per_device_eval_batch_size")
         check_numbers(1, whole=True, **{name: getattr(self, name) for name in batches})
         check_numbers(0, 1, label_smoothing_factor=self.label_smoothing_factor)
+        check_numbers(0, weight_decay=self.weight_decay, max_grad_norm=self.max_grad_norm or 0)
+        if not self.save_steps > 0:
+            raise ValueError(
+                f'save_steps={self.save_steps} must be above 0. Set save_strategy="no" to save no checkpoint.'
+            )
         if self.max_steps <= 0 and not 0 < self.num_train_epochs < math.inf:
             raise ValueError(
                 f"num_train_epochs={self.num_train_epochs} with max_steps={self.max_steps} trains nothing. Set one of them "
@@ -127,17 +128,13 @@ class DistillationArguments(ImageTrainingArguments):
         "soft",
         '"soft": a teacher token matches the distribution of its teacher; "hard": only its first choice (DeiT).',
     )
-    temperature: list[float] = field(
+    temperature: list[float] = HfArg(
         default_factory=lambda: [4.0],
-        metadata={
-            "help": "Softens the teachers' distributions: one number for all, or one for each teacher (default: 4)."
-        },
+        help="Softens the teachers' distributions: one number for all, or one for each teacher (default: 4).",
     )
-    teacher_weights: list[float] = field(
+    teacher_weights: list[float] = HfArg(
         default_factory=lambda: [1.0],
-        metadata={
-            "help": "Weight of the teachers' terms in the loss: one number, or one for each teacher (default: 1)."
-        },
+        help="Weight of the teachers' terms in the loss: one number, or one for each teacher (default: 1).",
     )
     label_weight: float = _default(1.0, "Weight of the cross-entropy of the labels in the loss; 0 ignores the labels.")
     standardize_logits: bool = _default(
@@ -147,6 +144,14 @@ class DistillationArguments(ImageTrainingArguments):
     )
     confidence_weighting: bool = _default(
         False, "In each row, weight teachers by the probability that they give to its label."
+    )
+    unlabelled_target: str = _default(
+        "none",
+        'What teaches the class token on images without a label: "none", "teachers" (their mean distribution) or '
+        '"pseudo_labels" (their first choice).',
+    )
+    min_confidence: float = _default(
+        0.95, 'Smallest mean probability of the teachers\' first choice, for unlabelled_target "pseudo_labels".'
     )
 
     def __post_init__(self):
@@ -158,6 +163,11 @@ class DistillationArguments(ImageTrainingArguments):
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{name}={value!r} is neither a number nor a list of numbers.") from error
         check_numbers(0, label_weight=self.label_weight)
+        check_numbers(0, 1, min_confidence=self.min_confidence)
+        if self.unlabelled_target not in UNLABELLED_TARGETS:
+            raise ValueError(
+                f'unlabelled_target="{self.unlabelled_target}" is unknown. Choose {", ".join(UNLABELLED_TARGETS)}.'
+            )
         if self.distillation_mode not in MODES:
             raise ValueError(f'distillation_mode="{self.distillation_mode}" is unknown. Choose "soft" or "hard".')
         if self.distillation_mode == "hard" and self.standardize_logits:

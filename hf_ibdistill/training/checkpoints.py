@@ -40,8 +40,7 @@ def checkpoint_to_resume(given: str | os.PathLike | bool | None, output_dir: str
     problem = f"{output_dir} has no checkpoint. Train without resume_from_checkpoint."
     folders = sort_checkpoints(output_dir) if os.path.isdir(output_dir) and get_last_checkpoint(output_dir) else []
     for folder in reversed(folders):
-        damage = _damage(Path(folder))
-        if not damage:
+        if not (damage := _damage(Path(folder))):
             check_checkpoint(folder, model)
             return folder
         problem = f"{folder} is not a whole checkpoint, because {damage}."
@@ -50,35 +49,25 @@ def checkpoint_to_resume(given: str | os.PathLike | bool | None, output_dir: str
 
 
 def check_checkpoint(folder: str | os.PathLike, model: nn.Module) -> None:
-    """Refuse a checkpoint that is not whole, or whose weights do not fit the model.
-
-    Checkpoints of FSDP and DeepSpeed, which have other files, pass.
-
-    Raises:
-        ValueError: a file is missing or cut off, or the checkpoint belongs to another model.
-    """
+    """Raise `ValueError` if a file of a checkpoint is missing or cut off, or if it belongs to another model. Checkpoints of
+    FSDP and DeepSpeed, which have other files, pass."""
     folder = Path(folder)
-    damage = _damage(folder)
-    if damage:
+    if damage := _damage(folder):
         raise ValueError(
             f"resume_from_checkpoint={folder} is not a whole checkpoint, because {damage}. Choose an earlier one, or True "
             "for the last whole one."
         )
-    differences = _differences(folder, model)
-    if differences:
+    if differences := _differences(folder, model):
+        more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
         raise ValueError(
-            f"resume_from_checkpoint={folder} belongs to another model: {'; '.join(differences[:3])}"
-            f"{f'; and {len(differences) - 3} more' if len(differences) > 3 else ''}. Resume with the settings that it "
-            "began with, or choose another output_dir."
+            f"resume_from_checkpoint={folder} belongs to another model: {'; '.join(differences[:3])}{more}. Resume with the "
+            "settings that it began with, or choose another output_dir."
         )
     state = PartialState()
     random = f"rng_state_{state.process_index}.pth" if state.num_processes > 1 else "rng_state.pth"
     if not (folder / random).exists():
-        logger.warning(
-            "%s has no %s, the state of the random numbers. Training resumes, but not exactly as it would have gone on.",
-            folder,
-            random,
-        )
+        advice = "Training resumes, but not exactly as it would have gone on."
+        logger.warning("%s has no %s, the state of the random numbers. %s", folder, random, advice)
 
 
 @contextmanager
@@ -109,7 +98,7 @@ def _damage(folder: Path) -> str | None:
         return None  # of FSDP, DeepSpeed or several adapters
     names = {path.name for path in folder.iterdir()}
     missing = [name for name in _NEEDED if name not in names]
-    if not any(name.endswith(".safetensors") or name.endswith("model.bin") for name in names):
+    if not any(name.endswith((".safetensors", "model.bin")) for name in names):
         missing.append("model.safetensors")
     if missing:
         return f"it has no {', '.join(missing)}"
@@ -123,10 +112,8 @@ def _damage(folder: Path) -> str | None:
         if path.name == "trainer_state.json" and "global_step" not in content:
             return f"{path.name} has no global_step"
         # The index of weights in several files.
-        is_index = path.name.endswith(".index.json")
-        absent = sorted(set(content["weight_map"].values()) - names) if is_index else []
-        if absent:
-            return f"it has no {', '.join(absent)}"
+        if path.name.endswith(".index.json") and (absent := {*content["weight_map"].values()} - names):
+            return f"it has no {', '.join(sorted(absent))}"
     for path in folder.glob("*.safetensors"):
         try:
             # It compares the length of the file with its header.

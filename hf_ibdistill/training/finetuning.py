@@ -1,36 +1,56 @@
-"""Fine-tune a student without teachers, by any `Trainer`: freeze layers, and set learning rates by layer."""
+"""Fine-tune a classifier by any `Trainer`: freeze layers, and set learning rates by layer."""
+
+import itertools
+import operator
+from functools import partial
 
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 
+from ..students import head_parameters
 
-def _parts(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
-    """The embeddings and the layers of a vision transformer."""
+
+def _parts(model: PreTrainedModel) -> tuple[list[nn.Parameter], list[nn.Module]]:
+    """The parameters before the layers of a backbone, its embeddings or stem, and the layers."""
     backbone = model.base_model
-    embeddings, layers = getattr(backbone, "embeddings", None), getattr(backbone, "layers", None)
-    if embeddings is None or not isinstance(layers, nn.ModuleList):
-        raise ValueError(
-            f"{type(backbone).__name__} has no `embeddings` and `layers`. Give a student (IBViT), a ViT or a DeiT."
-        )
-    return embeddings, layers
+    for path, module in backbone.named_modules():
+        name = path.rpartition(".")[2]
+        if name in ("layers", "layer", "stages", "blocks") and isinstance(module, (nn.ModuleList, nn.Sequential)):
+            first = next(module.parameters())
+            return list(itertools.takewhile(partial(operator.is_not, first), backbone.parameters())), list(module)
+    raise ValueError(
+        f"{type(backbone).__name__} has no list of layers, stages or blocks to freeze or decay. Train it as a whole, or its "
+        "head alone (linear_probe)."
+    )
 
 
 def freeze_layers(model: PreTrainedModel, num_layers: int) -> None:
-    """Freeze the embeddings and the first `num_layers` layers of a student, ViT or DeiT; 0 freezes nothing.
-
-    For a linear probe, freeze everything but the heads, as with any transformers model:
-    `model.base_model.requires_grad_(False)`.
+    """Freeze what comes before the layers, and the first `num_layers` layers (stages, blocks) of a model; 0 freezes
+    nothing.
 
     Raises:
-        ValueError: the model has fewer layers than `num_layers`, or is of another kind.
+        ValueError: the model has fewer layers than `num_layers`, or no list of layers.
     """
-    embeddings, layers = _parts(model)
+    before, layers = _parts(model)
     if not 0 <= num_layers <= len(layers):
         raise ValueError(
             f"num_layers={num_layers}, but the model has {len(layers)} layers. Freeze 0 to {len(layers)}."
         )
-    for part in [embeddings, *layers[:num_layers]] if num_layers else []:
-        part.requires_grad_(False)
+    if num_layers:
+        for parameter in [*before, *(p for layer in layers[:num_layers] for p in layer.parameters())]:
+            parameter.requires_grad_(False)
+
+
+def freeze_backbone(model: PreTrainedModel) -> None:
+    """Freeze everything but the heads of a classifier, for a linear probe. The frozen part stays in evaluation mode, so that
+    its batch norms neither use nor take over the statistics of new images."""
+    heads = head_parameters(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in heads)
+    for name, module in model.named_modules():
+        is_above_a_head = any(head.startswith(f"{name}." if name else "") for head in heads)
+        if not is_above_a_head:
+            module.register_forward_pre_hook(lambda module, _: module.eval() and None)
 
 
 def layer_decay_groups(
@@ -40,12 +60,12 @@ def layer_decay_groups(
 
         learning rate = learning_rate · layer_decay^(L + 1 − depth)
 
-    The model has L layers. The embeddings (stems, tokens, positions) have depth 0, layer i = 0 … L − 1 has depth i + 1,
-    and everything else (last layer norm, heads) has depth L + 1. So general, pretrained features change less than new
+    The model has L layers (stages, blocks). What comes before them (stems, embeddings) has depth 0, layer i = 0 … L − 1
+    has depth i + 1, and everything else (last layer norm, heads) has depth L + 1. So general, pretrained features change less than new
     ones.
 
     Args:
-        model: a student (IBViT), ViT or DeiT; frozen parameters are left out.
+        model: an image classifier with a list of layers; frozen parameters are left out.
         learning_rate: of the heads.
         layer_decay: above 0, at most 1; 1 gives all depths the same rate.
         weight_decay: of the parameters that `Trainer` decays.
@@ -55,7 +75,7 @@ def layer_decay_groups(
         the first group.
 
     Raises:
-        ValueError: `layer_decay` is not in range, or the model is of another kind.
+        ValueError: `layer_decay` is not in range, or the model has no list of layers.
 
     Example:
 
@@ -66,8 +86,8 @@ def layer_decay_groups(
     """
     if not 0 < layer_decay <= 1:
         raise ValueError(f"layer_decay={layer_decay} must be above 0 and at most 1.")
-    embeddings, layers = _parts(model)
-    depths = dict.fromkeys(embeddings.parameters(), 0)
+    before, layers = _parts(model)
+    depths = dict.fromkeys(before, 0)
     depths |= {parameter: depth for depth, layer in enumerate(layers, 1) for parameter in layer.parameters()}
     # A method that uses nothing but the model.
     decayed = set(Trainer.get_decay_parameter_names(None, model))

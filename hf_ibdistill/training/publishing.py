@@ -30,11 +30,13 @@ class PublishingTrainer(Trainer):
                 'or "every_save".'
             )
         if self.is_world_process_zero():
-            name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
             private = self.args.hub_private_repo if private is None else private
-            self.hub_model_id = ensure_repo(name, private=private, token=token or self.args.hub_token)
+            self.hub_model_id = ensure_repo(self._repo_id(), private=private, token=token or self.args.hub_token)
             # Its whole name, for the card.
             self.args.hub_model_id = self.hub_model_id
+
+    def _repo_id(self) -> str:
+        return self.args.hub_model_id or Path(self.args.output_dir).absolute().name
 
     def push_to_hub(
         self,
@@ -49,26 +51,19 @@ class PublishingTrainer(Trainer):
         results.
 
         Args:
-            commit_message: title of the commit.
             blocking: it always waits until everything has arrived.
-            token: by default `args.hub_token`, or else the one of `hf auth login`.
-            revision: by default `args.hub_revision`.
-            private: whether a new repository is private; by default `args.hub_private_repo`.
-            create_pr: open a pull request instead of committing.
+            token, revision, private: by default `args.hub_token`, `args.hub_revision` and `args.hub_private_repo`.
+            commit_message, create_pr: as for [`push_folder_to_hub`], and so are the errors.
 
         Returns:
             The address of the repository, or of the pull request; `None` in all processes but the first.
-
-        Raises:
-            ValueError, PermissionError, ConnectionError: as [`push_folder_to_hub`].
         """
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
         folder = Path(self.args.output_dir)
         if not (folder / "README.md").exists():
-            title = (self.args.hub_model_id or folder.absolute().name).split("/")[-1]
-            create_model_card(self.model, {"title": title}).save(folder / "README.md")
+            create_model_card(self.model, {"title": self._repo_id().split("/")[-1]}).save(folder / "README.md")
         return self._push(folder, commit_message, token, revision, private, create_pr)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
@@ -82,7 +77,7 @@ class PublishingTrainer(Trainer):
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         return push_folder_to_hub(
             folder,
-            self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir).absolute().name,
+            self._repo_id(),
             commit_message=commit_message,
             token=token or self.args.hub_token,
             revision=revision or self.args.hub_revision,

@@ -10,11 +10,11 @@ from datasets import Dataset, IterableDataset
 from transformers import BaseImageProcessor, PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from ..data.classes import check_class_names, check_labels, class_names, config_class_names
+from ..data.classes import check_class_names, check_labels, class_names, config_class_names, labelled_rows
 from ..data.columns import LABEL, as_image_table, require_table
 from ..evaluation import RunningMetrics
 from ..images.views import ViewRecipe
-from ..logits.encoding import check_teacher_names, column_name, describe_column
+from ..logits.encoding import check_teacher_names, column_name, describe_column, recorded_teachers
 from ..logits.provenance import check_columns, check_files, stored_views
 from ..rows import DistillationCollator, ImageRows, StreamedImageRows
 from ..teachers import TeacherLike, load_teachers, require_model
@@ -92,7 +92,8 @@ def _rows_of(loader) -> ImageRows | StreamedImageRows:
 class ImageClassificationTrainer(PublishingTrainer):
     """transformers' `Trainer` on tables of images: decodes, preprocesses and batches rows, and measures accuracy.
 
-    Trains teachers, and students without teachers, by plain cross-entropy.
+    Trains teachers, and students without teachers, by plain cross-entropy. Rows without a label (null or −1) are left out,
+    with a warning.
 
     Args:
         model: any image classifier.
@@ -118,6 +119,7 @@ class ImageClassificationTrainer(PublishingTrainer):
     """
 
     default_arguments = ImageTrainingArguments
+    _learns_from_unlabelled = False
 
     def __init__(
         self,
@@ -242,16 +244,44 @@ class ImageClassificationTrainer(PublishingTrainer):
                     num_batches,
                 )
             return [], None
+        if self._counts_rows and batches and "labels" in batches[0]:
+            num_items = torch.tensor(sum(len(batch["labels"]) for batch in batches), device=device)
+            if self.args.average_tokens_across_devices and self.args.world_size > 1:
+                num_items = self.accelerator.gather(num_items).sum()
+        self.loss_is_scaled_for_ga = num_items is not None
         return batches, num_items
+
+    @property
+    def _counts_rows(self) -> bool:
+        """Whether `compute_loss` gets the number of rows in the accumulated batch, not the number that `Trainer` counts for
+        models that divide by it themselves."""
+        return not self.model_accepts_loss_kwargs and self.compute_loss_func is None
+
+    def _share(self, labels, num_items_in_batch) -> torch.Tensor | float:
+        """The weight of the mean over these rows in the accumulated batch of all processes."""
+        share = len(labels) / num_items_in_batch
+        # DDP averages gradients, and `Trainer` the reported loss.
+        return share * self.accelerator.num_processes if self.args.average_tokens_across_devices else share
 
     def evaluation_loop(self, *args, **kwargs):
         with self._arguments(batch_eval_metrics=self.args.batch_eval_metrics or self._measures_tokens):
             return super().evaluation_loop(*args, **kwargs)
 
+    def predict(self, *args, **kwargs):
+        """As `Trainer.predict`, with the fused logits (N, C) of a student as `predictions`."""
+        output = super().predict(*args, **kwargs)
+        is_tuple = self._is_student and isinstance(output.predictions, tuple)
+        return output._replace(predictions=output.predictions[0]) if is_tuple else output
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self._is_student and self.compute_loss_func is None and model.training:
             inputs = {**inputs, "label_smoothing": self.args.label_smoothing_factor}
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not (self._counts_rows and model.training and num_items_in_batch is not None):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels = inputs["labels"]
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        loss = loss * self._share(labels, num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
 
     def _build_collator(self) -> DistillationCollator:
         return DistillationCollator(self.processing_class)
@@ -338,22 +368,41 @@ class ImageClassificationTrainer(PublishingTrainer):
         is_streamed = isinstance(table, IterableDataset)
         if not is_streamed and len(table) == 0:
             raise ValueError(f"The {what} is empty; it needs at least one row.")
+        takes_unlabelled = is_training and self._learns_from_unlabelled
         try:
             check_files(table, quickly=True)
-            table = as_image_table(table, *columns)
-            check_class_names(self._class_names, class_names(table), "the model")
-            if not is_streamed:
-                check_labels(table)
+            # With a weight of the labels, a column that is not found is a mistake.
+            needs_label = not takes_unlabelled or self.args.label_weight > 0
+            table = as_image_table(table, *columns, needs_label=needs_label)
+            has_labels = LABEL in table.column_names
+            if has_labels:
+                check_class_names(self._class_names, class_names(table), "the model")
+                if not is_streamed:
+                    table = self._check_labels(table, what, takes_unlabelled)
             logits = self._logits_columns(table, is_training)
         except ValueError as error:
             raise ValueError(f"The {what}: {error}") from error
         views = self.views if is_training else None
-        given = (table, [LABEL], logits, self.model.config.num_labels, views)
+        given = (table, [LABEL] if has_labels else [], logits, self.model.config.num_labels, views)
         if not is_streamed:
             return ImageRows(*given, temperatures=self._temperatures)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         buffer_size = getattr(self.args, "shuffle_buffer_size", 0)
-        return StreamedImageRows(*given, temperatures=self._temperatures, buffer_size=buffer_size, seed=seed)
+        return StreamedImageRows(
+            *given,
+            temperatures=self._temperatures,
+            buffer_size=buffer_size,
+            seed=seed,
+            labelled_only=not takes_unlabelled,
+        )
+
+    @staticmethod
+    def _check_labels(table, what, takes_unlabelled) -> Dataset:
+        # A row that is left out of a test set would shift the predictions of all rows after it.
+        if not takes_unlabelled and what != "test set":
+            table = labelled_rows(table, f"The {what}")
+        check_labels(table, unlabelled=takes_unlabelled)
+        return table
 
     _temperatures = None
 
@@ -363,7 +412,11 @@ class ImageClassificationTrainer(PublishingTrainer):
 
 
 class EnsembleDistillationTrainer(ImageClassificationTrainer):
-    """Distills teachers into an `IBViTForImageClassification` by [`ensemble_distillation_loss`].
+    """Distills teachers into a student by [`ensemble_distillation_loss`].
+
+    An `IBViTForImageClassification` has a token for each teacher. The prediction of any other image classifier answers the
+    labels and every teacher. Rows without a label (null or −1) learn from the teachers alone; see
+    `unlabelled_target`. With `label_weight=0`, a table needs no label column.
 
     The teachers' logits come from the columns that `record_teacher_logits` wrote. With `teachers`, they come from running
     the teachers in every step. Each term of the loss is logged under its own name: `label_loss` and `<teacher>_loss`.
@@ -373,15 +426,17 @@ class EnsembleDistillationTrainer(ImageClassificationTrainer):
     Evaluation needs no logits columns. Without them, its loss is the term of the labels alone.
 
     Args:
-        model: the student; `model.config.teacher_names` names the teachers.
+        model: the student, any image classifier.
         args: [`DistillationArguments`].
+        teacher_names: the teachers to learn from. By default those of the student's tokens; for a student without tokens
+            those of `teachers`, or all that the training set has logits of.
         teachers: name → Hub id, folder, model loaded by `from_pretrained`, or (model, image processor), for online
             distillation, on `views` if given. `None` reads the columns.
         kwargs: as for [`ImageClassificationTrainer`].
 
     Raises:
         TypeError: `args` are not [`DistillationArguments`], or a table is not a `datasets.Dataset`.
-        ValueError: before the first step, if the student has no teachers, a logits column is missing or does not fit,
+        ValueError: before the first step, if there are no teachers, they are not those of the tokens, a logits column is missing or does not fit,
             there is not one weight or temperature for each teacher, or teachers, student and data differ in their
             classes.
 
@@ -397,8 +452,8 @@ class EnsembleDistillationTrainer(ImageClassificationTrainer):
     """
 
     default_arguments = DistillationArguments
-    # `compute_loss` divides by the number of rows in the whole accumulated batch.
-    loss_is_scaled_for_ga = True
+    _learns_from_unlabelled = True
+    _counts_rows = True
 
     def __init__(
         self,
@@ -406,29 +461,26 @@ class EnsembleDistillationTrainer(ImageClassificationTrainer):
         args: DistillationArguments | None = None,
         *,
         teachers: Mapping[str, TeacherLike] | None = None,
+        teacher_names: Sequence[str] | None = None,
         **kwargs,
     ):
         if args is not None and not isinstance(args, DistillationArguments):
             raise TypeError(
                 f"args is {type(args).__name__}, but the loss needs its weights. Pass args=DistillationArguments(…)."
             )
-        self._given_teachers = teachers
+        self._given_teachers, self._given_names = teachers, teacher_names
         super().__init__(model=model, args=args, **kwargs)
 
     def _prepare(self) -> None:
-        self.teacher_names = list(getattr(self.model.config, "teacher_names", []))
-        if not self.teacher_names:
-            raise ValueError(
-                f"The student ({type(self.model).__name__}) has no teacher tokens. Build it with "
-                "IBViTConfig(teacher_names=(…)), or train it without teachers with ImageClassificationTrainer."
-            )
+        self.teacher_names = self._find_teacher_names()
         if self.compute_loss_func is not None:
             raise ValueError(
                 f"compute_loss_func={self.compute_loss_func} has no effect on the distillation loss. Leave it out, or "
                 "override compute_loss."
             )
         check_teacher_names(self.teacher_names)
-        self._warn_of_untaught_heads()
+        if self._is_student:
+            self._warn_of_untaught_heads()
         teachers, self.teachers = self._given_teachers, []
         if teachers is not None:
             if set(teachers) != set(self.teacher_names):
@@ -442,6 +494,28 @@ class EnsembleDistillationTrainer(ImageClassificationTrainer):
             teacher.match_classes(self._class_names)
             teacher.model.to(self.args.device)
         self._loss_terms = torch.zeros(2 + len(self.teacher_names))
+
+    def _find_teacher_names(self) -> list[str]:
+        tokens, given = list(getattr(self.model.config, "teacher_names", [])), self._given_names
+        if isinstance(given, str):
+            raise TypeError(f'teacher_names="{given}" is a text. Pass a list: ["{given}"].')
+        if tokens:
+            if given is not None and list(given) != tokens:
+                raise ValueError(
+                    f"teacher_names={list(given)} are not the teachers of the student's tokens, {tokens}. Leave teacher_names "
+                    "out, or start the student with load_student(…, teacher_names=…)."
+                )
+            return tokens
+        table = getattr(self.train_dataset, "table", self.train_dataset)
+        if given is None and self._given_teachers is None and isinstance(table, (Dataset, IterableDataset)):
+            given = recorded_teachers(table)
+        names = list(self._given_teachers or ()) if given is None else list(given)
+        if not names:
+            raise ValueError(
+                f"The student ({type(self.model).__name__}) has no teachers: the training set has no logits columns. Record "
+                "them, pass teachers={…}, or train on labels alone with ImageClassificationTrainer."
+            )
+        return names
 
     def _warn_of_untaught_heads(self) -> None:
         weights = {"class": self.args.label_weight, **dict(zip(self.teacher_names, self._teacher_weights))}
@@ -502,21 +576,25 @@ class EnsembleDistillationTrainer(ImageClassificationTrainer):
         return super().train(*args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The mean over the rows of the batch, times their share of the accumulated batch of all processes. So the losses
-        of these batches add up to the mean over all rows."""
-        labels = inputs["labels"]
-        # With the labels, because the student would warn that it gets none.
-        outputs = model(pixel_values=inputs["pixel_values"], labels=labels, return_dict=True)
-        teacher_logits = inputs.get("teacher_logits")
+        """The mean over the rows of the batch; in training times their share of the accumulated batch of all processes, so
+        that the losses of these batches add up to the mean over all rows."""
+        labels, teacher_logits = inputs["labels"], inputs.get("teacher_logits")
         if self.teachers and model.training:
             images = inputs["teacher_pixel_values"]
             teacher_logits = torch.stack([t.logits(images[t.name]) for t in self.teachers], dim=1)
-        teacher_token_logits = outputs.teacher_token_logits
+        if self._is_student:
+            # With the labels, because the student would warn that it gets none.
+            outputs = model(pixel_values=inputs["pixel_values"], labels=labels, return_dict=True)
+            class_logits, teacher_token_logits = outputs.class_logits, outputs.teacher_token_logits
+        else:
+            outputs = model(pixel_values=inputs["pixel_values"])
+            class_logits = outputs[0] if isinstance(outputs, tuple) else outputs["logits"]
+            teacher_token_logits = class_logits[:, None].expand(-1, len(self.teacher_names), -1)
         if teacher_logits is None:
             teacher_token_logits = teacher_logits = teacher_token_logits[:, :0]
         num_teachers = teacher_logits.shape[1]
         losses = ensemble_distillation_loss(
-            outputs.class_logits,
+            class_logits,
             teacher_token_logits,
             labels,
             teacher_logits,
@@ -527,24 +605,16 @@ class EnsembleDistillationTrainer(ImageClassificationTrainer):
             label_smoothing=self.args.label_smoothing_factor if model.training else 0.0,
             standardize_logits=self.args.standardize_logits,
             confidence_weighting=self.args.confidence_weighting,
+            unlabelled_target=self.args.unlabelled_target,
+            min_confidence=self.args.min_confidence,
         )
-        share = 1.0 if num_items_in_batch is None else len(labels) / self._num_rows(num_items_in_batch)
+        loss = losses.loss
         if model.training:
+            share = 1.0 if num_items_in_batch is None else self._share(labels, num_items_in_batch)
             terms = torch.cat((losses.label_loss.detach()[None], losses.teacher_losses.detach()))
             self._loss_terms = self._loss_terms.to(terms.device) + share * torch.cat((terms.new_ones(1), terms))
-        loss = losses.loss * share
-        if self.args.average_tokens_across_devices:
-            # The share is of the rows of all processes, but DDP averages gradients, and `Trainer` the reported loss.
-            loss = loss * self.accelerator.num_processes
+            loss = loss * share
         return (loss, outputs) if return_outputs else loss
-
-    def _num_rows(self, num_items_in_batch: torch.Tensor | int) -> torch.Tensor | int:
-        """The rows of the accumulated batch, a scalar."""
-        if self.args.n_gpu <= 1:
-            return num_items_in_batch
-        # For `DataParallel`, `Trainer` repeats the count for each device, and divides it by their number unless it
-        # averages over devices. Here the outputs are gathered already, so this batch has the rows of all devices.
-        return num_items_in_batch.flatten()[0] * (1 if self.args.average_tokens_across_devices else self.args.n_gpu)
 
     def log(self, logs, start_time=None):
         if "loss" in logs:

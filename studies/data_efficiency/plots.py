@@ -30,7 +30,8 @@ def plot_accuracy(
     rows, panels_a_row = -(-len(panels) // 2), min(2, len(panels))
     width = 6.5 * panels_a_row
     columns = max(2, int(width / 3.2))
-    figure = _figure(width, 4.8 * rows + 0.22 * -(-len(methods) // columns))
+    height = 4.8 * rows + 0.22 * -(-len(methods) // columns)
+    figure = Figure(figsize=(width, height), layout="constrained")
     every_axes = figure.subplots(rows, panels_a_row, squeeze=False).flat
     for axes in every_axes[len(panels) :]:
         axes.remove()
@@ -51,9 +52,8 @@ def plot_accuracy(
             style |= {"linewidth": 3 if name == highlight else 1.2, "marker": "o", "markersize": 4, "capsize": 3}
             drawn[name] = axes.errorbar(places, [value.mean() for value in values], spreads, **style)
         axes.set(xscale="log", xlabel=xlabel, ylabel="test accuracy (%)", title=title)
-        axes.xaxis.set_major_locator(
-            FixedLocator(sorted(counts)) if max(counts.values()) > 1 else LogLocator(subs=(1, 2, 5))
-        )
+        are_shared = max(counts.values()) > 1
+        axes.xaxis.set_major_locator(FixedLocator(sorted(counts)) if are_shared else LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.xaxis.set_minor_formatter("")
         axes.grid(alpha=0.3, which="both")
@@ -76,7 +76,7 @@ def plot_attention(
         captions: N captions.
         maps: token → (N, height, width), its attention to the patches.
     """
-    figure = _figure(1.5 * len(images), 1.5 * (1 + len(maps)))
+    figure = Figure(figsize=(1.5 * len(images), 1.5 * (1 + len(maps))), layout="constrained")
     grid = figure.subplots(1 + len(maps), len(images), squeeze=False)
     for axes in grid.flat:
         axes.set(xticks=[], yticks=[])
@@ -116,7 +116,7 @@ def plot_corrections(
 
     change = np.mean([confusion(p) for p in after], axis=0) - np.mean([confusion(p) for p in before], axis=0)
     gain = np.where(np.eye(len(names), dtype=bool), change, -change)
-    figure = _figure(7.5, 6.5)
+    figure = Figure(figsize=(7.5, 6.5), layout="constrained")
     axes = figure.subplots()
     limit = max(1.0, np.abs(gain).max())
     axes.imshow(gain, cmap="RdBu", vmin=-limit, vmax=limit)
@@ -128,7 +128,3 @@ def plot_corrections(
     axes.set_yticks(range(len(names)), names)
     axes.set(xlabel="predicted", ylabel="true")
     figure.savefig(path, dpi=110)
-
-
-def _figure(width, height):
-    return Figure(figsize=(width, height), layout="constrained")

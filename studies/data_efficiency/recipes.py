@@ -25,9 +25,10 @@ class Method:
 
 
 _DEIT = {"distillation_mode": "hard", "teacher_weight": 0.5, "label_weight": 0.5}
+_TEACHER = {"learning_rate": 1e-2}
 METHODS = {
-    "conv": Method("convolution teacher"),
-    "inv": Method("involution teacher"),
+    "conv": Method("convolution teacher", recipe=_TEACHER),
+    "inv": Method("involution teacher", recipe=_TEACHER),
     "undistilled": Method("no teachers"),
     "undistilled_long": Method("no teachers, three times the steps"),
     "deit": Method("DeiT: convolution, hard, online", ("conv",), "online", _DEIT),
@@ -74,25 +75,16 @@ class Recipe:
     patch_size: int = 4
 
     def views(self) -> ViewRecipe:
-        return ViewRecipe(
-            num_views=self.num_views,
-            crop=self.crop,
-            padding=self.padding,
-            scale=(self.min_scale, 1.0),
-            horizontal_flip=self.horizontal_flip,
-            erasing=self.erasing,
-            seed=self.seed,
-        )
+        same = self.pick("num_views", "crop", "padding", "horizontal_flip", "erasing", "seed")
+        return ViewRecipe(scale=(self.min_scale, 1.0), **same)
 
     def loss(self) -> dict:
-        return {
-            "distillation_mode": self.distillation_mode,
-            "temperature": [self.temperature],
-            "teacher_weights": [self.teacher_weight],
-            "label_weight": self.label_weight,
-            "standardize_logits": self.standardize_logits,
-            "confidence_weighting": self.confidence_weighting,
-        }
+        same = self.pick("distillation_mode", "label_weight", "standardize_logits", "confidence_weighting")
+        return {"temperature": [self.temperature], "teacher_weights": [self.teacher_weight], **same}
+
+    def pick(self, *names: str) -> dict:
+        """Arguments that elsewhere have the same names."""
+        return {name: getattr(self, name) for name in names}
 
 
 # Changes of the recipe; "+" joins several. "patience" multiplies the steps.

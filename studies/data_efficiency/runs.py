@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, concatenate_datasets
-from transformers import set_seed
+from transformers import PreTrainedModel, set_seed
 
 from hf_ibdistill import (
     DistillationArguments,
@@ -42,20 +42,14 @@ from .recipes import CLASSES, MAX_STORED_VIEWS, METHODS, SEARCH_STEPS, STEPS, TE
 
 @dataclass
 class Study:
-    """The images, the cells and the models.
+    """The images, the cells and the models."""
 
-    Args:
-        dataset: the source of the images; 10 classes.
-        results_dir: folder of the cells.
-        work_dir: folder of the models and the tables.
-        is_search: hold out a fifth of the training images and measure on it; the test images stay closed.
-        teacher_steps, student_steps: other steps than those of the study, to try it out.
-    """
-
-    dataset: str
-    results_dir: Path
-    work_dir: Path
+    dataset: str  # the source of the images; 10 classes
+    results_dir: Path  # of the cells
+    work_dir: Path  # of the models and the tables
+    # Hold out a fifth of the training images and measure on it; the test images stay closed.
     is_search: bool = False
+    # Other steps than those of the study, to try it out.
     teacher_steps: int | None = None
     student_steps: int | None = None
 
@@ -74,19 +68,14 @@ class Study:
     def recipes_path(self) -> Path:
         return self.results_dir / "recipes.json"
 
-    @property
-    def labels_path(self) -> Path:
-        return self.results_dir / "test_labels.json"
-
     def recipe(self, method: str, images: int, seed: int, changes: dict) -> Recipe:
         """The recipe of the study, changed by that of the method, then by `changes`."""
-        is_teacher = method in TEACHERS
-        if is_teacher:
+        if method in TEACHERS:
             steps = self.teacher_steps or TEACHER_STEPS[images]
         else:
             steps = self.student_steps or (SEARCH_STEPS if self.is_search else STEPS[images])
             steps *= 3 if method == "undistilled_long" else 1
-        values = {**({"learning_rate": 1e-2} if is_teacher else {}), **METHODS[method].recipe, **changes}
+        values = {**METHODS[method].recipe, **changes}
         steps = round(steps * values.pop("patience", 1))
         # A view of each image for every epoch; but to store a view costs more than the step that it saves.
         views = math.ceil(steps * Recipe.batch_size / (images * 4 // 5 if self.is_search else images))
@@ -145,13 +134,8 @@ class Study:
             if recipe.method not in TEACHERS or model_folder.exists():
                 return cell
         train, held_out = self.rows(recipe)
-        processor, classes = build_image_processor(train), class_config(train)
-        recording, logits = {}, {}
-        if recipe.method in TEACHERS:
-            trainer = self._trainer(recipe, build_teacher(recipe, classes), processor, train)
-        else:
-            student = build_student(recipe, classes, processor.size["height"])
-            trainer, recording, logits = self._student_trainer(recipe, student, processor, train)
+        processor = build_image_processor(train)
+        trainer, recording, logits = self._prepare(recipe, processor, train)
         seconds = stopwatch()
         trainer.train()
         seconds = seconds()
@@ -172,29 +156,31 @@ class Study:
             "bf16": trainer.args.bf16,
             "machine": describe_machine(),
         }
-        if held_out is None and not self.labels_path.exists():
-            write(self.labels_path, digits(outputs["labels"]))
+        labels_path = self.results_dir / "test_labels.json"
+        if held_out is None and not labels_path.exists():
+            write(labels_path, digits(outputs["labels"]))
         trainer.model.save_pretrained(model_folder)
         processor.save_pretrained(model_folder)
         write(path, cell)
         print(f"{path.name}: {100 * cell['metrics']['accuracy']:.2f} % in {seconds['wall']:.0f} s", flush=True)
         return cell
 
-    def _student_trainer(self, recipe, student, processor, train):
+    def _prepare(self, recipe, processor, train):
         """The trainer, the seconds of recording, and the metrics of the recorded logits."""
         method = METHODS[recipe.method]
+        model = build_model(recipe, class_config(train), processor.size["height"])
         teachers = {}
         for name in method.teachers:
             self.run_cell(self.recipe(name, recipe.images, recipe.seed, self.chosen(name)), "base")
             teachers[name] = str(self.folder(recipe) / f"{name}_base")
-        if method.logits is None:
-            return self._trainer(recipe, student, processor, train), {}, {}
         if method.logits == "online":
-            return self._trainer(recipe, student, processor, train, teachers=teachers), {}, {}
+            return self._trainer(recipe, model, processor, train, teachers=teachers), {}, {}
+        if method.logits is None:
+            return self._trainer(recipe, model, processor, train), {}, {}
         views = recipe.views() if method.logits == "views" else None
         table, seconds = self._record(recipe, train, teachers, views)
         logits = logits_metrics(table, temperature=recipe.temperature)
-        return self._trainer(recipe, student, processor, table), {"recording": seconds}, logits
+        return self._trainer(recipe, model, processor, table), {"recording": seconds}, logits
 
     def _record(self, recipe, train, teachers, views):
         kind = "row"
@@ -210,47 +196,34 @@ class Study:
         return table, json.loads(path.read_text())
 
     def _trainer(self, recipe, model, processor, train, **kwargs):
-        is_distilled = bool(getattr(model.config, "teacher_names", []))
-        args = (DistillationArguments if is_distilled else ImageTrainingArguments)(
-            output_dir=str(self.folder(recipe) / "trainer"),
-            seed=recipe.seed,
+        arguments, trainer, loss = ImageTrainingArguments, ImageClassificationTrainer, {}
+        if METHODS[recipe.method].teachers:
+            arguments, trainer, loss = DistillationArguments, EnsembleDistillationTrainer, recipe.loss()
+        args = arguments(
+            str(self.folder(recipe) / "trainer"),
             max_steps=recipe.steps,
-            learning_rate=recipe.learning_rate,
-            weight_decay=recipe.weight_decay,
             per_device_train_batch_size=recipe.batch_size,
             label_smoothing_factor=recipe.label_smoothing,
             eval_strategy="no",
             logging_strategy="steps",
             logging_steps=max(1, recipe.steps // 10),
             disable_tqdm=True,
-            **(recipe.loss() if is_distilled else {}),
+            **recipe.pick("seed", "learning_rate", "weight_decay"),
+            **loss,
         )
-        return (EnsembleDistillationTrainer if is_distilled else ImageClassificationTrainer)(
-            model, args, train_dataset=train, processing_class=processor, views=recipe.views(), **kwargs
-        )
+        kwargs |= {"train_dataset": train, "processing_class": processor, "views": recipe.views()}
+        return trainer(model, args, **kwargs)
 
 
-def build_teacher(recipe: Recipe, classes: dict) -> IBResNetForImageClassification:
-    """An untrained teacher."""
+def build_model(recipe: Recipe, classes: dict, image_size: int) -> PreTrainedModel:
+    """An untrained teacher or student."""
     set_seed(recipe.seed)
-    return IBResNetForImageClassification(IBResNetConfig.from_preset(TEACHERS[recipe.method], **classes))
-
-
-def build_student(recipe: Recipe, classes: dict, image_size: int) -> IBViTForImageClassification:
-    """An untrained student."""
-    set_seed(recipe.seed)
-    config = IBViTConfig(
-        teacher_names=METHODS[recipe.method].teachers,
-        fusion=recipe.fusion,
-        patch_embedding=recipe.patch_embedding,
-        image_size=image_size,
-        patch_size=recipe.patch_size,
-        hidden_size=recipe.hidden_size,
-        num_hidden_layers=recipe.num_hidden_layers,
-        num_attention_heads=recipe.num_attention_heads,
-        intermediate_size=2 * recipe.hidden_size,
-        **classes,
-    )
+    if recipe.method in TEACHERS:
+        return IBResNetForImageClassification(IBResNetConfig.from_preset(TEACHERS[recipe.method], **classes))
+    shape = {"image_size": image_size, "intermediate_size": 2 * recipe.hidden_size}
+    shape |= recipe.pick("fusion", "patch_embedding", "patch_size")
+    shape |= recipe.pick("hidden_size", "num_hidden_layers", "num_attention_heads")
+    config = IBViTConfig(teacher_names=METHODS[recipe.method].teachers, **shape, **classes)
     return IBViTForImageClassification(config)
 
 

@@ -15,11 +15,12 @@ the test images. `python -m studies.data_efficiency.report` turns the cells into
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
 from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArg
 
 from .recipes import METHODS, SAME_RECIPE, STEPS, TEACHERS, TRIALS, VARIATIONS, combine
 from .runs import Study, write
@@ -27,19 +28,19 @@ from .runs import Study, write
 
 @dataclass
 class StudyArguments:
-    dataset: str = field(metadata={"help": "Fashion-MNIST: a folder of its IDX files, or its Hub id."})
-    stage: str = field(default="grid", metadata={"help": "search, choose or grid."})
-    images: list[int] = field(default_factory=lambda: [3000], metadata={"help": "Sizes of the training subset."})
-    methods: list[str] = field(default_factory=lambda: list(METHODS), metadata={"help": ", ".join(METHODS)})
-    variations: list[str] = field(
+    dataset: str = HfArg(help="Fashion-MNIST: a folder of its IDX files, or its Hub id.")
+    stage: str = HfArg(default="grid", help="search, choose or grid.")
+    images: list[int] = HfArg(default_factory=lambda: [3000], help="Sizes of the training subset.")
+    methods: list[str] = HfArg(default_factory=lambda: list(METHODS), help=", ".join(METHODS))
+    variations: list[str] = HfArg(
         default_factory=lambda: ["base"],
-        metadata={"help": f"trials, finalists, or any of {', '.join(VARIATIONS)}; + joins several."},
+        help=f"trials, finalists, or any of {', '.join(VARIATIONS)}; + joins several.",
     )
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "One cell each."})
-    teacher_steps: int | None = field(default=None, metadata={"help": "Other steps than the study's, to try it out."})
-    student_steps: int | None = field(default=None, metadata={"help": "Other steps than the study's, to try it out."})
-    results_dir: str = field(default="results/data_efficiency", metadata={"help": "Folder of the cells."})
-    work_dir: str = field(default="outputs/data_efficiency", metadata={"help": "Folder of models and tables."})
+    seeds: list[int] = HfArg(default_factory=lambda: [0, 1, 2], help="One cell each.")
+    teacher_steps: int | None = HfArg(default=None, help="Other steps than the study's, to try it out.")
+    student_steps: int | None = HfArg(default=None, help="Other steps than the study's, to try it out.")
+    results_dir: str = HfArg(default="results/data_efficiency", help="Folder of the cells.")
+    work_dir: str = HfArg(default="outputs/data_efficiency", help="Folder of models and tables.")
 
     def __post_init__(self):
         is_round = self.stage == "search" and self.variations in (["trials"], ["finalists"])
@@ -95,11 +96,10 @@ def main(arguments=None):
     if args.stage == "choose":
         return choose(study)
     for images, seed, method in product(args.images, args.seeds, args.methods):
-        variations = args.variations
-        if variations == ["trials"]:
-            variations = TRIALS[method]
-        elif variations == ["finalists"]:
+        if args.variations == ["finalists"]:
             variations = finalists(study, method)
+        else:
+            variations = TRIALS[method] if args.variations == ["trials"] else args.variations
         for variation in variations:
             changes = {**study.chosen(method), **combine(variation)}
             study.run_cell(study.recipe(method, images, seed, changes), variation)

@@ -55,29 +55,26 @@ def predicted(cell: dict) -> np.ndarray:
 
 def accuracy_table(cells: dict) -> str:
     sizes = sorted({images for _, images, _ in walk(cells)})
-    rows = [
-        [METHODS[name].title, *(_accuracy(by_size.get(images)) for images in sizes)] for name, by_size in cells.items()
-    ]
+    rows = [[METHODS[name].title, *(_accuracy(of.get(images)) for images in sizes)] for name, of in cells.items()]
     return markdown_table(["method", *(f"{images:,} images" for images in sizes)], rows)
 
 
 def _accuracy(by_seed):
     if not by_seed:
         return "–"
-    return mean_and_spread(accuracies(by_seed)) + (f" ({len(by_seed)} seeds)" if len(by_seed) > 1 else " (1 seed)")
+    return f"{mean_and_spread(accuracies(by_seed))} ({len(by_seed)} seed{'s' if len(by_seed) > 1 else ''})"
 
 
 def difference_table(cells: dict, labels: np.ndarray, ours: str = OURS, rivals: tuple = RIVALS) -> str:
     """Ours against each rival at each size, and over all sizes that both have, because few seeds leave wide intervals. The
     subsets of a seed are nested, so the pairs of several sizes are not wholly independent."""
     sizes, rows = sorted(cells.get(ours, {})), []
-    groups = [[images] for images in sizes] + ([sizes] if len(sizes) > 1 else [])
-    for group in groups:
+    for group in [*([images] for images in sizes), sizes]:
         for name in rivals:
-            common = [
-                images for images in group if set(cells[ours][images]) & set(cells.get(name, {}).get(images, {}))
-            ]
-            if not common or (len(group) > 1 and len(common) == 1):
+            rival = cells.get(name, {})
+            common = [images for images in group if cells[ours][images].keys() & rival.get(images, {}).keys()]
+            # What only one size has is not repeated as that of all sizes.
+            if not common or (group is sizes and len(common) == 1):
                 continue
             pooled = [
                 {(images, seed): cell for images in common for seed, cell in cells[method][images].items()}
@@ -177,10 +174,8 @@ def fusion_table(cells: dict) -> str:
 def logits_table(cells: dict) -> str:
     """What the stored logits can teach about the training images, by the softmax at the distillation temperature."""
     conv, inv = TEACHERS
-    keys = [
-        f"{conv}_accuracy", f"{inv}_accuracy", f"{conv}_entropy", f"{inv}_entropy", f"{conv}_view_divergence",
-        f"{inv}_view_divergence", f"{conv}_{inv}_divergence",
-    ]  # fmt: skip
+    keys = [f"{name}_{key}" for key in ("accuracy", "entropy", "view_divergence") for name in TEACHERS]
+    keys.append(f"{conv}_{inv}_divergence")
     rows = []
     for images, by_seed in sorted(cells[OURS].items()):
         found = [cell["logits"] for cell in by_seed.values() if cell.get("logits")]

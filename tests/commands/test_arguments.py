@@ -50,7 +50,7 @@ FLAGS = [
     ["--learning_rate", "1e-3"],
     ["--max_steps", "12"],
     ["--weight_decay", "0.25"],
-    ["--max_grad_norm", "-1e-3"],
+    ["--adam_beta1", "-1e-3"],
     ["--temperature", "2"],
     ["--teacher_weights", "1", "0.5"],
     ["--teacher_names", "conv"],
@@ -67,7 +67,7 @@ output_dir: out
 learning_rate: 1e-3
 max_steps: 12
 weight_decay: "0.25"
-max_grad_norm: -1e-3
+adam_beta1: -1e-3
 temperature: 2
 teacher_weights: [1, 0.5]
 teacher_names: conv
@@ -102,7 +102,7 @@ def test_a_file_equals_its_flags(settings):
     as_json = json.dumps({**yaml.safe_load(FILE), "eval_strategy": "no"})
     assert parse_distill("--config", settings(as_json, "settings.json")) == expected
     # The values are those of the flags, not their spelling.
-    values = {"learning_rate": 0.001, "max_steps": 12, "max_grad_norm": -0.001, "temperature": [2.0], "bf16": False}
+    values = {"learning_rate": 0.001, "max_steps": 12, "adam_beta1": -0.001, "temperature": [2.0], "bf16": False}
     values |= {"teacher_weights": [1.0, 0.5], "teacher_names": ["conv"], "images_per_class": None}
     values |= {"standardize_logits": True, "lr_scheduler_kwargs": {"num_cycles": 2}, "hub_model_id": "-name-"}
     assert {name: expected[name] for name in values} == values
@@ -308,8 +308,21 @@ def test_mistakes_end_in_one_sentence(arguments, parts, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["distill", "--model", "y", "--hidden_size", "96"], ["hidden_size=96", "model=y"]),
-        (["distill", "--model", "y", "--patch_size=2"], ["patch_size=2", "model=y"]),
+        (["distill", "--student", "y", "--hidden_size", "96"], ["hidden_size=96", "student=y"]),
+        (["distill", "--model", "y", "--patch_size=2"], ["patch_size=2", "student=y"]),
+        (
+            ["distill", "--student_config", "resnet", "--hidden_size", "8"],
+            ["hidden_size=8", "student_config=['resnet']"],
+        ),
+        (["distill", "--student", "y", "--student_config", "resnet"], ["student_config=['resnet']", "student=y"]),
+        (["distill", "--keep_rest"], ["keep_rest=True", "images_per_class=None"]),
+        (["distill", "--without_teachers", "--unlabelled", "y"], ["unlabelled=y", "without_teachers=True"]),
+        (["distill", "--min_confidence", "0.5"], ["min_confidence=0.5", "unlabelled_target=none"]),
+        (["distill", "--unlabelled_target", "labels"], ["unlabelled_target", "labels", "pseudo_labels"]),
+        (["distill", "--unlabelled", "x"], ["output_dir=", "unlabelled"]),
+        (["train-teacher", "--linear_probe"], ["linear_probe=True", "model=None"]),
+        (["distill", "--weight_decay", "-1"], ["weight_decay=-1"]),
+        (["distill", "--save_strategy", "steps", "--save_steps", "0"], ["save_steps=0"]),
         (["distill", "--horizontal_flip", "0.5"], ["horizontal_flip=0.5", "num_views=0"]),
         (["record", "--crop", "resized", "--teachers", "a=y"], ["crop=resized", "num_views=0"]),
         (["record", "--num_views", "2", "--min_scale", "0.1", "--teachers", "a=y"], ["min_scale=0.1", "crop=pad"]),
@@ -324,7 +337,7 @@ def test_mistakes_end_in_one_sentence(arguments, parts, tmp_path):
         (["distill", "--mlp_ratio", "0"], ["mlp_ratio=0.0"]),
         (["distill", "--lr_scheduler_kwargs", '{"foo": 1}'], ["lr_scheduler_kwargs", "foo", "cosine"]),
         (["distill", "--lr_scheduler_kwargs", "[1]"], ["lr_scheduler_kwargs"]),
-        (["distill", "--model", "x"], ["output_dir=", "model"]),
+        (["distill", "--student", "x"], ["output_dir=", "student"]),
         (["finetune", "--model", "y", "--dataset", "x"], ["output_dir=", "dataset"]),
         (["record", "--teachers", "a=y", "b=x/"], ["output_dir=", "teachers=b"]),
     ],

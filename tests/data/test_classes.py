@@ -17,6 +17,7 @@ from hf_ibdistill.data.classes import (
     encode_labels,
     has_default_names,
     label_ids,
+    labelled_rows,
 )
 
 
@@ -153,8 +154,8 @@ def test_a_label_out_of_range_names_the_row():
         encode(train=train)
 
 
-@pytest.mark.parametrize("split", ["train", "validation", "test"])
-def test_some_rows_without_a_label_are_refused(split):
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_some_rows_to_measure_on_without_a_label_are_refused(split):
     parts = {name: table([0, 1, 2]) for name in ("train", "validation", "test")}
     with pytest.raises(ValueError, match=rf'"{split}".* 2 rows .*labels \[-1\].*rows \[1, 3\].* 3 classes'):
         encode(**{**parts, split: table([0, -1, 2, -1])})
@@ -162,12 +163,45 @@ def test_some_rows_without_a_label_are_refused(split):
         encode(**{**parts, split: table([0, None, 2])})
 
 
-@pytest.mark.parametrize("labels", [[0.0, 1.0, float("nan")], [0, None, 1], ["cat", None, "dog"]])
-def test_rows_without_a_label_are_counted(labels):
-    table = Dataset.from_dict({"label": labels * 2})
-    row = next(i for i, label in enumerate(labels) if label is None or label != label)
-    with pytest.raises(ValueError, match=rf'"train" has 2 rows without a label \(first \[{row}, {row + 3}\]\)'):
-        encode_labels(DatasetDict(train=table))
+@pytest.mark.parametrize("name", ["train", "test"])
+def test_nan_is_no_label_and_no_mark_of_a_missing_one(name):
+    nan = Dataset.from_dict({"label": [0.0, None, float("nan"), 1.0, float("nan")]})
+    rows = [2, 4] if name == "train" else [1, 2, 4]
+    with pytest.raises(ValueError, match=rf'"{name}" has {len(rows)} rows without a label \(first \[{rows[0]}, '):
+        encode_labels(DatasetDict({"train": table([0, 1, 2]), name: nan}))
+
+
+@pytest.mark.parametrize(
+    ("labels", "feature", "names"),
+    [
+        ([2, None, -1, 0], None, ["cat", "dog", "owl"]),
+        ([7, None, -1, 5], Value("int64"), ["5", "7"]),
+        ([7.0, None, -1.0, 5.0], Value("float64"), ["5", "7"]),
+        (["owl", None, None, "cat"], STRING, ["cat", "owl"]),
+        ([True, None, None, False], Value("bool"), ["False", "True"]),
+    ],
+)
+def test_a_training_row_may_have_no_label(labels, feature, names, caplog):
+    train = table(labels) if feature is None else table(labels, feature)
+    encoded = encode(train=train)["train"]
+    assert encoded.features["label"].names == names
+    assert label_ids(encoded).tolist() == [len(names) - 1, -1, -1, 0]
+    assert "2 of 4 training images have no label (first rows [1, 2])" in caplog.text
+
+
+def test_a_training_split_needs_a_label():
+    with pytest.raises(ValueError, match='3 rows of the split "train" has a label'):
+        encode(train=table([None, -1, None]))
+    with pytest.raises(ValueError, match='"test".*no training image.*dog'):
+        encode(train=table([0, 2, None]), test=table([0, 1]))
+
+
+def test_labelled_rows_are_chosen_and_the_others_reported(caplog):
+    assert labelled_rows(table([0, 1]), "The table")["label"][:] == [0, 1] and not caplog.records
+    assert labelled_rows(table([2, None, 0, -1]), "The table")["label"][:] == [2, 0]
+    assert "The table: 2 of 4 rows" in caplog.text
+    with pytest.raises(ValueError, match="None of 2 rows"):
+        labelled_rows(table([None, -1]), "The table")
 
 
 def test_composed_and_decomposed_names_are_the_same_class():
@@ -221,6 +255,5 @@ def test_splits_are_matched_by_name_if_one_has_names_as_text(split):
 
 
 def test_minus_one_is_no_class_in_a_column_of_numbers():
-    table = Dataset.from_dict({"label": [0, -1, 1, 0]})
-    with pytest.raises(ValueError, match='"train".*−1'):
-        encode_labels(DatasetDict(train=table))
+    encoded = encode(train=Dataset.from_dict({"label": [0, -1, 1, 0]}))["train"]
+    assert encoded.features["label"].names == ["0", "1"] and label_ids(encoded).tolist() == [0, -1, 1, 0]

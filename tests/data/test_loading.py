@@ -109,7 +109,7 @@ def test_an_unlabeled_test_split_is_left_out(tmp_path, caplog):
 def test_labels_that_do_not_fit_are_refused(tmp_path):
     for i, (parts, message) in enumerate(
         [
-            ({"train": table(["cat", None, "dog"], Value("string"))}, '"train" .*without a label'),
+            ({"train": table([0.0, float("nan"), 1.0], Value("float64"))}, '"train" .*without a label'),
             (
                 {"train": table(["cat", "dog"], Value("string")), "test": table(["owl"], Value("string"))},
                 '"test" .*owl',

@@ -2,12 +2,13 @@
 
 from collections import Counter
 
+import numpy as np
 import pytest
 from datasets import Features, Image, Value
 from numbered import NAMED, numbers, table
 
 from hf_ibdistill import select_per_class
-from hf_ibdistill.data.splits import drop_unlabelled_test, hold_out_validation, name_splits, stratified_split
+from hf_ibdistill.data.splits import drop_unlabelled_test, hold_out_validation, name_splits, stratified_rows
 
 
 ROWS = [table([0], start=i) for i in range(4)]
@@ -100,7 +101,22 @@ def test_the_validation_split_is_reproducible_by_its_seed():
 def test_the_held_out_rows_are_those_of_train_test_split():
     train = table([0] * 9 + [1] * 6 + [2] * 12).shuffle(seed=1)
     expected = train.train_test_split(test_size=8, stratify_by_column="label", seed=3)
-    assert list(map(numbers, stratified_split(train, 8, seed=3))) == list(map(numbers, expected.values()))
+    parts = map(train.select, stratified_rows(np.array(train["label"]), 8, seed=3))
+    assert list(map(numbers, parts)) == list(map(numbers, expected.values()))
+
+
+def test_rows_without_a_label_stay_in_the_training_split(caplog):
+    labels = [0, None, 1, -1] * 20 + [2] * 10
+    splits = hold_out(table(labels), 0.2)
+    held_out = numbers(splits["validation"])
+    # 50 rows have a label: 20, 20 and 10 of the classes.
+    assert Counter(splits["validation"]["label"][:]) == {0: 4, 1: 4, 2: 2}
+    assert all(labels[n] == label for n, label in zip(held_out, splits["validation"]["label"]))
+    assert sorted(numbers(splits["train"]) + held_out) == list(range(90))
+    assert all(labels[n] == label for n, label in zip(numbers(splits["train"]), splits["train"]["label"]))
+    assert "10 of its 50 training images with labels" in caplog.text
+    with pytest.raises(ValueError, match="for 1 images .*validation split"):
+        hold_out(table([0, None, None, -1]))
 
 
 def test_a_validation_split_that_is_there_is_used(caplog):
@@ -127,7 +143,7 @@ def test_too_few_images_are_split_at_random(labels, fraction, caplog):
 
 
 def test_one_image_cannot_be_split():
-    with pytest.raises(ValueError, match="one image .*validation split"):
+    with pytest.raises(ValueError, match="for 1 images .*validation split"):
         hold_out(table([0]))
 
 
@@ -162,6 +178,16 @@ def test_rows_without_a_label_are_in_no_subset():
     features = Features({"image": Image(), "label": NAMED})
     dataset = table([0, None, 1, 2, None, 2, -1]).cast(features)
     assert sorted(numbers(select_per_class(dataset, 1, seed=2)))[:2] == [0, 2]
+
+
+def test_the_rest_can_stay_without_labels():
+    labels = [0, None, 1, 1, 0, 2, -1, 2]
+    dataset = table(labels)
+    chosen = set(numbers(select_per_class(dataset, 1, seed=3)))
+    whole = select_per_class(dataset, 1, seed=3, keep_rest=True)
+    assert numbers(whole) == list(range(8)) and whole.features == dataset.features
+    assert whole.column_names == dataset.column_names
+    assert whole["label"][:] == [labels[n] if n in chosen else None for n in range(8)] and len(chosen) == 3
 
 
 @pytest.mark.parametrize(("asked", "words"), [(7, '.*"dog".* 6 '), (0, ""), (-1, ""), (1.5, ""), ("2", "")])

@@ -41,6 +41,16 @@ def views_table(rows=9, views=3):
     return add_logits(images_and_labels(rows), values), values
 
 
+def calibration_error(probabilities, labels):
+    """Of (rows, views, classes), in 15 bins, one by one."""
+    predictions = [(view.max(), view.argmax() == label) for row, label in zip(probabilities, labels) for view in row]
+    total = 0.0
+    for i in range(15):
+        inside = [(p, right) for p, right in predictions if i / 15 < p <= (i + 1) / 15]
+        total += abs(sum(right for _, right in inside) - sum(p for p, _ in inside))
+    return total / len(predictions)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 def test_the_metrics_equal_a_loop_over_rows_and_views(temperature):
     dataset, logits = views_table()
@@ -59,6 +69,12 @@ def test_the_metrics_equal_a_loop_over_rows_and_views(temperature):
         pairs = [(p[first][n, v], p[second][n, v]) for n in rows for v in views]
         expected[f"{first}_{second}_agreement"] = np.mean([a.argmax() == b.argmax() for a, b in pairs])
         expected[f"{first}_{second}_divergence"] = np.mean([jensenshannon(a, b) ** 2 for a, b in pairs])
+    mean = np.mean([softmax(values.astype(np.float64), axis=-1) for values in logits.values()], axis=0)
+    expected["ensemble_accuracy"] = np.mean([mean[n, v].argmax() == labels[n] for n in rows for v in views])
+    expected["ensemble_negative_log_likelihood"] = np.mean(
+        [-np.log(mean[n, v, labels[n]]) for n in rows for v in views]
+    )
+    expected["ensemble_expected_calibration_error"] = calibration_error(mean, labels)
     found = logits_metrics(dataset, temperature=temperature)
     assert found == pytest.approx(expected, abs=1e-6)
     assert found["fixed_view_divergence"] == pytest.approx(0, abs=1e-12) and found["conv_view_divergence"] > 0.01
@@ -72,7 +88,8 @@ def test_the_metrics_of_a_sample_of_a_table_without_views():
     dataset = add_logits(images_and_labels(40), logits)
     found = logits_metrics(dataset)
     assert found.keys() == {
-        "conv_accuracy", "conv_entropy", "i_accuracy", "i_entropy", "conv_i_agreement", "conv_i_divergence"
+        "conv_accuracy", "conv_entropy", "i_accuracy", "i_entropy", "conv_i_agreement", "conv_i_divergence",
+        "ensemble_accuracy", "ensemble_negative_log_likelihood", "ensemble_expected_calibration_error",
     }  # fmt: skip
     labels = np.array(dataset["label"][:])
     assert found["i_accuracy"] == pytest.approx((logits["i"].argmax(1) == labels).mean())
@@ -96,13 +113,28 @@ def test_a_label_column_of_another_name():
         logits_metrics(named, label_column="label")
 
 
-def test_tables_without_logits_rows_or_labels_are_refused():
+def test_accuracies_are_those_of_the_rows_with_a_label():
+    dataset, logits = views_table()
+    labels = [None if n in (1, 4) else label for n, label in enumerate(dataset["label"])]
+    mixed = Dataset.from_dict({**dataset[:], "label": labels}, features=dataset.features)
+    labelled = dataset.select([n for n in range(9) if n not in (1, 4)])
+    found, of_labels, of_all = map(logits_metrics, (mixed, labelled, dataset))
+    for name, value in found.items():
+        is_of_labels = "accuracy" in name or name.startswith("ensemble")
+        assert value == pytest.approx((of_labels if is_of_labels else of_all)[name], abs=1e-9), name
+    # Without labels, what needs none.
+    unnamed = logits_metrics(dataset.remove_columns("label"))
+    assert unnamed == pytest.approx({name: of_all[name] for name in unnamed}) and "conv_i" not in unnamed
+    assert not any("accuracy" in name or name.startswith("ensemble") for name in unnamed)
+    assert of_all.keys() - unnamed.keys() == {name for name in of_all if "accuracy" in name or "ensemble" in name}
+
+
+def test_tables_without_logits_or_rows_are_refused():
     dataset, _ = views_table()
     plain = images_and_labels(40)
     for table, kind, message in (
         (plain, ValueError, "no logits in these 40 rows of image, label"),
         (dataset.select([]), ValueError, "no logits in these 0 rows"),
-        (dataset.remove_columns("label"), ValueError, "no label column"),
         (DatasetDict({"train": dataset}), TypeError, "^dataset .*train"),
     ):
         with pytest.raises(kind, match=message):

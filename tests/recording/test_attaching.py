@@ -27,7 +27,7 @@ def published(recorded, tmp_path_factory):
 def other_decoder(monkeypatch):
     """Images that come out of their files one level brighter, as other versions of a JPEG library make them."""
     decode = rows.decode_image
-    monkeypatch.setattr(rows, "decode_image", lambda cell: decode(cell).point(lambda level: min(level + 1, 255)))
+    monkeypatch.setattr(rows, "decode_image", lambda *args: decode(*args).point(lambda level: min(level + 1, 255)))
 
 
 def by_note(table):
@@ -126,7 +126,7 @@ def test_one_decoded_image_is_held_at_a_time(published, images, monkeypatch):
         def __del__(self):
             alive[0] -= 1
 
-    monkeypatch.setattr(rows, "decode_image", lambda cell: Counted(decode(cell)))
+    monkeypatch.setattr(rows, "decode_image", lambda *args: Counted(decode(*args)))
     attach_teacher_logits(images(30), published)
     assert 1 <= most[0] <= 2
 

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from comparing import columns, logits_by_hand, same_bytes
-from datasets import DatasetDict, List, Value, concatenate_datasets, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, List, Value, concatenate_datasets, load_dataset, load_from_disk
 from small import NAMES
 from transformers import (
     AutoImageProcessor,
@@ -33,7 +33,6 @@ from hf_ibdistill.images.views import row_key
 from hf_ibdistill.logits.encoding import decode
 from hf_ibdistill.logits.provenance import read_records, stored_views
 from hf_ibdistill.recording.recorder import _collate, _Numbered
-from hf_ibdistill.rows import ImageRows
 
 
 FIVE_VIEWS = ViewRecipe(num_views=5, horizontal_flip=0.5, erasing=0.5)
@@ -226,13 +225,15 @@ def test_wrong_input_is_refused_before_anything_is_written(loaded, tmp_path, ima
         (images(5).select([]), {}, ValueError, "dataset is empty"),
         (splits, {}, ValueError, '"test" is empty'),
         (images(5).to_iterable_dataset(), {}, TypeError, "dataset is an IterableDataset"),
-        (images(5).rename_column("note", "conv_logits"), {}, ValueError, r"\(conv_logits\) and 0 provenance records"),
+        (images(5).rename_column("note", "conv_logits"), {}, ValueError, r"0 provenance records .*\(conv_logits\)"),
         (number, {}, ValueError, '"row_key" would be overwritten'),
         (images(5).add_column("file_key", range(5)), {}, ValueError, '"file_key" would be overwritten'),
         (images(5), {"output_dir": None}, ValueError, "output_dir=None"),
         (images(5), {"output_dir": ""}, ValueError, "output_dir=''"),
         (images(5).remove_columns("image"), {}, ValueError, "no image column; the columns are label, note"),
-        (images(5).remove_columns("label"), {}, ValueError, "no label column; the columns are image, note"),
+        (images(5), {"label_column": "kind"}, ValueError, 'label_column="kind"'),
+        (images(5), {"teacher_classes": {"third": {}}}, ValueError, r"\['third'\]"),
+        (images(5), {"teacher_classes": {"conv": {"dog": "fox"}}}, ValueError, "\"dog\".*'fox'"),
         (images(5), {"image_column": "photo"}, ValueError, 'image_column="photo"'),
         (images(5), {"dtype": "int8"}, ValueError, 'dtype="int8"'),
         (images(5), {"batch_size": 0}, ValueError, "batch_size=0"),
@@ -244,6 +245,64 @@ def test_wrong_input_is_refused_before_anything_is_written(loaded, tmp_path, ima
         with pytest.raises(kind, match=message):
             record_teacher_logits(dataset, **{"teachers": loaded, "output_dir": tmp_path / "t", **changes})
         assert not (tmp_path / "t").exists()
+
+
+def test_rows_without_a_label_are_recorded_like_any_other(recorded_rows, teachers, tmp_path, images):
+    labels = [None if row in (0, 3) else label for row, label in enumerate(images(7)["label"])]
+    mixed = Dataset.from_dict({**images(7)[:], "label": labels}, features=images(7).features)
+    for name, dataset in (("mixed", mixed), ("none", images(7).remove_columns("label"))):
+        table = record_teacher_logits(dataset, teachers, output_dir=tmp_path / name)
+        for column in ("conv_logits", "inv_logits", "row_key"):
+            assert table[column][:] == recorded_rows[column][:]
+        assert table.column_names[:2] == dataset.column_names[:2]
+        found = verify_teacher_logits(table, teachers)
+        assert not found.problems
+        # Called again, it is finished.
+        assert (
+            record_teacher_logits(dataset, teachers, output_dir=tmp_path / name)["row_key"][:] == table["row_key"][:]
+        )
+    assert load_from_disk(tmp_path / "mixed")["label"][:] == labels
+
+
+@pytest.fixture
+def recorded_rows(teachers, tmp_path, images):
+    return record_teacher_logits(images(7), teachers, output_dir=tmp_path / "labelled")
+
+
+def softmax_of(logits):
+    exponentials = np.exp(np.float64(logits))
+    return exponentials / exponentials.sum(-1, keepdims=True)
+
+
+def test_further_classes_of_a_teacher_are_dropped(tmp_path, images, save_teacher, caplog):
+    names = ["ant", "eel", "cat", "bee", "dog"]
+    wide = save_teacher(tmp_path / "wide", names=names)
+    table = record_teacher_logits(images(6), {"wide": wide}, output_dir=tmp_path / "t", dtype="float32")
+    order = [names.index(name) for name in images(6).features["label"].names]
+    np.testing.assert_allclose(table["wide_logits"][:], logits_by_hand(wide, images(6))[:, order], rtol=1e-5)
+    (warning,) = [message for message in caplog.messages if "wide" in message]
+    assert "2 others, which are dropped" in warning
+    assert not verify_teacher_logits(table, {"wide": wide}).problems
+
+
+def test_classes_are_matched_by_a_mapping(tmp_path, images, save_teacher):
+    names = ["ant", "sea snake", "tabby", "bee", "Persian cat", "dog"]
+    wide = save_teacher(tmp_path / "wide", names=names)
+    classes = {"wide": {"cat": ["tabby", 4], "eel": "sea snake"}}
+    arguments = {"output_dir": tmp_path / "t", "dtype": "float32", "teacher_classes": classes}
+    table = record_teacher_logits(images(6), {"wide": wide}, **arguments)
+    # Of the classes that are used, the probabilities of both cats add up.
+    chosen = softmax_of(logits_by_hand(wide, images(6))[:, [1, 2, 4, 5]])
+    sums = {"eel": chosen[:, 0], "cat": chosen[:, 1] + chosen[:, 2], "dog": chosen[:, 3]}
+    expected = np.stack([sums[name] for name in images(6).features["label"].names], axis=1)
+    np.testing.assert_allclose(softmax_of(table["wide_logits"][:]), expected, rtol=1e-4)
+    assert not verify_teacher_logits(table, {"wide": wide}).problems
+    (teacher,) = read_records(table)[0]["teachers"]
+    assert teacher["classes"] == {"cat": ["tabby", 4], "eel": "sea snake", "dog": "dog"}
+    # Another mapping is another teacher.
+    classes["wide"]["cat"] = "tabby"
+    with pytest.raises(ValueError, match="classes"):
+        record_teacher_logits(images(6), {"wide": wide}, **arguments)
 
 
 def test_a_teacher_with_the_classes_in_another_order_is_reordered_with_a_warning(
@@ -454,7 +513,7 @@ def test_what_workers_get_can_be_sent_to_a_new_process(loaded, images):
     # Under spawn and forkserver a worker starts from a pickle, not from a copy of this process.
     processors = {name: processor for name, (_, processor) in loaded.items()}
     make = partial(_collate, processors, FIVE_VIEWS, range(1, 3))
-    rows = _Numbered(ImageRows(images(4), file_keys=True))
+    rows = _Numbered(images(4), file_keys=True)
     expected = make(rows.__getitems__([1, 3]))
     rows, make = pickle.loads(pickle.dumps((rows, make)))
     found = make(rows.__getitems__([1, 3]))

@@ -7,8 +7,6 @@ import torch
 from transformers import (
     DeiTConfig,
     DeiTForImageClassification,
-    SwinConfig,
-    SwinForImageClassification,
     Trainer,
     TrainingArguments,
     ViTConfig,
@@ -16,13 +14,13 @@ from transformers import (
 )
 
 from hf_ibdistill import (
-    IBResNetConfig,
-    IBResNetForImageClassification,
     IBViTConfig,
     IBViTForImageClassification,
     freeze_layers,
     layer_decay_groups,
 )
+from hf_ibdistill.students import build_student
+from hf_ibdistill.training.finetuning import freeze_backbone
 
 
 NUM_LAYERS = 3
@@ -147,14 +145,67 @@ def test_a_decay_out_of_range(layer_decay):
 
 
 def test_models_of_another_kind():
-    teacher = IBResNetForImageClassification(IBResNetConfig.from_preset("convolution-small"))
-    swin = SwinForImageClassification(SwinConfig(image_size=8, patch_size=2, embed_dim=4, depths=[1], num_heads=[1]))
-    for model, name in ((teacher, "IBResNet"), (swin, "SwinModel")):
-        message = f"{name}.*`embeddings` and `layers`"
-        with pytest.raises(ValueError, match=message):
-            layer_decay_groups(model, 1e-3, 0.5)
-        with pytest.raises(ValueError, match=message):
-            freeze_layers(model, 1)
+    model = build_student("timm/resnet18", num_labels=3)
+    message = "ResNet has no list of layers, stages or blocks"
+    with pytest.raises(ValueError, match=message):
+        layer_decay_groups(model, 1e-3, 0.5)
+    with pytest.raises(ValueError, match=message):
+        freeze_layers(model, 1)
+
+
+OTHERS = {
+    "resnet": ({"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}, "embedder", "encoder.stages"),
+    "mobilenet_v2": ({"depth_multiplier": 0.25}, "conv_stem", "layer"),
+    "swin": ({"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "patch_size": 2}, "embeddings", "encoder.layers"),
+    "dinov2": ({"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}, "embeddings", "encoder.layer"),
+    "timm/vit_tiny_patch16_224": ({"depth": 2, "img_size": 32}, "", "timm_model.blocks"),
+}
+
+
+@pytest.mark.parametrize("architecture", sorted(OTHERS))
+def test_layers_of_other_families(architecture):
+    fields, stem, path = OTHERS[architecture]
+    model = build_student(architecture, num_labels=3, **fields)
+    backbone = model.base_model if not path.startswith("timm") else model
+    layers = backbone.get_submodule(path)
+    of_layers = [{id(p) for p in layer.parameters()} for layer in layers]
+    groups = layer_decay_groups(model, 1.0, 0.5)
+    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+    assert len(rates) == len(list(model.parameters()))
+    for depth, ids in enumerate(of_layers, 1):
+        assert {rates[i] for i in ids} == {0.5 ** (len(layers) + 1 - depth)}
+    if stem:
+        # Whatever comes before the layers changes least.
+        first = {rates[id(p)] for p in backbone.get_submodule(stem).parameters()}
+        assert first == {0.5 ** (len(layers) + 1)}
+    assert all(rates[id(p)] == 1.0 for name, p in model.named_parameters() if "classifier" in name or ".head" in name)
+    freeze_layers(model, 1)
+    frozen = {id(p) for p in model.parameters() if not p.requires_grad}
+    assert of_layers[0] <= frozen and not (of_layers[1] & frozen)
+
+
+@pytest.mark.parametrize("architecture", [*sorted(OTHERS), "timm/resnet18", "vit"])
+def test_a_linear_probe_leaves_the_backbone_as_it_is(architecture):
+    fields = OTHERS.get(architecture, ({},))[0]
+    if architecture == "vit":
+        fields = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    model = build_student(architecture, image_size=32, num_labels=3, **fields)
+    images = torch.rand(4, 3, 32, 32)
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    freeze_backbone(model)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(2):
+        model.train()
+        logits = model(pixel_values=images).logits
+        assert model.training
+        torch.nn.functional.cross_entropy(logits, torch.tensor([0, 1, 2, 0])).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, expected[name])}
+    heads = {name for name, p in model.named_parameters() if p.shape[0] == 3 and p.requires_grad}
+    # An untrained network may have features of 0, which give the weights of the head no gradient.
+    assert changed and changed <= heads and len(heads) == 2
+    assert not [name for name, p in model.named_parameters() if p.requires_grad and name not in heads]
 
 
 # Freezing
