@@ -4,8 +4,9 @@ hf-ibdistill quickstart
 hf-ibdistill quickstart --images_per_class 50 --seeds 0 1 2
 hf-ibdistill quickstart --dataset my_images/ --images_per_class 100 --output_dir outputs/mine
 
-It trains students with and without teachers. It ends with a table, a picture, and a student in
-OUTPUT_DIR/seed_N/student for `from_pretrained` and `pipeline`.
+It hides most labels. Teachers learn the labelled images; a student learns from them on all images.
+It ends with a table, a picture, and a student in OUTPUT_DIR/seed_N/student for `from_pretrained`
+and `pipeline`.
 """
 
 import json
@@ -14,14 +15,15 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import AutoImageProcessor, AutoModelForImageClassification, set_seed
 from transformers.hf_argparser import HfArg
 
-from ..data.classes import class_config, class_names
+from ..data.classes import class_config, class_names, label_ids
 from ..data.columns import IMAGE
 from ..evaluation import predict
-from ..files import write_text
+from ..files import read_json, write_text
 from ..images.preprocessing import build_image_processor
 from ..models.configuration_ibresnet import IBResNetConfig
 from ..models.configuration_ibvit import IBViTConfig
@@ -29,13 +31,13 @@ from ..models.modeling_ibresnet import IBResNetForImageClassification
 from ..models.modeling_ibvit import IBViTForImageClassification
 from ..publishing.cards import markdown_table, mean_and_spread
 from ..publishing.picture import plot_run
-from ..publishing.results import evaluate_and_save
+from ..publishing.results import RESULTS, evaluate_and_save
 from ..recording.recorder import record_teacher_logits
 from ..rows import ImageRows
 from ..students import default_patch_size
 from ..training.arguments import DistillationArguments, ImageTrainingArguments
 from ..training.trainer import EnsembleDistillationTrainer, ImageClassificationTrainer
-from .arguments import DataArguments, ViewArguments, parse, result_split, run
+from .arguments import MixedDataArguments, ViewArguments, parse, result_split, run
 
 
 PRESETS = {"conv": "convolution-small", "inv": "involution-small"}
@@ -43,9 +45,12 @@ PICTURE = "quickstart.png"
 
 
 @dataclass
-class QuickstartData(DataArguments):
+class QuickstartData(MixedDataArguments):
     images_per_class: int | None = HfArg(
-        default=20, help="Training images of each class; 0 takes all. The method suits few images."
+        default=20, help="Training images of each class with a label; 0 takes all. The method suits few labels."
+    )
+    keep_rest: bool = HfArg(
+        default=True, help="Keep the other training images without their labels; false leaves them out."
     )
 
     def __post_init__(self):
@@ -132,7 +137,7 @@ def run_seed(data: QuickstartData, views: QuickstartViews, quick: QuickstartArgu
     """One run.
 
     Returns:
-        The metrics of each model, and the seconds of each step.
+        The metrics of each model, the seconds of each step, and the number of training images with and without a label.
     """
     metrics, seconds, start = {}, {}, time.perf_counter()
 
@@ -142,7 +147,9 @@ def run_seed(data: QuickstartData, views: QuickstartViews, quick: QuickstartArgu
 
     data.split_seed = seed
     splits = data.load()
-    split = result_split(splits)
+    split, labels = result_split(splits), label_ids(splits["train"])
+    labelled = splits["train"].select(np.flatnonzero(labels != -1))
+    counts = {"labelled": len(labelled), "unlabelled": len(labels) - len(labelled)}
     classes, processor = class_config(splits["train"]), build_image_processor(splits["train"])
     shared = {
         "seed": seed,
@@ -154,7 +161,7 @@ def run_seed(data: QuickstartData, views: QuickstartViews, quick: QuickstartArgu
     lap("load the images")
 
     for name, preset in PRESETS.items():
-        teacher = train(build_teacher(name, classes, seed), folder / name, train_dataset=splits["train"], **shared)
+        teacher = train(build_teacher(name, classes, seed), folder / name, train_dataset=labelled, **shared)
         metrics[name] = evaluate_and_save(teacher, splits[split], split, title=preset, data_name=data.dataset)
         lap(f"train the teacher {name}")
 
@@ -169,7 +176,7 @@ def run_seed(data: QuickstartData, views: QuickstartViews, quick: QuickstartArgu
     lap("record their logits")
 
     student = build_student((), processor, classes, seed)
-    alone = train(student, folder / "student_alone", train_dataset=splits["train"], **shared)
+    alone = train(student, folder / "student_alone", train_dataset=labelled, **shared)
     metrics["student without teachers"] = evaluate_and_save(
         alone, splits[split], split, title="Student without teachers", data_name=data.dataset
     )
@@ -192,7 +199,9 @@ def run_seed(data: QuickstartData, views: QuickstartViews, quick: QuickstartArgu
     draw({"without teachers": alone, "with both teachers": distilled}, sample, folder / "student" / PICTURE)
     check_reloaded(distilled, folder / "student", splits[split])
     lap("draw and reload")
-    return metrics, seconds
+    ensemble = read_json(folder / "student" / RESULTS)["ensemble"]
+    of_teachers = {name: metrics.pop(name) for name in PRESETS}
+    return {**of_teachers, "both teachers, mean probability": ensemble, **metrics}, seconds, counts
 
 
 def draw(trainers: dict, sample, path: Path) -> None:
@@ -220,15 +229,16 @@ def check_reloaded(trainer, folder: Path, dataset) -> None:
         raise RuntimeError(f"The student in {folder} does not predict what the trained one predicts.")
 
 
-def summarize(data: QuickstartData, views: QuickstartViews, seeds: list[int], results: list, seconds: list) -> str:
-    """The tables of accuracies and times, means over the seeds."""
+def summarize(data: QuickstartData, views: QuickstartViews, seeds: list[int], runs: list[tuple]) -> str:
+    """The tables of accuracies and times of what [`run_seed`] returned, means over the seeds."""
+    results, seconds, (counts, *_) = zip(*runs)
     rows = []
     for name in results[0]:
         accuracy = mean_and_spread([metrics[name]["accuracy"] for metrics in results])
         likelihood = sum(metrics[name]["negative_log_likelihood"] for metrics in results) / len(results)
         rows.append([name, accuracy, f"{likelihood:.3f}"])
     times = [[step, f"{sum(lap[step] for lap in seconds) / len(seconds):.1f}"] for step in seconds[0]]
-    images = "all training images" if data.images_per_class is None else f"{data.images_per_class} images a class"
+    images = f"{counts['labelled']:,} images with a label, {counts['unlabelled']:,} without"
     images += f", {views.num_views} views" if views.num_views else ", no views"
     return (
         f"{data.dataset}, {images}, seeds {seeds}, {torch.get_num_threads()} threads\n\n"
@@ -240,14 +250,12 @@ def summarize(data: QuickstartData, views: QuickstartViews, seeds: list[int], re
 def main(arguments):
     data, views, quick = parse("quickstart", __doc__, arguments, QuickstartData, QuickstartViews, QuickstartArguments)
     output_dir = Path(quick.output_dir)
-    results, seconds = [], []
-    for seed in quick.seeds:
-        metrics, laps = run_seed(data, views, quick, seed, output_dir / f"seed_{seed}")
-        results.append(metrics)
-        seconds.append(laps)
-    summary = summarize(data, views, quick.seeds, results, seconds)
+    runs = [run_seed(data, views, quick, seed, output_dir / f"seed_{seed}") for seed in quick.seeds]
+    summary = summarize(data, views, quick.seeds, runs)
+    results, seconds, counts = zip(*runs)
     facts = {
         "images_per_class": data.images_per_class,
+        "training_images": counts,
         "num_views": views.num_views,
         "seeds": quick.seeds,
         "metrics": results,

@@ -14,7 +14,7 @@ from hf_ibdistill import IBViTForImageClassification
 from hf_ibdistill.commands.quickstart import check_reloaded
 
 
-MODELS = ["conv", "inv", "student without teachers", "student with both teachers"]
+MODELS = ["conv", "inv", "both teachers, mean probability", "student without teachers", "student with both teachers"]
 
 
 def test_quickstart_leaves_table_student_card_and_picture(outputs, tmp_path, capsys):
@@ -23,7 +23,11 @@ def test_quickstart_leaves_table_student_card_and_picture(outputs, tmp_path, cap
     shutil.copytree(outputs.table, tmp_path / "seed_1" / "table")
     run("quickstart", *few, "--teacher_steps", "1", "--student_steps", "2", "--batch_size", "6", "--seeds", "0", "1")
     printed = capsys.readouterr().out
-    assert len(load_from_disk(tmp_path / "seed_1" / "table")["train"]) == 6
+    train = load_from_disk(tmp_path / "seed_1" / "table")["train"]
+    labels = train["label"][:]
+    assert sorted(label for label in labels if label is not None) == [0, 0, 1, 1, 2, 2]
+    counts = f"6 images with a label, {len(labels) - 6} without"
+    assert len(labels) > 6 and counts in printed
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["seeds"] == [0, 1] and [list(metrics) for metrics in summary["metrics"]] == [MODELS, MODELS]
     for model in MODELS:
@@ -32,7 +36,8 @@ def test_quickstart_leaves_table_student_card_and_picture(outputs, tmp_path, cap
     student = tmp_path / "seed_1" / "student"
     results = json.loads((student / "results.json").read_text())
     assert results["metrics"] == summary["metrics"][1]["student with both teachers"]
-    assert results["recipe"]["steps"] == 2 and results["recipe"]["training images"] == 6
+    assert results["recipe"]["steps"] == 2 and results["recipe"]["training images"] == len(labels)
+    assert results["recipe"]["training images without label"] == len(labels) - 6
     assert f"| accuracy | {results['metrics']['accuracy']:.4f} |" in (student / "README.md").read_text()
     with PIL.Image.open(student / "quickstart.png") as picture:
         assert min(picture.size) > 300
