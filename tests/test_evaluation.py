@@ -163,6 +163,15 @@ def test_the_evaluate_modules_are_the_functions():
     assert found == {"expected_calibration_error": pytest.approx(expected_calibration_error(logits, labels, 4))}
 
 
+@pytest.mark.parametrize("label", [-100, -1, 4])
+def test_a_label_that_is_no_class_is_not_measured(label):
+    logits, labels = random_logits(5, 4), np.array([0, 1, label, 3, 2])
+    metrics = top_k_accuracy, negative_log_likelihood, expected_calibration_error, classification_metrics
+    for measure in metrics:
+        with pytest.raises(ValueError, match="labels: 1 of 5 .* 4 classes"):
+            measure(logits, labels)
+
+
 def test_a_diverged_model_is_not_perfect():
     logits, labels = np.full((12, 6), np.nan, np.float32), np.arange(12) % 6
     metrics = classification_metrics(logits, labels)
@@ -321,6 +330,27 @@ def test_objects_of_another_kind():
         for measure in (predict, evaluate_model):
             with pytest.raises(TypeError, match=message):
                 measure(*given, table())
+    for measure in (predict, evaluate_model):
+        with pytest.raises(ValueError, match="IBViTForImageClassification are on the meta device"):
+            measure(student().to("meta"), PROCESSOR, table())
+
+
+def test_labels_may_be_missing(caplog):
+    model, dataset = plain(), table()
+    expected = predict(model, PROCESSOR, dataset)
+    unnamed = predict(model, PROCESSOR, dataset.remove_columns("label"))
+    assert unnamed.keys() == {"logits"}
+    labels = [None if n in (2, 5) else label for n, label in enumerate(dataset["label"])]
+    mixed = Dataset.from_dict({**dataset[:], "label": labels}, features=dataset.features)
+    outputs = predict(model, PROCESSOR, mixed)
+    for found in (unnamed, outputs):
+        np.testing.assert_array_equal(found["logits"], expected["logits"])
+    assert outputs["labels"].tolist() == [-100 if label is None else label for label in labels]
+    labelled = dataset.select([n for n in range(len(dataset)) if n not in (2, 5)])
+    assert evaluate_model(model, PROCESSOR, mixed) == pytest.approx(evaluate_model(model, PROCESSOR, labelled))
+    assert "2 of 11 rows have no label" in caplog.text
+    with pytest.raises(ValueError, match="no label column"):
+        evaluate_model(model, PROCESSOR, dataset.remove_columns("label"))
 
 
 def test_models_that_return_tuples():

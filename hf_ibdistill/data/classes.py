@@ -208,6 +208,8 @@ def encode_labels(splits: DatasetDict) -> DatasetDict:
             len(ids["train"]),
             unlabelled[:10].tolist(),
         )
+    if len(names) < 2:
+        raise ValueError(f"The labels have one class only, {names[0]!r}; a classifier needs two.")
     for name, labels in ids.items():
         untaught = np.setdiff1d(labels, ids["train"])
         if len(untaught):
@@ -261,10 +263,15 @@ def _value_reader(rows, split):
         names = normalize_names(feature.names)
         return lambda value: value if value is None or not 0 <= value < len(names) else names[value]
     if feature.dtype in _TEXT:
-        return lambda value: value if value is None else unicodedata.normalize("NFC", value)
-    if feature.dtype == "bool" or "int" in feature.dtype:
+        empty = np.flatnonzero(pc.equal(label_values(rows), "").fill_null(False).to_numpy())
+        if not len(empty):
+            return lambda value: value if value is None else unicodedata.normalize("NFC", value)
+        what = (
+            f"{len(empty)} rows (first {empty[:10].tolist()}) have an empty text, and a row without a label has null"
+        )
+    elif feature.dtype == "bool" or "int" in feature.dtype:
         return lambda value: value
-    if feature.dtype.startswith("float"):
+    elif feature.dtype.startswith("float"):
         values = label_values(rows).fill_null(-1).to_numpy()
         # pandas makes floats of numbers if one of them is missing.
         wrong = np.flatnonzero(values != np.round(values))

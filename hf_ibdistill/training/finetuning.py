@@ -14,8 +14,10 @@ def _parts(model: PreTrainedModel) -> tuple[list[nn.Parameter], list[nn.Module]]
     """The parameters before the layers of a backbone, its embeddings or stem, and the layers."""
     backbone = model.base_model
     for path, module in backbone.named_modules():
-        name = path.rpartition(".")[2]
-        if name in ("layers", "layer", "stages", "blocks") and isinstance(module, (nn.ModuleList, nn.Sequential)):
+        *above, name = path.split(".")
+        # A list in an entry of another list holds a part of the layers.
+        is_whole = name in ("layers", "layer", "stages", "blocks") and not any(part.isdigit() for part in above)
+        if is_whole and isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module):
             first = next(module.parameters())
             return list(itertools.takewhile(partial(operator.is_not, first), backbone.parameters())), list(module)
     raise ValueError(
@@ -26,7 +28,7 @@ def _parts(model: PreTrainedModel) -> tuple[list[nn.Parameter], list[nn.Module]]
 
 def freeze_layers(model: PreTrainedModel, num_layers: int) -> None:
     """Freeze what comes before the layers, and the first `num_layers` layers (stages, blocks) of a model; 0 freezes
-    nothing.
+    nothing. What is frozen stays in evaluation mode, as in [`freeze_backbone`].
 
     Raises:
         ValueError: the model has fewer layers than `num_layers`, or no list of layers.
@@ -39,6 +41,14 @@ def freeze_layers(model: PreTrainedModel, num_layers: int) -> None:
     if num_layers:
         for parameter in [*before, *(p for layer in layers[:num_layers] for p in layer.parameters())]:
             parameter.requires_grad_(False)
+        for module in model.modules():
+            parameters = list(module.parameters())
+            if parameters and not any(parameter.requires_grad for parameter in parameters):
+                _keep_in_evaluation_mode(module)
+
+
+def _keep_in_evaluation_mode(module):
+    module.register_forward_pre_hook(lambda module, _: module.eval() and None)
 
 
 def freeze_backbone(model: PreTrainedModel) -> None:
@@ -50,7 +60,7 @@ def freeze_backbone(model: PreTrainedModel) -> None:
     for name, module in model.named_modules():
         is_above_a_head = any(head.startswith(f"{name}." if name else "") for head in heads)
         if not is_above_a_head:
-            module.register_forward_pre_hook(lambda module, _: module.eval() and None)
+            _keep_in_evaluation_mode(module)
 
 
 def layer_decay_groups(

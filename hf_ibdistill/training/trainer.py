@@ -27,6 +27,9 @@ from .publishing import PublishingTrainer
 logger = logging.getLogger(__name__)
 
 
+_BATCH_NORMS = torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.SyncBatchNorm
+
+
 class _StartEpoch(TrainerCallback, ExportableState):
     """Switches the training rows to the views of the epoch, even if training resumes in the middle of it.
 
@@ -298,7 +301,18 @@ class ImageClassificationTrainer(PublishingTrainer):
                 f"dataloader_drop_last=True leaves no batch: the training set has {len(self.train_dataset)} rows, a step takes "
                 f"{self.args.train_batch_size * self.args.world_size}. Set it to False, or take smaller batches."
             )
+        if self._last_batch_has_one_row() and any(isinstance(m, _BATCH_NORMS) for m in self.model.modules()):
+            logger.warning(
+                "The last batch of an epoch has one row, which batch norm may not be able to normalize. Set "
+                "dataloader_drop_last=True, or take another batch size than %d.",
+                self.args.train_batch_size,
+            )
         return self._with_own_generator(loader)
+
+    def _last_batch_has_one_row(self) -> bool:
+        if isinstance(self.train_dataset, StreamedImageRows) or self.args.dataloader_drop_last:
+            return False
+        return self.args.train_batch_size > 1 and len(self.train_dataset) % self.args.train_batch_size == 1
 
     def _with_own_generator(self, loader):
         # Otherwise loaders would draw seeds from the generator that dropout uses, and more of them after resuming.
@@ -310,6 +324,11 @@ class ImageClassificationTrainer(PublishingTrainer):
             if eval_dataset is None or isinstance(eval_dataset, str) or eval_dataset is self.eval_dataset:
                 self._wrap_eval_dataset()
                 name = eval_dataset if isinstance(eval_dataset, str) else None
+                known = list(self.eval_dataset) if isinstance(self.eval_dataset, dict) else []
+                if name is not None and name not in known:
+                    raise ValueError(
+                        f'eval_dataset="{name}" is none of the evaluation sets {known}. Pass one, or a table.'
+                    )
                 return self._with_own_generator(super().get_eval_dataloader(name))
             # Not `Trainer.get_eval_dataloader`: with persistent workers it returns the loader of the table before.
             loader = super().get_test_dataloader(self._rows(eval_dataset, "evaluation set"))

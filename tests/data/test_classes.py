@@ -196,6 +196,11 @@ def test_a_training_split_needs_a_label():
         encode(train=table([0, 2, None]), test=table([0, 1]))
 
 
+def test_one_class_is_not_enough():
+    with pytest.raises(ValueError, match="one class only, 'cat'"):
+        encode(train=table(["cat"] * 3, STRING))
+
+
 def test_labelled_rows_are_chosen_and_the_others_reported(caplog):
     assert labelled_rows(table([0, 1]), "The table")["label"][:] == [0, 1] and not caplog.records
     assert labelled_rows(table([2, None, 0, -1]), "The table")["label"][:] == [2, 0]
@@ -234,6 +239,7 @@ def test_labels_of_other_types_become_classes(labels, feature, names):
         ([1.0, 0.5, 2.0], Value("float32"), "row 1 is 0.5"),
         ([1.0, float("inf")], Value("float64"), "row 1 is inf"),
         ([b"cat", b"dog"], Value("binary"), "binary"),
+        (["cat", None, "dog", ""], STRING, r"\[3\].*empty text"),
     ],
 )
 def test_labels_that_are_no_classes_are_refused(labels, feature, words):

@@ -108,6 +108,13 @@ def test_links_are_read_and_loops_refused(tmp_path):
         open_folder(root)
 
 
+@pytest.mark.parametrize("name", ["unlabelled", "Unlabeled"])
+def test_a_folder_of_images_without_labels_is_no_class(name, tmp_path):
+    make_tree(tmp_path, ["cat/1.png", "dog/1.png", f"{name}/1.png"])
+    with pytest.raises(ValueError, match=f'"{name}".*unlabelled={name}'):
+        open_folder(tmp_path)
+
+
 def test_composed_and_decomposed_names_are_one_class(tmp_path):
     names = [unicodedata.normalize(form, "café") for form in ("NFC", "NFD")]
     make_tree(tmp_path, [f"train/{names[0]}/1.png", "train/bar/1.png", f"validation/{names[1]}/2.png"])

@@ -117,17 +117,35 @@ def test_wrong_sources_are_refused(labelled, tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         load_image_dataset(labelled, unlabelled=tmp_path / "nowhere")
     with pytest.raises(TypeError, match="unlabelled is a int"):
-        load_image_dataset(labelled, unlabelled=3)
+        load_image_dataset(tmp_path / "not opened", unlabelled=3)
     write_class_folders(tmp_path / "tree" / "train", start=100)
     write_class_folders(tmp_path / "tree" / "Test", start=200)
     with pytest.raises(ValueError, match="split folders Test"):
         load_image_dataset(labelled, unlabelled=tmp_path / "tree")
     broken = Dataset.from_dict({"image": [{"path": None, "bytes": b"none"}]}, features=Features({"image": Image()}))
-    with pytest.raises(ValueError, match="Row 0 of the images"):
+    with pytest.raises(ValueError, match="unlabelled=Dataset has 1 images that cannot be decoded.*Row 0"):
         load_image_dataset(labelled, unlabelled=broken)
     no_image = Dataset.from_dict({"number": [1]}, features=Features({"number": Value("int64")}))
-    with pytest.raises(ValueError, match="no image column.*number"):
+    with pytest.raises(ValueError, match="unlabelled=Dataset.*no image column.*number"):
         load_image_dataset(labelled, unlabelled=no_image)
+
+
+def test_other_columns_of_the_source_do_not_matter(labelled):
+    other = of_images([100, 101], "photo").add_column("image", ["a", "b"]).add_column("label", [[1], [2]])
+    check(load_image_dataset(labelled, unlabelled=other.add_column("class", [0, 1])), [100, 101])
+    check(load_image_dataset(labelled, unlabelled=other.to_iterable_dataset()), [100, 101])
+
+
+def test_images_with_labels_that_cannot_be_decoded_are_left_to_whoever_reads_them(tmp_path, caplog):
+    parts = {split: table([0, 1, 2], start=start) for split, start in (("train", 0), ("validation", 50), ("test", 60))}
+    for split in ("train", "validation"):
+        cells = [{"path": None, "bytes": b"none"}, *map(cell, numbers(parts[split])[1:])]
+        parts[split] = Dataset.from_dict({**parts[split][:], "image": cells}, features=parts[split].features)
+    source = save(tmp_path, **parts)
+    assert len(load_image_dataset(source, unlabelled=of_images([100]))["train"]) == 4
+    assert '1 images of the split "validation" cannot be decoded' in caplog.text and "Row 0" in caplog.text
+    with pytest.raises(ValueError, match="2 images .*1 in the validation split, 1 in the test"):
+        load_image_dataset(source, unlabelled=of_images([51, 60]))
 
 
 @pytest.mark.parametrize(("mode", "size"), [("L", (2, 2)), ("RGB", (5, 7))])

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, List, Value
-from transformers import ViTImageProcessor
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from hf_ibdistill import (
     DistillationArguments,
@@ -56,6 +56,12 @@ def small_student(seed=1, names=CLASSES, **overrides):
     shape = {"image_size": 8, "patch_size": 4, "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
     settings = {**shape, "intermediate_size": 32, "initializer_range": 0.2, **class_settings(names), **overrides}
     return IBViTForImageClassification(IBViTConfig(**settings))
+
+
+def plain_vit(kind=ViTForImageClassification):
+    torch.manual_seed(3)
+    shape = {"image_size": 8, "patch_size": 4, "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    return kind(ViTConfig(**shape, intermediate_size=32, initializer_range=0.2, **class_settings()))
 
 
 def small_images(num_rows=NUM_ROWS, seed=0):

@@ -19,7 +19,7 @@ from hf_ibdistill import (
     freeze_layers,
     layer_decay_groups,
 )
-from hf_ibdistill.students import build_student
+from hf_ibdistill.students import build_student, head_parameters
 from hf_ibdistill.training.finetuning import freeze_backbone
 
 
@@ -206,6 +206,36 @@ def test_a_linear_probe_leaves_the_backbone_as_it_is(architecture):
     # An untrained network may have features of 0, which give the weights of the head no gradient.
     assert changed and changed <= heads and len(heads) == 2
     assert not [name for name, p in model.named_parameters() if p.requires_grad and name not in heads]
+
+
+@pytest.mark.parametrize("architecture", ["timm/pit_ti_224", "swiftformer"])
+def test_layers_in_lists_of_lists_are_not_taken_for_all_layers(architecture):
+    model = build_student(architecture, num_labels=3)
+    with pytest.raises(ValueError, match="has no list of layers"):
+        freeze_layers(model, 1)
+
+
+def test_frozen_layers_keep_their_batch_norms_and_the_others_learn():
+    model = build_student("resnet", num_labels=3, **OTHERS["resnet"][0])
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    freeze_layers(model, 1)
+    model.train()(pixel_values=torch.rand(4, 3, 32, 32))
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, expected[name])}
+    assert changed and all(name.startswith("resnet.encoder.stages.1.") for name in changed)
+
+
+def test_a_linear_probe_finds_the_head_among_adapters_and_when_compiled():
+    fields = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = build_student("dinov2", image_size=32, num_labels=3, **fields)
+    query = next(module for name, module in model.named_modules() if name.endswith("query"))
+    query.base_layer = torch.nn.Linear(16, 16)  # as adapters rename weights
+    heads = {"classifier.weight", "classifier.bias"}
+    assert head_parameters(model) == head_parameters(torch.compile(model)) == heads
+
+
+def test_a_model_without_a_head_is_named():
+    with pytest.raises(ValueError, match="Dinov2Model has no head"):
+        freeze_backbone(build_student("dinov2", image_size=32, hidden_size=16, num_attention_heads=2).base_model)
 
 
 # Freezing

@@ -1056,6 +1056,21 @@ def test_rows_of_no_class(trainer_class, table, tmp_path):
         hf_ibdistill.evaluate_model(small_student(), PROCESSOR, broken)
 
 
+def test_an_evaluation_set_that_does_not_exist(table, tmp_path):
+    trainer = distill(tmp_path, table, eval_dataset={"day": table}, train=False)
+    with pytest.raises(ValueError, match=r'eval_dataset="night".*\[\'day\'\]'):
+        trainer.evaluate("night")
+
+
+@pytest.mark.parametrize(("size", "is_reported"), [(5, True), (8, False), (15, True), (1, False)])
+def test_a_last_batch_of_one_row_is_reported_for_batch_norm(size, is_reported, table, tmp_path, caplog):
+    for model, has_batch_norm in ((small_teacher("convolution"), True), (small_student(), False)):
+        caplog.clear()
+        settings = {"trainer_class": ImageClassificationTrainer, "per_device_train_batch_size": size, "train": False}
+        distill(tmp_path, table, model, **settings).get_train_dataloader()
+        assert ("last batch of an epoch has one row" in caplog.text) == (is_reported and has_batch_norm)
+
+
 @BOTH_TRAINERS
 def test_objects_of_another_kind(trainer_class, table, tmp_path):
     given = {"args": arguments(tmp_path), "train_dataset": table, "processing_class": PROCESSOR}

@@ -13,9 +13,9 @@ from distilling import (
     PROCESSOR,
     arguments,
     assert_same_weights,
-    class_settings,
     distill,
     logged,
+    plain_vit,
     small_images,
     small_student,
     small_teachers,
@@ -23,7 +23,7 @@ from distilling import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import ViTForImageClassification
 
 from hf_ibdistill import EnsembleDistillationTrainer, ImageClassificationTrainer, evaluate_and_save, predict
 from hf_ibdistill.training.losses import UNLABELLED_TARGETS
@@ -34,12 +34,6 @@ class NoKwargsForImageClassification(ViTForImageClassification):
 
     def forward(self, pixel_values, labels=None):
         return super().forward(pixel_values, labels=labels)
-
-
-def plain_vit(kind=ViTForImageClassification):
-    torch.manual_seed(3)
-    shape = {"image_size": 8, "patch_size": 4, "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
-    return kind(ViTConfig(**shape, intermediate_size=32, initializer_range=0.2, **class_settings()))
 
 
 STUDENTS = {
