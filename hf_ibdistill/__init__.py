@@ -36,7 +36,7 @@ _PUBLIC_NAMES = {
     "recording.recorder": ["record_teacher_logits"],
     "recording.verification": ["verify_teacher_logits"],
     "rednet": ["convert_rednet_checkpoint"],
-    "students": ["load_image_processor", "load_student"],
+    "students": ["build_student", "load_image_processor", "load_student"],
     "teachers": ["Teacher", "load_teachers"],
     "training.arguments": ["DistillationArguments", "ImageTrainingArguments"],
     "training.finetuning": ["freeze_layers", "layer_decay_groups"],

@@ -44,7 +44,7 @@ def top_k_accuracy(logits: np.ndarray, labels: np.ndarray, k: int = 1) -> float:
         labels: (N,) class ids.
         k: number of classes that count.
     """
-    return float(_is_in_top_k(_on_cpu(logits), _on_cpu(labels), k).mean())
+    return float(_is_in_top_k(*_check(logits, labels), k).mean())
 
 
 def negative_log_likelihood(logits: np.ndarray, labels: np.ndarray) -> float:
@@ -54,7 +54,7 @@ def negative_log_likelihood(logits: np.ndarray, labels: np.ndarray) -> float:
         logits: (N, C).
         labels: (N,) class ids.
     """
-    return float(_surprise(_on_cpu(logits), _on_cpu(labels)).mean())
+    return float(_surprise(*_check(logits, labels)).mean())
 
 
 def expected_calibration_error(logits: np.ndarray, labels: np.ndarray, num_bins: int = 15) -> float:
@@ -65,13 +65,25 @@ def expected_calibration_error(logits: np.ndarray, labels: np.ndarray, num_bins:
         labels: (N,) class ids.
         num_bins: number of bins between 0 and 1.
     """
-    gaps = _calibration_gaps(_on_cpu(logits), _on_cpu(labels), num_bins)
+    gaps = _calibration_gaps(*_check(logits, labels), num_bins)
     return float(gaps.abs().sum() / len(logits))
 
 
 def _on_cpu(values: np.ndarray | torch.Tensor) -> torch.Tensor:
     # Not every accelerator has float64.
     return torch.as_tensor(values).cpu()
+
+
+def _check(logits, labels) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both as tensors; `ValueError` if a label is no class, as of a row without one."""
+    logits, labels = _on_cpu(logits), _on_cpu(labels)
+    wrong = int(((labels < 0) | (labels >= logits.shape[-1])).sum())
+    if wrong:
+        raise ValueError(
+            f"labels: {wrong} of {len(labels)} are none of the {logits.shape[-1]} classes, as of rows without a label. Leave "
+            "these rows out."
+        )
+    return logits, labels
 
 
 def _is_in_top_k(logits: torch.Tensor, labels: torch.Tensor, k: int) -> torch.Tensor:
@@ -150,7 +162,7 @@ class RunningMetrics:
         teacher_logits: np.ndarray | torch.Tensor | None = None,
     ) -> None:
         """Count a batch; arguments are those of [`classification_metrics`]. Every row needs a label."""
-        logits, labels = _on_cpu(logits), _on_cpu(labels)
+        logits, labels = _check(logits, labels)
         sums = {"accuracy": _is_in_top_k(logits, labels, 1)}
         if logits.shape[1] > 5:
             sums["top_5_accuracy"] = _is_in_top_k(logits, labels, 5)

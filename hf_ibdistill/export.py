@@ -29,7 +29,8 @@ class _Logits(nn.Module):
         self.model = model
 
     def forward(self, pixel_values):
-        return self.model(pixel_values=pixel_values).logits
+        outputs = self.model(pixel_values=pixel_values)
+        return outputs[0] if isinstance(outputs, tuple) else outputs["logits"]
 
 
 def export_program(model: PreTrainedModel, image_processor: BaseImageProcessor) -> torch.export.ExportedProgram:
@@ -46,6 +47,9 @@ def export_program(model: PreTrainedModel, image_processor: BaseImageProcessor) 
         number from 1. The height and width are those that the image processor gives. The logits of a student are the fused
         prediction.
 
+    Raises:
+        ValueError: `torch.export` cannot trace the model.
+
     Example:
 
     ```python
@@ -58,7 +62,10 @@ def export_program(model: PreTrainedModel, image_processor: BaseImageProcessor) 
     pixels = pixel_values([new_image("RGB", (64, 64))] * 2, {"model": image_processor})["model"]
     shapes = {"pixel_values": {0: torch.export.Dim("batch")}}
     with torch.no_grad():
-        return torch.export.export(_Logits(model).eval(), (), {"pixel_values": pixels}, dynamic_shapes=shapes)
+        try:
+            return torch.export.export(_Logits(model).eval(), (), {"pixel_values": pixels}, dynamic_shapes=shapes)
+        except Exception as error:  # whatever the code of any model raises
+            raise ValueError(f"{type(model).__name__} cannot be traced by torch.export: {error}") from error
 
 
 def export_onnx(model: PreTrainedModel, image_processor: BaseImageProcessor, path: str | os.PathLike) -> Path:
@@ -76,6 +83,7 @@ def export_onnx(model: PreTrainedModel, image_processor: BaseImageProcessor, pat
 
     Raises:
         ImportError: onnx or onnxscript is not installed.
+        ValueError: as from [`export_program`], or ONNX lacks an operator of the model.
 
     Example:
 
@@ -88,7 +96,13 @@ def export_onnx(model: PreTrainedModel, image_processor: BaseImageProcessor, pat
     check_installed("onnx", "onnxscript")
     program = export_program(model, image_processor)
     names = {"input_names": ["pixel_values"], "output_names": ["logits"]}
-    write_whole(path, torch.onnx.export(program, **names, dynamo=True, verbose=False).save)
+    try:
+        exported = torch.onnx.export(program, **names, dynamo=True, verbose=False)
+    except torch.onnx.errors.OnnxExporterError as error:
+        raise ValueError(
+            f"{type(model).__name__} cannot be written as ONNX ({type(error).__name__}: {error.__cause__}). Use export_program."
+        ) from error
+    write_whole(path, exported.save)
     return Path(path)
 
 

@@ -144,7 +144,7 @@ class StreamedImageRows(_RowDecoder, torch.utils.data.IterableDataset):
 
     Raises:
         ValueError: `datasets` would take wrong rows out of a shuffled stream. On reading, if an image cannot be decoded or
-            logits are not finite; the message counts rows from the first that this worker was given.
+            logits are not finite, a label is no class, or no row has a label; the message counts rows from the first that this worker was given.
     """
 
     def __init__(
@@ -181,7 +181,7 @@ class StreamedImageRows(_RowDecoder, torch.utils.data.IterableDataset):
         table = self._encoded
         if worker is not None:
             table = split_dataset_by_node(table, rank=worker.id, world_size=worker.num_workers)
-        first = 0
+        first = count = 0
         for batch in table.iter(batch_size=64):
             logits = {name: self._decode_logits(decode, name, batch[name]) for name in self.logits_columns}
             for number, row in enumerate(_as_rows(batch, logits), first):
@@ -189,10 +189,19 @@ class StreamedImageRows(_RowDecoder, torch.utils.data.IterableDataset):
                     # A stream cannot be checked before it is trained on.
                     if not np.isfinite(row[name]).all():
                         raise ValueError(f'Row {number}: the column "{name}" has missing, NaN or infinite logits.')
-                if self.labelled_only and row[LABEL] in (None, -1):
+                label = row.get(LABEL)
+                if None not in (label, self.num_classes) and not -1 <= label < self.num_classes:
+                    raise ValueError(
+                        f"Row {number}: the label {label} is no class. There are {self.num_classes}; −1 marks a row without one."
+                    )
+                if self.labelled_only and label in (None, -1):
                     continue
+                count += 1
                 yield number, row
             first += len(batch)
+        # Another worker may have rows with a label.
+        if worker is None and first > count == 0:
+            raise ValueError(f"None of {first} rows of the stream has a label. Add labelled images of every class.")
 
     def _shuffle(self, rows: Iterator) -> Iterator:
         random, held = np.random.default_rng((self.seed, int(self._epoch))), []

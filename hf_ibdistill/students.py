@@ -8,6 +8,7 @@ import os
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from PIL.Image import new as new_image
 from transformers import (
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
     AutoConfig,
@@ -20,10 +21,11 @@ from transformers import (
 )
 
 from .data.classes import config_class_names
+from .images.preprocessing import pixel_values
 from .models.configuration_ibvit import IBViTConfig
 from .models.conversion_vit import interpolate_positions
 from .models.modeling_ibvit import IBViTForImageClassification
-from .teachers import explain_loading, load_model
+from .teachers import explain_loading, load_model, missing_weights
 
 
 logger = logging.getLogger(__name__)
@@ -48,7 +50,7 @@ def load_student(
         teacher_names: as in [`IBViTConfig`]. `None` keeps the model's own, which suits fine-tuning without teachers,
             because the other tokens attend to them. Without effect on other families, which have no tokens.
         kwargs: fields of the configuration to change, such as those of [`class_config`], and for an IBViT `image_size` and
-            `fusion`. `None` keeps the field of the checkpoint.
+            `fusion`. `None` keeps the field of the checkpoint. `image_size` has no effect on other families.
 
     Raises:
         TypeError: `name_or_path` is no path, or a field does not exist.
@@ -70,7 +72,7 @@ def load_student(
     with explain_loading("The student", name_or_path):
         model_type = PreTrainedConfig.get_config_dict(name_or_path)[0].get("model_type")
     if model_type not in (IBViTConfig.model_type, "vit", "deit"):
-        # Other families take images of any size, or resize their position embeddings themselves.
+        # Most take images of any size; `check_fit` finds the others.
         kwargs.pop("image_size", None)
         return load_with_classes(name_or_path, "The student", **kwargs)
     with explain_loading("The student", name_or_path):
@@ -127,7 +129,7 @@ def load_with_classes(name_or_path: str | os.PathLike, owner: str = "The model",
     for name, value in kwargs.items():
         setattr(config, name, value)
     heads = head_parameters(model)
-    missing = set(info["missing_keys"]) & dict(model.named_parameters()).keys()
+    missing = set(missing_weights(model, info))
     if missing - heads:
         raise ValueError(
             f"{owner} in {name_or_path} has no weights for {', '.join(sorted(missing - heads)[:4])}. Give a trained model."
@@ -139,8 +141,17 @@ def load_with_classes(name_or_path: str | os.PathLike, owner: str = "The model",
     if missing or not has_same_classes:
         logger.warning("%s gets a new head for %d classes; train it.", owner, config.num_labels)
         weights = {name: tensor for name, tensor in weights.items() if name not in heads}
+        # A head for several labels an image becomes one for one.
+        config.problem_type = None
     new = type(model)(config)
-    new.load_state_dict(weights, strict=False)
+    try:
+        unfilled = set(new.load_state_dict(weights, strict=False).missing_keys) - heads
+    except RuntimeError as error:  # weights of another shape
+        raise ValueError(f"{owner} in {name_or_path} does not fit {kwargs}: {error}") from error
+    if unfilled:
+        raise ValueError(
+            f"{owner} in {name_or_path} has no weights for {', '.join(sorted(unfilled)[:4])} with {kwargs}."
+        )
     new.config.name_or_path = new.name_or_path = str(name_or_path)
     return new.eval()
 
@@ -151,7 +162,7 @@ def build_student(architecture: str, image_size: int | None = None, **fields: ob
     Args:
         architecture: a model type of transformers, such as `"mobilenet_v2"`, `"resnet"` or `"convnext"`; or
             `"timm/"` with a name of timm, such as `"timm/mobilenetv3_small_100"`.
-        image_size: side of its images in pixels, for configurations with such a field.
+        image_size: side of its images in pixels, for configurations with such a field, or with one in `vision_config`.
         fields: of its configuration, such as `hidden_sizes` and those of [`class_config`]. For timm those of
             [`class_config`], and arguments of `timm.create_model`.
 
@@ -180,6 +191,8 @@ def build_student(architecture: str, image_size: int | None = None, **fields: ob
     _refuse_unknown({key: value for key, value in fields.items() if not hasattr(defaults, key)}, defaults)
     if image_size is not None and hasattr(defaults, "image_size"):
         fields.setdefault("image_size", image_size)
+    elif image_size is not None and hasattr(defaults, "vision_config"):
+        fields["vision_config"] = {"image_size": image_size, **fields.get("vision_config", {})}
     try:
         # Some families have several classes; the first is the plain one.
         model_class = found[0] if isinstance(found, (tuple, list)) else found
@@ -191,13 +204,22 @@ def build_student(architecture: str, image_size: int | None = None, **fields: ob
 
 
 def head_parameters(model: PreTrainedModel) -> set[str]:
-    """The names of the parameters of a classifier whose shape depends on the number of its classes."""
+    """The names of the parameters of a classifier whose shape depends on the number of its classes.
+
+    Raises:
+        ValueError: there are none.
+    """
+    model = getattr(model, "_orig_mod", model)
     config = copy.deepcopy(model.config)
     config.num_labels = model.config.num_labels + 1
     with torch.device("meta"):
         other = type(model)(config)
     shapes = {name: parameter.shape for name, parameter in other.named_parameters()}
-    return {name for name, parameter in model.named_parameters() if shapes.get(name) != parameter.shape}
+    # Parameters of adapters are in this model alone.
+    heads = {name for name, own in model.named_parameters() if shapes.get(name, own.shape) != own.shape}
+    if not heads:
+        raise ValueError(f"{type(model).__name__} has no head whose shape depends on the number of classes.")
+    return heads
 
 
 def _require_path(name_or_path):
@@ -243,12 +265,36 @@ def load_image_processor(name_or_path: str | os.PathLike, image_size: int | None
     Raises:
         OSError: there is no such image processor.
     """
-    sizes = {}
-    if image_size is not None:
-        # The processor of a DeiT cuts the middle out of a larger image.
-        side = {"height": image_size, "width": image_size}
-        sizes = {"size": side, "crop_size": side}
+    processor = AutoImageProcessor.from_pretrained(name_or_path)
+    if image_size is None:
+        return processor
+    # The processor of a DeiT cuts the middle out of a larger image.
+    side = {"height": image_size, "width": image_size}
+    sizes = {"size": side, "crop_size": side}
+    if getattr(processor, "crop_pct", None) and not getattr(processor, "do_center_crop", None):
+        # That of a ConvNeXt cuts out a square itself, and takes no other size.
+        sizes = {"size": {"shortest_edge": image_size}}
     return AutoImageProcessor.from_pretrained(name_or_path, **sizes)
+
+
+def check_fit(model: PreTrainedModel, image_processor: BaseImageProcessor) -> None:
+    """Run a classifier on one gray image, before time is spent.
+
+    Raises:
+        ValueError: the model fails on what its image processor makes.
+    """
+    pixels = pixel_values([new_image("RGB", (64, 64))], {"model": image_processor})["model"]
+    was_training = model.training
+    try:
+        with torch.no_grad():
+            model.eval()(pixel_values=pixels.to(model.device, model.dtype))
+    except Exception as error:  # whatever the code of any model raises
+        raise ValueError(
+            f"{type(model).__name__} fails on images of shape {tuple(pixels.shape[1:])}: {error}. Set image_size to a size "
+            "that it takes."
+        ) from error
+    finally:
+        model.train(was_training)
 
 
 def default_patch_size(image_size: int) -> int:

@@ -9,6 +9,7 @@ import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 
 import torch
@@ -68,19 +69,21 @@ class Teacher:
             ValueError: the teacher lacks a class, or `classes` does not fit; the message names the difference.
         """
         names = normalize_names(config_class_names(self.model.config, self._title))
+        wanted = normalize_names(expected)
+        self._matched = None
         if self.classes is not None:
-            self._matched = {name: self._numbers_of(name, names) for name in expected}
-            unknown = [name for name in self.classes if name not in self._matched]
+            unknown = [name for name in self.classes if name not in wanted]
             if unknown:
                 raise ValueError(
                     f"The classes for {self._title} have {unknown[:10]}, which the dataset has not: {list(expected)[:10]}."
                 )
-            used = [number for numbers in self._matched.values() for number in numbers]
+            matched = {name: self._numbers_of(normal, names) for name, normal in zip(expected, wanted)}
+            used = [number for numbers in matched.values() for number in numbers]
             if len(set(used)) < len(used):
                 twice = sorted({names[number] for number in used if used.count(number) > 1})
                 raise ValueError(f"The classes for {self._title} use {twice[:10]} twice. Give each class once.")
+            self._matched = matched
             return
-        wanted = normalize_names(expected)
         if names != wanted and set(wanted) <= set(names) and len(set(names)) == len(names):
             self._matched = {name: [names.index(normal)] for name, normal in zip(expected, wanted)}
             dropped = len(names) - len(self._matched)
@@ -95,8 +98,8 @@ class Teacher:
         """The numbers of the teacher's classes for a class of the dataset."""
         given = self.classes.get(name, name)
         numbers = []
-        for one in [given] if isinstance(given, (str, int)) else given:
-            is_number = isinstance(one, int) and not isinstance(one, bool)
+        for one in given if isinstance(given, list) else [given]:
+            is_number = isinstance(one, int)
             if (one not in range(len(names))) if is_number else (names.count(one) != 1):
                 raise ValueError(
                     f'The class "{name}" of the dataset is {one!r} for {self._title}, which has no such class, or several. Its '
@@ -177,7 +180,7 @@ class Teacher:
             **(
                 {}
                 if self.classes is None
-                else {"classes": {name: self.classes.get(name, name) for name in self.class_names}}
+                else {"classes": {name: self.classes.get(name, name) for name in normalize_names(self.class_names)}}
             ),
             "encoding": encoding.to_dict(),
             "bf16": self.bf16,
@@ -207,9 +210,14 @@ def require_model(model: object) -> None:
 
     Raises:
         TypeError: it is another object.
+        ValueError: its weights are on the meta device.
     """
     if not isinstance(getattr(model, "_orig_mod", model), PreTrainedModel):
-        raise TypeError(f"model={model!r} is no model of transformers. Pass what from_pretrained returns.")
+        # The `repr` of a module lists all its layers.
+        shown = f"<{type(model).__name__}>" if isinstance(model, torch.nn.Module) else repr(model)
+        raise TypeError(f"model={shown} is no model of transformers. Pass what from_pretrained returns.")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(f"The weights of {type(model).__name__} are on the meta device. Load them before it is used.")
 
 
 def without_autocast(model: PreTrainedModel) -> PreTrainedModel:
@@ -238,7 +246,7 @@ def load_teachers(
             not given are matched by name, and so are those of other teachers.
 
     Raises:
-        TypeError: `teachers` or `classes` is no mapping.
+        TypeError: `teachers` or `classes` is no mapping, or a class is neither a name nor a number.
         ValueError: no teacher, `classes` of another one, a name that cannot name a column, another kind of object, a model without an image
             processor, or a model with its own code without `trust_remote_code`.
         OSError: an id or folder that cannot be loaded.
@@ -256,8 +264,27 @@ def load_teachers(
         raise ValueError(f"classes are given for {others}, but the teachers are {list(teachers)}.")
     loaded = [_load_teacher(name, teacher, bf16, trust_remote_code) for name, teacher in teachers.items()]
     for teacher in loaded:
-        teacher.classes = classes.get(teacher.name)
+        if teacher.name in classes:
+            teacher.classes = _plain_classes(classes[teacher.name], teacher.name)
     return loaded
+
+
+def _plain_classes(mapping, teacher_name):
+    """The mapping as JSON holds it, with names in which an accented letter is one sign."""
+
+    def plain(value):
+        if isinstance(value, str):
+            return normalize_names([value])[0]
+        if isinstance(value, Integral) and not isinstance(value, bool):
+            return int(value)
+        if not isinstance(value, Sequence):
+            raise TypeError(
+                f'The classes for the teacher "{teacher_name}" have {value!r}. Give the name or number of a class, or a list '
+                "of these."
+            )
+        return [plain(one) for one in value]
+
+    return {plain(name): plain(value) for name, value in mapping.items()}
 
 
 def _load_teacher(name, teacher, bf16, trust_remote_code):
@@ -307,15 +334,24 @@ def load_classifier(source: _Path, owner: str = "The model", **options) -> PreTr
     """
     with explain_loading(owner, source):
         model, info = load_model(source, **options)
-    parameters = dict(model.named_parameters())
-    # An older student without teachers was saved without an empty tensor.
-    missing = sorted(name for name in info["missing_keys"] if name in parameters and parameters[name].numel())
+    missing = missing_weights(model, info)
     if missing:
         raise ValueError(
             f"{owner} has no {', '.join(missing[:4])}{' …' if missing[4:] else ''} in {source}. Give an image classifier "
             "with its head, trained on the classes of the dataset."
         )
     return model
+
+
+def missing_weights(model: PreTrainedModel, info: Mapping) -> list[str]:
+    """The parameters and statistics of a model that its checkpoint lacks, from what [`load_model`] reported."""
+    weights = model.state_dict()
+    # An older student without teachers was saved without an empty tensor, and older batch norms without their counts.
+    return sorted(
+        name
+        for name in info["missing_keys"]
+        if name in weights and weights[name].numel() and not name.endswith("num_batches_tracked")
+    )
 
 
 @contextmanager

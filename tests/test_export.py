@@ -189,3 +189,24 @@ def test_what_is_missing_is_named(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         quantize_onnx(tmp_path / "nowhere.onnx", tmp_path / "quantized.onnx")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_returns_tuples_is_exported():
+    model = ResNetForImageClassification(ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1])).eval()
+    model.config.return_dict = False
+    program = export_program(model, ViTImageProcessor(size={"height": 32, "width": 32}))
+    pixels = torch.rand(3, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(program.module()(pixel_values=pixels), model(pixel_values=pixels)[0])
+
+
+def test_a_model_that_cannot_be_traced_is_named(monkeypatch):
+    model = ResNetForImageClassification(ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1]))
+    forward = ResNetForImageClassification.forward
+
+    def branch(self, pixel_values, **kwargs):
+        return forward(self, pixel_values * 2 if pixel_values.sum() > 0 else pixel_values, **kwargs)
+
+    monkeypatch.setattr(ResNetForImageClassification, "forward", branch)
+    with pytest.raises(ValueError, match="ResNetForImageClassification cannot be traced"):
+        export_program(model, ViTImageProcessor(size={"height": 32, "width": 32}))

@@ -209,6 +209,20 @@ def test_logits_of_a_stream_that_are_not_finite_are_named():
         assert len(read) <= 66
 
 
+@pytest.mark.parametrize("label", [3, -2, -100])
+def test_a_label_of_a_stream_that_is_no_class_is_named(label):
+    table = cell_table([gray(0)] * 3).add_column("label", [0, -1, label])
+    with pytest.raises(ValueError, match=f"Row 2: the label {label} .* 3"):
+        list(StreamedImageRows(stream(table), ["label"], num_classes=3))
+
+
+def test_a_stream_without_any_label():
+    table = cell_table([gray(0)] * 3).add_column("label", [-1, None, -1])
+    assert len(list(StreamedImageRows(stream(table), ["label"], num_classes=3))) == 3
+    with pytest.raises(ValueError, match="None of 3 rows"):
+        list(StreamedImageRows(stream(table), ["label"], num_classes=3, labelled_only=True))
+
+
 def test_a_shuffled_stream_has_another_order_in_each_epoch():
     table = stream(cell_table([gray(i) for i in range(30)])).shuffle(seed=0, buffer_size=30)
     rows = StreamedImageRows(table, ["row"])

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import (
     BertConfig,
     BertModel,
+    ConvNextImageProcessor,
     DeiTConfig,
     DeiTForImageClassification,
     DeiTForImageClassificationWithTeacher,
@@ -24,7 +25,7 @@ from hf_ibdistill import (
     load_image_processor,
     load_student,
 )
-from hf_ibdistill.students import build_student, default_patch_size
+from hf_ibdistill.students import build_student, check_fit, default_patch_size
 
 
 SHAPE = {"image_size": 8, "patch_size": 2, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
@@ -262,12 +263,54 @@ def test_a_backbone_without_a_head_gets_one(tmp_path):
         load_student(tmp_path, **ANIMALS)
 
 
+def test_statistics_of_batch_norms_must_be_there(tmp_path):
+    build_student("resnet", **FAMILIES["resnet"], **ANIMALS).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if "running_mean" not in name}
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="no weights for .*running_mean"):
+        load_student(tmp_path, **ANIMALS)
+
+
+def test_a_head_for_several_labels_becomes_one_for_one(tmp_path):
+    build_student("resnet", **FAMILIES["resnet"], problem_type="multi_label_classification", **PLANTS).save_pretrained(
+        tmp_path
+    )
+    assert load_student(tmp_path, **ANIMALS).config.problem_type is None
+
+
 def test_a_field_of_the_configuration_may_change(tmp_path):
     build_student("dinov2", image_size=32, **FAMILIES["dinov2"], **ANIMALS).save_pretrained(tmp_path)
     student = load_student(tmp_path, drop_path_rate=0.5, **ANIMALS)
     assert student.config.drop_path_rate == 0.5
     with pytest.raises(TypeError, match="drop_rate=0.5 is no field of Dinov2Config"):
         load_student(tmp_path, drop_rate=0.5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_hidden_layers": 2}, "dinov2.encoder.layer.1.*num_hidden_layers"),
+        ({"hidden_size": 32}, "hidden_size.*32"),
+    ],
+)
+def test_a_field_that_the_weights_do_not_fit(fields, message, tmp_path):
+    build_student("dinov2", image_size=32, **FAMILIES["dinov2"], **ANIMALS).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"(?s)The student in {tmp_path}.*{message}"):
+        load_student(tmp_path, **fields, **ANIMALS)
+
+
+TOWER = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "patch_size": 8}
+
+
+def test_a_size_that_the_model_does_not_take_is_found_before_training():
+    model = build_student("siglip", image_size=48, vision_config=TOWER, **ANIMALS)
+    assert model.config.vision_config.image_size == 48
+    model.train()
+    check_fit(model, ViTImageProcessor(size={"height": 48, "width": 48}))
+    assert model.training
+    with pytest.raises(ValueError, match=r"SiglipForImageClassification .*\(3, 64, 64\).*image_size"):
+        check_fit(model, ViTImageProcessor(size={"height": 64, "width": 64}))
 
 
 @pytest.mark.parametrize(
@@ -306,6 +349,14 @@ def test_the_image_processor_follows_the_image_size(processor_class, tmp_path):
     assert (values[:, 0, 0] > values[:, 6, 6]).all() and (values[:, -1, -1] > values[:, 6, 6]).all()
     with pytest.raises(OSError):
         load_image_processor(tmp_path / "none")
+
+
+def test_the_image_processor_of_a_convnext_follows_the_image_size(tmp_path):
+    ConvNextImageProcessor(image_mean=[0.2, 0.3, 0.4]).save_pretrained(tmp_path)
+    processor = load_image_processor(tmp_path, 12)
+    assert list(processor.image_mean) == [0.2, 0.3, 0.4]
+    image = torch.randint(256, (3, 20, 40), dtype=torch.uint8)
+    assert processor(image, return_tensors="pt")["pixel_values"].shape == (1, 3, 12, 12)
 
 
 @pytest.mark.parametrize("size", [8, 16, 28, 32, 64, 96, 224])

@@ -1,8 +1,11 @@
 """Every form of a teacher, its logits, and the hash of its weights."""
 
 import copy
+import json
 import re
+import unicodedata
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -17,6 +20,8 @@ from transformers import (
 )
 
 from hf_ibdistill import IBResNetConfig, IBResNetForImageClassification, Teacher, load_teachers
+from hf_ibdistill.logits.encoding import LogitsEncoding
+from hf_ibdistill.teachers import require_model
 
 
 LABELS = {0: "cat", 1: "dog", 2: "owl"}
@@ -302,6 +307,58 @@ def test_numbers_of_classes_may_be_text_and_names_must_differ():
     model.config.id2label = {0: "cat", 1: "cat", 2: "owl"}
     with pytest.raises(ValueError, match=r'the teacher "a" .*dog'):
         teacher.match_classes(["cat", "dog", "owl"])
+
+
+@pytest.mark.parametrize("given", [("cat", 1), [0, "dog"], range(2), [np.int64(0), np.int32(1)]])
+@torch.no_grad()
+def test_classes_of_any_sequence_are_the_same_record(given):
+    model, pixels = small_model("resnet").eval(), torch.rand(2, 3, 8, 8)
+    (teacher,) = load_teachers({"a": (model, PROCESSOR)}, classes={"a": {"pet": given}})
+    teacher.match_classes(["pet", "owl"])
+    logits = model(pixels).logits
+    expected = torch.stack([logits[:, :2].logsumexp(1), logits[:, 2]], dim=1)
+    torch.testing.assert_close(teacher.logits(pixels), expected)
+    found = teacher.describe(LogitsEncoding())
+    assert json.loads(json.dumps(found)) == found
+
+
+@pytest.mark.parametrize("spelling", ["NFC", "NFD"])
+@pytest.mark.parametrize("other", ["NFC", "NFD"])
+def test_an_accented_letter_in_a_mapping_is_one_sign(spelling, other):
+    model = small_model("resnet")
+    model.config.id2label = {0: unicodedata.normalize(other, "b\u00e4r"), 1: "dog", 2: "owl"}
+    bear = unicodedata.normalize(spelling, "b\u00e4r")
+    for mapping, expected in (({"x": bear}, ["x", "dog"]), ({bear: 0}, [unicodedata.normalize(other, bear), "dog"])):
+        (teacher,) = load_teachers({"a": (model, PROCESSOR)}, classes={"a": mapping})
+        teacher.match_classes(expected)
+        assert list(teacher._matched.values()) == [[0], [1]]
+        assert 0 in teacher.describe(LogitsEncoding())["classes"].values() or mapping == {"x": bear}
+
+
+@pytest.mark.parametrize("wrong", [None, 1.0, True, {"cat": 1}, {0, 1}, [None]])
+def test_what_is_no_class_is_named(wrong):
+    with pytest.raises(
+        TypeError, match=f'teacher "a" .*{re.escape(repr(wrong[0] if isinstance(wrong, list) else wrong))}'
+    ):
+        load_teachers({"a": (small_model("resnet"), PROCESSOR)}, classes={"a": {"x": wrong}})
+
+
+def test_a_misspelled_class_of_the_dataset_is_the_one_that_is_named():
+    (teacher,) = load_teachers({"a": (small_model("resnet"), PROCESSOR)}, classes={"a": {"pett": "cat"}})
+    with pytest.raises(ValueError, match="pett"):
+        teacher.match_classes(["pet", "owl"])
+
+
+def test_classes_may_be_matched_again():
+    (teacher,) = load_teachers({"a": (small_model("resnet"), PROCESSOR)})
+    for expected in (["owl", "cat"], ["cat", "dog", "owl"], ["dog", "cat", "owl"]):
+        teacher.match_classes(expected)
+        assert teacher.class_names == expected
+
+
+def test_a_module_is_named_by_its_type_alone():
+    with pytest.raises(TypeError, match="^model=<Sequential> is"):
+        require_model(torch.nn.Sequential(torch.nn.Linear(1, 1)))
 
 
 class Packed(torch.nn.Module):

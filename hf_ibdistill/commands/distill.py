@@ -25,7 +25,7 @@ from ..logits.encoding import recorded_teachers
 from ..logits.provenance import described_teachers, stored_views
 from ..models.configuration_ibvit import IBViTConfig
 from ..models.modeling_ibvit import IBViTForImageClassification
-from ..students import build_student, default_patch_size, load_image_processor, load_student
+from ..students import build_student, check_fit, default_patch_size, load_image_processor, load_student
 from ..training.arguments import DistillationArguments
 from ..training.trainer import EnsembleDistillationTrainer, ImageClassificationTrainer
 from .arguments import MixedDataArguments, ViewArguments, check_output_dir, name_folders, parse, run, train_and_save
@@ -141,6 +141,7 @@ def main(arguments):
     set_seed(args.seed)
     names = student.names(splits["train"])
     model, processor = student.build(splits["train"], names)
+    check_fit(model, processor)
     shared = {
         "train_dataset": splits["train"],
         "eval_dataset": splits["validation"],

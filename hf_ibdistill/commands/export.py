@@ -15,6 +15,7 @@ import numpy as np
 from transformers import AutoImageProcessor
 from transformers.hf_argparser import HfArg
 
+from ..data.classes import labelled_rows
 from ..data.columns import IMAGE
 from ..evaluation import predict
 from ..export import check_installed, export_onnx, quantize_onnx
@@ -61,15 +62,16 @@ def main(arguments):
     data, export = parse("export", __doc__, arguments, DataArguments, ExportArguments)
     check_installed("onnxruntime")
     folder, splits = export.folder(), data.load()
-    split = splits[result_split(splits)]
+    split = result_split(splits)
+    split = labelled_rows(splits[split], f"The {split} split")
     trust = {"trust_remote_code": export.trust_remote_code}
     model = load_classifier(export.model, dtype="float32", **trust)
     processor = AutoImageProcessor.from_pretrained(export.model, **trust)
 
+    outputs = predict(model, processor, split, batch_size=export.batch_size)
     paths = [export_onnx(model, processor, folder / "model.onnx")]
     if export.quantize:
         paths.append(quantize_onnx(paths[0], folder / "model_quantized.onnx"))
-    outputs = predict(model, processor, split, batch_size=export.batch_size)
     accuracy = float((outputs["logits"].argmax(-1) == outputs["labels"]).mean())
     report = {"images": len(split), "accuracy": accuracy}
     found = onnx_logits(paths, ImageRows(split), processor, export.batch_size)

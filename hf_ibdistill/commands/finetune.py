@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from transformers import Trainer, set_seed
 from transformers.hf_argparser import HfArg
 
+from ..checks import check_numbers
 from ..data.classes import class_config
-from ..students import load_image_processor, load_student
+from ..students import check_fit, load_image_processor, load_student
 from ..training.arguments import ImageTrainingArguments
 from ..training.finetuning import freeze_backbone, freeze_layers, layer_decay_groups
 from ..training.trainer import ImageClassificationTrainer
@@ -52,6 +53,12 @@ class FineTuningArguments(ImageTrainingArguments):
     freeze_layers: int = HfArg(default=0, help="Freeze the embeddings and this many layers; 0 freezes nothing.")
     linear_probe: bool = HfArg(default=False, help="Freeze everything but the heads.")
 
+    def __post_init__(self):
+        super().__post_init__()
+        check_numbers(0, whole=True, freeze_layers=self.freeze_layers)
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"layer_decay={self.layer_decay} must be above 0 and at most 1.")
+
     def freeze(self, model) -> None:
         """Freeze what the arguments ask for."""
         if self.freeze_layers:
@@ -76,13 +83,15 @@ def main(arguments):
     set_seed(args.seed)
     classes = class_config(splits["train"])
     model = load_student(start.model, image_size=start.image_size, fusion=start.fusion, **classes)
+    processor = load_image_processor(start.model, start.image_size)
+    check_fit(model, processor)
     args.freeze(model)
     trainer = ImageClassificationTrainer(
         model,
         args,
         train_dataset=splits["train"],
         eval_dataset=splits["validation"],
-        processing_class=load_image_processor(start.model, start.image_size),
+        processing_class=processor,
         views=views.recipe(),
         optimizer_cls_and_kwargs=args.optimizer(model),
     )

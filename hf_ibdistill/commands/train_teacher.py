@@ -17,7 +17,7 @@ from ..data.classes import class_config
 from ..images.preprocessing import build_image_processor
 from ..models.configuration_ibresnet import IBResNetConfig
 from ..models.modeling_ibresnet import IBResNetForImageClassification
-from ..students import load_image_processor, load_with_classes
+from ..students import check_fit, load_image_processor, load_with_classes
 from ..training.trainer import ImageClassificationTrainer
 from .arguments import DataArguments, ViewArguments, parse, run, train_and_save
 from .finetune import FineTuningArguments
@@ -68,6 +68,7 @@ def main(arguments):
         title = "Fine-tuned teacher"
         model = load_with_classes(teacher.model, "The teacher", **classes)
         processor = load_image_processor(teacher.model, teacher.image_size)
+        check_fit(model, processor)
         args.freeze(model)
     trainer = ImageClassificationTrainer(
         model,

@@ -32,6 +32,8 @@ SPLIT_NAMES = {
     **dict.fromkeys(("validation", "valid", "val", "dev", "eval", "evaluation"), "validation"),
     **dict.fromkeys(("test", "testing", "holdout", "hold-out", "hold_out"), "test"),
 }
+# Of folders and splits; no class has such a name.
+UNLABELLED_NAMES = ("unlabelled", "unlabeled", "unsupervised")
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 # Files of the operating system, which nobody means as data.
 _SKIPPED = {"thumbs.db", "desktop.ini", "__macosx"}
@@ -145,6 +147,11 @@ def _open_classes(splits, root_files, root):
     names = sort_classes({name for classes in paths.values() for name in classes})
     if not names:
         raise ValueError(f"{root} holds no class folders: {_describe(root)}. {_ADVICE}")
+    for name in names:
+        if name.lower() in UNLABELLED_NAMES:
+            raise ValueError(
+                f'{root} has a class folder "{name}". Move it out of the classes, and give it as unlabelled={name}.'
+            )
     if len(names) == 1:
         raise ValueError(
             f'{root} has one class folder only, "{names[0]}"; a classifier needs two. If the class folders are inside it, '

@@ -5,7 +5,7 @@ import os
 from datasets import DatasetDict
 
 from .classes import encode_labels
-from .columns import as_image_table
+from .columns import as_image_table, require_table
 from .sources import open_source
 from .splits import drop_unlabelled_test, hold_out_validation, name_splits
 from .unlabelled import UnlabelledSource, add_unlabelled
@@ -54,6 +54,8 @@ def load_image_dataset(
     """
     if not isinstance(source, (str, os.PathLike)):
         raise TypeError(f"source is a {type(source).__name__}. Pass a folder, a file or a Hub id.")
+    if not (unlabelled is None or isinstance(unlabelled, (str, os.PathLike))):
+        require_table(unlabelled, "unlabelled", streams=True)
     splits = name_splits(open_source(source, load_kwargs), source)
     splits = as_image_table(splits, image_column, label_column)
     splits = encode_labels(drop_unlabelled_test(splits))

@@ -6,20 +6,20 @@ from collections import Counter
 
 import numpy as np
 import pyarrow as pa
-from datasets import ClassLabel, Dataset, DatasetDict, Image, IterableDataset, concatenate_datasets
+from datasets import Dataset, DatasetDict, Image, IterableDataset, concatenate_datasets
 from tqdm.auto import tqdm
 
 from ..images.decoding import decode_image
 from ..images.views import row_key
-from .columns import IMAGE, LABEL, as_image_table, require_table
-from .folders import open_images
+from .columns import IMAGE, as_image_table, label_candidates
+from .folders import UNLABELLED_NAMES, open_images
 from .sources import open_source
 
 
 logger = logging.getLogger(__name__)
 
 UnlabelledSource = str | os.PathLike | Dataset | IterableDataset
-_SPLIT_NAMES = ("train", "unlabelled", "unlabeled", "unsupervised")
+_SPLIT_NAMES = ("train", *UNLABELLED_NAMES)
 
 
 def add_unlabelled(splits: DatasetDict, source: UnlabelledSource, image_column: str | None = None) -> DatasetDict:
@@ -32,13 +32,20 @@ def add_unlabelled(splits: DatasetDict, source: UnlabelledSource, image_column: 
         image_column: the image column of the source; found if not given.
 
     Raises:
-        TypeError: `source` is of another kind.
         ValueError: the source is empty or unclear, an image cannot be decoded, or images are in the validation or the test
             split as well; the message has their number.
     """
     table, name = _open(source)
-    has_image_column = table.features is not None and image_column in table.features
-    table = as_image_table(table, image_column if has_image_column else None, needs_label=False)
+    features = table.features or {}
+    has_image_column, has_labels = image_column in features, bool(label_candidates(features))
+    if features:
+        # Whatever the other columns are, they cannot disturb.
+        images = [column for column, feature in features.items() if isinstance(feature, Image)]
+        table = table.select_columns([image_column] if has_image_column else images or list(features))
+    try:
+        table = as_image_table(table, image_column if has_image_column else None, needs_label=False)
+    except ValueError as error:
+        raise ValueError(f"unlabelled={name}: {error}") from error
     if isinstance(table, IterableDataset):
         features = table.select_columns([IMAGE]).features
         batches = list(table.select_columns([IMAGE]).with_format("arrow").iter(batch_size=1024))
@@ -47,7 +54,7 @@ def add_unlabelled(splits: DatasetDict, source: UnlabelledSource, image_column: 
         table = Dataset(content.cast(features.arrow_schema)).cast(features)
     if len(table) == 0:
         raise ValueError(f"unlabelled={name} holds no image. Give at least one.")
-    if any(isinstance(feature, ClassLabel) for feature in table.features.values()) or LABEL in table.column_names:
+    if has_labels:
         logger.warning("unlabelled=%s has labels. They are left out.", name)
     train = splits["train"]
     images = table.select_columns([IMAGE]).cast_column(IMAGE, train.features[IMAGE])
@@ -60,7 +67,6 @@ def add_unlabelled(splits: DatasetDict, source: UnlabelledSource, image_column: 
 
 def _open(source) -> tuple[Dataset | IterableDataset, str]:
     if not isinstance(source, (str, os.PathLike)):
-        require_table(source, "unlabelled", streams=True)
         return source, type(source).__name__
     splits = open_source(source, {}, open_images=lambda root: {"train": open_images(root)})
     names = [name for name in splits if name in _SPLIT_NAMES] if len(splits) > 1 else list(splits)
@@ -77,8 +83,10 @@ def _compare_kinds(train, images, name) -> None:
     kinds = []
     for table in (train, images):
         rows = sorted({int(row) for row in np.linspace(0, len(table) - 1, 64)})
-        found = [_decode(cell, table, row) for row, cell in zip(rows, _encoded(table.select(rows)))]
-        grey = [bool((np.ptp(np.asarray(image), axis=-1) == 0).all()) for image in found]
+        found = [image for image in _decode(table.select(rows)) if not isinstance(image, ValueError)]
+        if not found:
+            return
+        grey = [len({band.tobytes() for band in image.split()}) == 1 for image in found]
         kinds.append((Counter(image.size for image in found), Counter(grey)))
     (sizes, colors), (other_sizes, other_colors) = kinds
     if not sizes & other_sizes:
@@ -91,11 +99,24 @@ def _compare_kinds(train, images, name) -> None:
 
 def _refuse_known(splits, images, name) -> None:
     """Refuse images that results are measured on. It decodes every image once, as one epoch does."""
-    known = {}
+    known, errors = {}, []
     for split in ("validation", "test"):
         if split in splits:
-            known |= dict.fromkeys(_row_keys(splits[split], f'Reading the split "{split}"'), split)
-    found = [known[key] for key in _row_keys(images, "Comparing unlabelled images") if key in known]
+            known |= dict.fromkeys(_row_keys(splits[split], errors, f'Reading the split "{split}"'), split)
+            if errors:
+                logger.warning(
+                    '%d images of the split "%s" cannot be decoded. unlabelled=%s is not compared with them. %s',
+                    len(errors),
+                    split,
+                    name,
+                    errors[0],
+                )
+                errors.clear()
+    found = [known[key] for key in _row_keys(images, errors, "Comparing unlabelled images") if key in known]
+    if errors:
+        raise ValueError(
+            f"unlabelled={name} has {len(errors)} images that cannot be decoded. Remove them. {errors[0]}"
+        )
     if found:
         counts = ", ".join(f"{count} in the {split} split" for split, count in Counter(found).items())
         raise ValueError(
@@ -103,19 +124,21 @@ def _refuse_known(splits, images, name) -> None:
         )
 
 
-def _row_keys(table, description):
-    for row, cell in enumerate(tqdm(_encoded(table), desc=description, total=len(table), disable=len(table) < 10_000)):
-        yield row_key(_decode(cell, table, row))
+def _row_keys(table, errors, description):
+    """The key of each image; errors are added to the list."""
+    for image in _decode(table, description):
+        if isinstance(image, ValueError):
+            errors.append(image)
+        else:
+            yield row_key(image)
 
 
-def _encoded(table):
+def _decode(table, description=None):
+    """Each image, or the error about its row."""
     encoded = table.with_format(None).select_columns([IMAGE]).cast_column(IMAGE, Image(decode=False))
-    for batch in encoded.iter(batch_size=64):
-        yield from batch[IMAGE]
-
-
-def _decode(cell, table, row):
-    try:
-        return decode_image(cell, table.features[IMAGE].mode)
-    except ValueError as error:
-        raise ValueError(f"Row {row} of the images: {error}") from error
+    cells = (cell for batch in encoded.iter(batch_size=64) for cell in batch[IMAGE])
+    for row, cell in enumerate(tqdm(cells, desc=description, total=len(table), disable=len(table) < 10_000)):
+        try:
+            yield decode_image(cell, table.features[IMAGE].mode)
+        except ValueError as error:
+            yield ValueError(f"Row {row}: {error}")

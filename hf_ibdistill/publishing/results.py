@@ -8,7 +8,7 @@ from datasets import Dataset
 from transformers import Trainer
 
 from ..data.classes import label_ids, labelled_rows
-from ..data.columns import LABEL, as_image_table, require_table
+from ..data.columns import as_image_table, require_table
 from ..data.sources import public_name
 from ..evaluation import classification_metrics, log_mean_probability, predict
 from ..files import write_text
@@ -136,9 +136,7 @@ def _describe_recipe(trainer, model) -> dict:
 
 def _count_unlabelled(rows) -> int | None:
     table = getattr(rows, "table", None)
-    if not isinstance(table, Dataset) or LABEL not in table.column_names:
-        return None
-    return int((label_ids(table) == -1).sum()) or None
+    return int((label_ids(table) == -1).sum()) or None if isinstance(table, Dataset) else None
 
 
 def _describe_teachers(trainer, metrics) -> dict[str, dict]:

@@ -7,7 +7,7 @@ import scipy.special
 from datasets import Dataset
 
 from ..checks import check_numbers
-from ..data.classes import class_names, label_ids
+from ..data.classes import check_labels, class_names, label_ids
 from ..data.columns import as_image_table, label_candidates, require_table
 from ..evaluation import (
     expected_calibration_error,
@@ -50,7 +50,7 @@ def logits_metrics(
 
     Raises:
         TypeError: `dataset` is not one table.
-        ValueError: the table is empty, or holds no logits.
+        ValueError: the table is empty, holds no logits, or has a label that is no class.
     """
     require_table(dataset, "dataset")
     check_numbers(1, whole=True, num_rows=num_rows)
@@ -64,7 +64,8 @@ def logits_metrics(
     dataset = as_image_table(dataset, label_column=label_column, needs_image=False, needs_label=needs_label)
     described = {teacher["name"]: len(teacher["label_names"]) for teacher in described_teachers(dataset)}
     sample = np.random.default_rng(seed).choice(len(dataset), size=min(num_rows, len(dataset)), replace=False)
-    labels = label_ids(dataset.select(sample))
+    rows = dataset.select(sample)
+    labels = check_labels(rows, unlabelled=True) if needs_label else label_ids(rows)
     has_label = labels != -1
     probabilities, plain_logits, metrics = {}, [], {}
     for name in names:

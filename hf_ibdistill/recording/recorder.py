@@ -141,8 +141,9 @@ def record_teacher_logits(
     if views is not None and not isinstance(views, ViewRecipe):
         raise TypeError(f"views={views!r} is not a ViewRecipe. Pass ViewRecipe(num_views=…).")
     output_dir, needs_label = output_folder(output_dir), True
-    if label_column is None and isinstance(dataset, Dataset):
-        needs_label = bool(label_candidates(dataset.features))
+    if label_column is None:
+        tables = dataset.values() if isinstance(dataset, Mapping) else [dataset]
+        needs_label = not any(isinstance(table, Dataset) and not label_candidates(table.features) for table in tables)
     dataset = as_image_table(dataset, image_column, label_column, needs_label=needs_label)
     splits = dataset if isinstance(dataset, Mapping) else {None: dataset}
     if isinstance(dataset, Mapping):

@@ -568,16 +568,18 @@ class EnsembleDistillationTrainer(ImageClassificationTrainer):
             return []
         check_columns(table, self.teacher_names, self._class_names)
         # Top-k logits are decoded for one temperature, and p(y) is needed at 1.
+        target = self.args.unlabelled_target
         is_softened = any(temperature != 1 for temperature in self._temperatures)
         for name, is_set in {
-            "standardize_logits": self.args.standardize_logits,
-            "confidence_weighting": self.args.confidence_weighting and is_softened,
+            "standardize_logits=True": self.args.standardize_logits,
+            "confidence_weighting=True": self.args.confidence_weighting and is_softened,
+            f'unlabelled_target="{target}"': target != "none" and is_softened,
         }.items():
             for column in columns if is_set else []:
                 if describe_column(table.features[column])[0].top_k is not None:
                     raise ValueError(
-                        f'{name}=True needs every logit, but the column "{column}" holds the largest only. Record dense '
-                        f"logits (top_k=None), or set {name}=False."
+                        f'{name} needs every logit, but the column "{column}" holds the largest only. Record dense logits '
+                        "(top_k=None), or leave it out."
                     )
         if is_training:
             recorded = stored_views(table)

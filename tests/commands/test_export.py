@@ -58,3 +58,14 @@ def test_export_measures_what_it_writes(outputs, student, capsys, monkeypatch, t
         run("export", *arguments, "--max_accuracy_drop", "-1")
     assert "max_accuracy_drop=-1.0" in exit.value.code and "model_quantized.onnx" in exit.value.code
     assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
+
+
+def test_classes_that_differ_are_refused_before_the_export(outputs, student, monkeypatch, tmp_path):
+    model = IBViTForImageClassification.from_pretrained(student)
+    model.config.id2label = {i: f"other {i}" for i in range(3)}
+    model.save_pretrained(tmp_path)
+    ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path)
+    monkeypatch.setattr(export, "export_onnx", lambda *_: pytest.fail("exported"))
+    with pytest.raises(SystemExit, match="other 0"):
+        run("export", "--model", tmp_path, "--dataset", outputs.images)
+    assert not (tmp_path / "onnx").exists()

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor, pipeline
 
 from hf_ibdistill import IBViTConfig, IBViTForImageClassification
+from hf_ibdistill.students import build_student
 
 
 COLORS = ["blue", "green", "red"]
@@ -232,3 +233,35 @@ def test_transformers_alone_fine_tunes_a_saved_student(student, images, tmp_path
     assert printed[-3:] == ["1.0", str(COLORS), "False"]
     code = {"configuration_ibvit.py", "modeling_ibvit.py", "involution.py"}
     assert code <= {path.name for path in (tmp_path / "tuned").iterdir()}
+
+
+@pytest.mark.parametrize(("name", "value"), [("layer_decay", "0.0"), ("layer_decay", "nan"), ("freeze_layers", "-1")])
+def test_numbers_out_of_range_are_refused_before_anything_is_read(name, value, tmp_path):
+    arguments = ["--model", tmp_path / "none", "--dataset", tmp_path / "none", "--output_dir", tmp_path / "out"]
+    with pytest.raises(SystemExit, match=f"{name}={value}"):
+        run("finetune", *arguments, f"--{name}", value)
+
+
+def test_a_size_that_a_model_does_not_take_is_refused_before_training(images, tmp_path):
+    tower = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "patch_size": 8,
+    }
+    build_student("siglip", image_size=32, vision_config=tower, num_labels=3).save_pretrained(tmp_path / "model")
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "model")
+    for command in ("finetune", "train-teacher"):
+        with pytest.raises(SystemExit, match="SiglipForImageClassification.*48.*image_size"):
+            run(
+                command,
+                "--model",
+                tmp_path / "model",
+                "--image_size",
+                48,
+                "--dataset",
+                images,
+                "--output_dir",
+                tmp_path / "out",
+            )

@@ -30,7 +30,7 @@ from hf_ibdistill import (
     predict,
 )
 from hf_ibdistill.publishing.machine import describe_machine
-from hf_ibdistill.publishing.results import _describe_teachers
+from hf_ibdistill.publishing.results import _count_unlabelled, _describe_teachers
 
 
 CLASSES = ["cat", "dog", "owl", "fox", "cow", "hen"]
@@ -367,6 +367,14 @@ def test_a_run_on_a_stream_is_saved(tables, tmp_path):
     results = results_in(tmp_path)
     assert results["metrics"] == metrics and results["recipe"]["steps"] == 2
     assert results["recipe"]["training images"] == "streamed"
+
+
+def test_training_images_without_a_label_are_counted(tables):
+    table = load_from_disk(tables / "train").rename_column("animal", "label")
+    hidden = table.remove_columns("label").add_column("label", [-1, None] + table["label"][2:])
+    for rows, count in ((table, None), (hidden, 2), (table.remove_columns("label"), len(table))):
+        assert _count_unlabelled(SimpleNamespace(table=rows)) == count
+    assert _count_unlabelled(SimpleNamespace(table=table.to_iterable_dataset())) is None
 
 
 def test_a_split_that_cannot_be_measured_does_not_cost_the_model(tables, tmp_path):

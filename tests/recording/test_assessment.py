@@ -129,6 +129,14 @@ def test_accuracies_are_those_of_the_rows_with_a_label():
     assert of_all.keys() - unnamed.keys() == {name for name in of_all if "accuracy" in name or "ensemble" in name}
 
 
+def test_a_label_that_is_no_class_is_refused():
+    dataset, _ = views_table()
+    position = dataset.column_names.index("label")
+    columns = dataset.data.table.set_column(position, "label", [[NUM_CLASSES] * len(dataset)])
+    with pytest.raises(ValueError, match=rf"9 rows .*\[{NUM_CLASSES}\]"):
+        logits_metrics(Dataset(columns, info=dataset.info))
+
+
 def test_tables_without_logits_or_rows_are_refused():
     dataset, _ = views_table()
     plain = images_and_labels(40)

@@ -262,6 +262,12 @@ def test_rows_without_a_label_are_recorded_like_any_other(recorded_rows, teacher
             record_teacher_logits(dataset, teachers, output_dir=tmp_path / name)["row_key"][:] == table["row_key"][:]
         )
     assert load_from_disk(tmp_path / "mixed")["label"][:] == labels
+    unnamed = images(7).remove_columns("label")
+    splits = record_teacher_logits(
+        DatasetDict(train=unnamed, test=images(7)), teachers, output_dir=tmp_path / "splits"
+    )
+    assert splits["train"]["conv_logits"][:] == recorded_rows["conv_logits"][:] == splits["test"]["conv_logits"][:]
+    assert "label" not in splits["train"].column_names and splits["test"]["label"][:] == images(7)["label"][:]
 
 
 @pytest.fixture

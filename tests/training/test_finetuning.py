@@ -227,8 +227,8 @@ def test_frozen_layers_keep_their_batch_norms_and_the_others_learn():
 def test_a_linear_probe_finds_the_head_among_adapters_and_when_compiled():
     fields = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = build_student("dinov2", image_size=32, num_labels=3, **fields)
-    query = next(module for name, module in model.named_modules() if name.endswith("query"))
-    query.base_layer = torch.nn.Linear(16, 16)  # as adapters rename weights
+    mlp = model.get_submodule("dinov2.encoder.layer.0.mlp")
+    mlp.fc1.base_layer = torch.nn.Linear(16, 64)  # adapters rename weights like this
     heads = {"classifier.weight", "classifier.bias"}
     assert head_parameters(model) == head_parameters(torch.compile(model)) == heads
 
