@@ -30,7 +30,7 @@ class _Logits(nn.Module):
 
     def forward(self, pixel_values):
         outputs = self.model(pixel_values=pixel_values)
-        return outputs[0] if isinstance(outputs, tuple) else outputs["logits"]
+        return outputs[0] if isinstance(outputs, tuple) else outputs.logits
 
 
 def export_program(model: PreTrainedModel, image_processor: BaseImageProcessor) -> torch.export.ExportedProgram:

@@ -143,8 +143,9 @@ class StreamedImageRows(_RowDecoder, torch.utils.data.IterableDataset):
         args, kwargs: as for [`ImageRows`].
 
     Raises:
-        ValueError: `datasets` would take wrong rows out of a shuffled stream. On reading, if an image cannot be decoded or
-            logits are not finite, a label is no class, or no row has a label; the message counts rows from the first that this worker was given.
+        ValueError: `datasets` would take wrong rows out of a shuffled stream. On reading, if an image cannot be decoded,
+            logits are not finite, a label is no class, or no row has a label; the message counts rows from the first that
+            this worker was given.
     """
 
     def __init__(
@@ -249,8 +250,8 @@ class DistillationCollator:
         teacher_names: stack the logits of these teachers, in this order, if the rows have them.
         teacher_image_processors: name → image processor of each online teacher.
 
-    A batch has `pixel_values` (N, channels, H, W); `labels` (N,), −100 for a row without a label; `teacher_logits` (N, T, C) in the stored type, if the
-    rows have the column of every teacher; and `teacher_pixel_values`, name → (N, channels, H, W), for online teachers.
+    A batch has `pixel_values` (N, channels, H, W); `labels` (N,), −100 for a row without a label; `teacher_logits`
+    (N, T, C) in the stored type, if the rows have the column of every teacher; and `teacher_pixel_values`, name → (N, channels, H, W), for online teachers.
     """
 
     def __init__(

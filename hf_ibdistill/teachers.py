@@ -214,7 +214,7 @@ def require_model(model: object) -> None:
     """
     if not isinstance(getattr(model, "_orig_mod", model), PreTrainedModel):
         # The `repr` of a module lists all its layers.
-        shown = f"<{type(model).__name__}>" if isinstance(model, torch.nn.Module) else repr(model)
+        shown = f"{type(model).__name__}(…)" if isinstance(model, torch.nn.Module) else repr(model)
         raise TypeError(f"model={shown} is no model of transformers. Pass what from_pretrained returns.")
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError(f"The weights of {type(model).__name__} are on the meta device. Load them before it is used.")
@@ -247,8 +247,8 @@ def load_teachers(
 
     Raises:
         TypeError: `teachers` or `classes` is no mapping, or a class is neither a name nor a number.
-        ValueError: no teacher, `classes` of another one, a name that cannot name a column, another kind of object, a model without an image
-            processor, or a model with its own code without `trust_remote_code`.
+        ValueError: no teacher, `classes` of another one, a name that cannot name a column, another kind of object, a model
+            without an image processor, or a model with its own code without `trust_remote_code`.
         OSError: an id or folder that cannot be loaded.
         ImportError: a library that the model is built on, such as timm, is not installed.
     """

@@ -11,6 +11,7 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import yaml
@@ -68,10 +69,14 @@ class DataArguments:
             splits["train"] = select_per_class(
                 splits["train"], self.images_per_class, seed=self.split_seed, keep_rest=keeps
             )
+        prepare = None
+        if self.pixel_range is not None:
+            low, high = self.pixel_range
+            prepare = partial(scale_pixels, minimum=low, maximum=high)
+            splits = prepare(splits)
         # After the selection, which is one of labelled images.
-        if unlabelled := getattr(self, "unlabelled", None):
-            splits = add_unlabelled(splits, unlabelled, self.image_column)
-        return splits if self.pixel_range is None else scale_pixels(splits, *self.pixel_range)
+        unlabelled = getattr(self, "unlabelled", None)
+        return add_unlabelled(splits, unlabelled, self.image_column, prepare) if unlabelled else splits
 
 
 @dataclass

@@ -37,7 +37,7 @@ from ..rows import ImageRows
 from ..students import default_patch_size
 from ..training.arguments import DistillationArguments, ImageTrainingArguments
 from ..training.trainer import EnsembleDistillationTrainer, ImageClassificationTrainer
-from .arguments import MixedDataArguments, ViewArguments, parse, result_split, run
+from .arguments import DataArguments, ViewArguments, parse, result_split, run
 
 
 PRESETS = {"conv": "convolution-small", "inv": "involution-small"}
@@ -45,16 +45,24 @@ PICTURE = "quickstart.png"
 
 
 @dataclass
-class QuickstartData(MixedDataArguments):
+class QuickstartData(DataArguments):
     images_per_class: int | None = HfArg(
         default=20, help="Training images of each class with a label; 0 takes all. The method suits few labels."
     )
-    keep_rest: bool = HfArg(
-        default=True, help="Keep the other training images without their labels; false leaves them out."
+    unlabelled: str | None = HfArg(
+        default=None, help="Further training images, without labels: a folder of images, or a source as for --dataset."
+    )
+    drop_rest: bool = HfArg(
+        default=False, help="Leave out the other training images, instead of hiding their labels alone."
     )
 
     def __post_init__(self):
         self.images_per_class = self.images_per_class or None
+
+    @property
+    def keep_rest(self) -> bool:
+        """Whether images without a label teach."""
+        return not self.drop_rest
 
 
 @dataclass

@@ -3,6 +3,7 @@
 import logging
 import os
 from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +23,12 @@ UnlabelledSource = str | os.PathLike | Dataset | IterableDataset
 _SPLIT_NAMES = ("train", *UNLABELLED_NAMES)
 
 
-def add_unlabelled(splits: DatasetDict, source: UnlabelledSource, image_column: str | None = None) -> DatasetDict:
+def add_unlabelled(
+    splits: DatasetDict,
+    source: UnlabelledSource,
+    image_column: str | None = None,
+    prepare: Callable[[Dataset], Dataset] | None = None,
+) -> DatasetDict:
     """Add the images of a source to the training split, without labels.
 
     Args:
@@ -30,6 +36,7 @@ def add_unlabelled(splits: DatasetDict, source: UnlabelledSource, image_column: 
         source: a folder of images at any depth, another source of [`load_image_dataset`], a table or a stream. Of several
             splits, the training or unlabelled one is added. The images of a stream are held in memory.
         image_column: the image column of the source; found if not given.
+        prepare: what was done to the images of `splits` since they were opened, such as [`scale_pixels`].
 
     Raises:
         ValueError: the source is empty or unclear, an image cannot be decoded, or images are in the validation or the test
@@ -56,6 +63,8 @@ def add_unlabelled(splits: DatasetDict, source: UnlabelledSource, image_column: 
         raise ValueError(f"unlabelled={name} holds no image. Give at least one.")
     if has_labels:
         logger.warning("unlabelled=%s has labels. They are left out.", name)
+    if prepare is not None:
+        table = prepare(table)
     train = splits["train"]
     images = table.select_columns([IMAGE]).cast_column(IMAGE, train.features[IMAGE])
     _compare_kinds(train, images, name)
@@ -86,14 +95,14 @@ def _compare_kinds(train, images, name) -> None:
         found = [image for image in _decode(table.select(rows)) if not isinstance(image, ValueError)]
         if not found:
             return
-        grey = [len({band.tobytes() for band in image.split()}) == 1 for image in found]
-        kinds.append((Counter(image.size for image in found), Counter(grey)))
+        gray = [len({band.tobytes() for band in image.split()}) == 1 for image in found]
+        kinds.append((Counter(image.size for image in found), Counter(gray)))
     (sizes, colors), (other_sizes, other_colors) = kinds
     if not sizes & other_sizes:
         ours, theirs = ("×".join(map(str, counts.most_common(1)[0][0])) for counts in (sizes, other_sizes))
         logger.warning("unlabelled=%s has images of other sizes, such as %s instead of %s pixels.", name, theirs, ours)
     if not colors & other_colors:
-        ours, theirs = ("grey" if counts[True] else "colored" for counts in (colors, other_colors))
+        ours, theirs = ("gray" if counts[True] else "colored" for counts in (colors, other_colors))
         logger.warning("The images of unlabelled=%s are %s, those with labels are %s.", name, theirs, ours)
 
 

@@ -324,7 +324,8 @@ def check_columns(dataset: Dataset, teacher_names: Sequence[str], label_names: S
         if column not in dataset.column_names:
             raise ValueError(
                 f'The student has the teacher "{name}", but the table has no column "{column}" (logits columns: '
-                f"{', '.join(recorded) or 'none'}). Record it with record_teacher_logits, or pass teachers={{...}} to run it in training."
+                f"{', '.join(recorded) or 'none'}). Record it with record_teacher_logits, or pass teachers={{...}} to run it "
+                "in training."
             )
         _check_column(dataset, column, len(label_names))
     stored_views(dataset)

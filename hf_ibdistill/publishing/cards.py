@@ -9,6 +9,7 @@ from datasets import Dataset, Image
 from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
+from ..data.columns import label_candidates
 from ..data.sources import last_part, public_name
 from ..logits.encoding import column_name, recorded_teachers
 from ..logits.provenance import only_record
@@ -196,6 +197,7 @@ def create_logits_card(table: Dataset, *, repo_id: str | None = None) -> Dataset
         num_rows=f"{len(table):,}",
         about="as they are" if views is None else f"{views['num_views']} augmented views of each",
         has_images=has_images,
+        has_labels=bool(label_candidates(table.features)),
         repo_id=repo_id or UNPUBLISHED,
         teachers_table=markdown_table(["column", "model", "from", "logits", "sha256 of the weights"], rows),
         label_names=", ".join(label_names[:20]) + others,

@@ -168,6 +168,11 @@ class DistillationArguments(ImageTrainingArguments):
             raise ValueError(
                 f'unlabelled_target="{self.unlabelled_target}" is unknown. Choose {", ".join(UNLABELLED_TARGETS)}.'
             )
+        if self.unlabelled_target != "none" and self.label_weight == 0:
+            raise ValueError(
+                f'unlabelled_target="{self.unlabelled_target}" has no effect with label_weight=0, which weights it. Leave one '
+                "of them out."
+            )
         if self.distillation_mode not in MODES:
             raise ValueError(f'distillation_mode="{self.distillation_mode}" is unknown. Choose "soft" or "hard".')
         if self.distillation_mode == "hard" and self.standardize_logits:

@@ -71,8 +71,8 @@ def layer_decay_groups(
         learning rate = learning_rate · layer_decay^(L + 1 − depth)
 
     The model has L layers (stages, blocks). What comes before them (stems, embeddings) has depth 0, layer i = 0 … L − 1
-    has depth i + 1, and everything else (last layer norm, heads) has depth L + 1. So general, pretrained features change less than new
-    ones.
+    has depth i + 1, and everything else (last layer norm, heads) has depth L + 1. So general, pretrained features change
+    less than new ones.
 
     Args:
         model: an image classifier with a list of layers; frozen parameters are left out.

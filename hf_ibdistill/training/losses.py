@@ -49,7 +49,9 @@ def ensemble_distillation_loss(
         "teachers"       KL( p ‖ softmax(z) )
         "pseudo_labels"  CE(z, argmax p) if max p ≥ min_confidence, otherwise 0
 
-    with the mean p = Σ_i softmax(t_i) / T of the teachers. For a student without teacher tokens, pass s_i = z. All weights and temperatures 1 is Co-advise's loss. `"hard"` replaces τ_i²·KL by
+    with the mean p = Σ_i softmax(t_i) / T of the teachers. For a student without teacher tokens, pass s_i = z.
+
+    All weights and temperatures 1 is Co-advise's loss. `"hard"` replaces τ_i²·KL by
     CE(s_i, argmax t_i); with one teacher and λ = ½, ½ it is DeiT's hard distillation (arXiv 2012.12877, equation 3).
     Everything is computed in float32.
 

@@ -455,8 +455,8 @@ class EnsembleDistillationTrainer(ImageClassificationTrainer):
 
     Raises:
         TypeError: `args` are not [`DistillationArguments`], or a table is not a `datasets.Dataset`.
-        ValueError: before the first step, if there are no teachers, they are not those of the tokens, a logits column is missing or does not fit,
-            there is not one weight or temperature for each teacher, or teachers, student and data differ in their
+        ValueError: before the first step, if there are no teachers, they are not those of the tokens, a logits column is
+            missing or does not fit, there is not one weight or temperature for each teacher, or teachers, student and data differ in their
             classes.
 
     Example:

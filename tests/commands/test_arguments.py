@@ -318,6 +318,10 @@ def test_mistakes_end_in_one_sentence(arguments, parts, tmp_path):
         (["distill", "--keep_rest"], ["keep_rest=True", "images_per_class=None"]),
         (["distill", "--without_teachers", "--unlabelled", "y"], ["unlabelled=y", "without_teachers=True"]),
         (["distill", "--min_confidence", "0.5"], ["min_confidence=0.5", "unlabelled_target=none"]),
+        (
+            ["distill", "--label_weight", "0", "--unlabelled_target", "teachers"],
+            ['unlabelled_target="teachers"', "label_weight=0"],
+        ),
         (["distill", "--unlabelled_target", "labels"], ["unlabelled_target", "labels", "pseudo_labels"]),
         (["distill", "--unlabelled", "x"], ["output_dir=", "unlabelled"]),
         (["train-teacher", "--linear_probe"], ["linear_probe=True", "model=None"]),

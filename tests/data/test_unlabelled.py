@@ -7,6 +7,7 @@ from datasets import Dataset, DatasetDict, Features, Image, Value
 from numbered import NAMED, cell, numbers, picture, save, table, write_class_folders
 
 from hf_ibdistill import load_image_dataset
+from hf_ibdistill.commands.arguments import MixedDataArguments
 from hf_ibdistill.data.classes import label_ids
 
 
@@ -148,6 +149,20 @@ def test_images_with_labels_that_cannot_be_decoded_are_left_to_whoever_reads_the
         load_image_dataset(source, unlabelled=of_images([51, 60]))
 
 
+def test_float_images_are_scaled_like_those_with_labels(tmp_path):
+    random = np.random.default_rng(0)
+    for folder in ("in/cat", "in/dog", "more"):
+        (tmp_path / folder).mkdir(parents=True)
+        for i in range(4):
+            PIL.Image.fromarray(random.random((4, 4), dtype=np.float32)).save(tmp_path / folder / f"{i}.tiff")
+    sources = {"dataset": str(tmp_path / "in"), "unlabelled": str(tmp_path / "more")}
+    train = MixedDataArguments(**sources, pixel_range=[0.0, 0.5]).load()["train"]
+    for i, image in enumerate(train["image"][-4:]):
+        with PIL.Image.open(tmp_path / "more" / f"{i}.tiff") as levels:
+            expected = 255 * np.clip(np.asarray(levels) / 0.5, 0, 1)
+        assert np.abs(np.asarray(image.convert("L")) - expected).max() <= 0.51
+
+
 @pytest.mark.parametrize(("mode", "size"), [("L", (2, 2)), ("RGB", (5, 7))])
 def test_other_colors_and_sizes_are_reported(mode, size, labelled, tmp_path, caplog):
     folder = tmp_path / "more"
@@ -158,4 +173,4 @@ def test_other_colors_and_sizes_are_reported(mode, size, labelled, tmp_path, cap
         PIL.Image.fromarray(levels).convert(mode).save(folder / f"{i}.png")
     train = load_image_dataset(labelled, unlabelled=folder)["train"]
     assert len(train) == 15 and train[14]["image"].size == size
-    assert ("grey" in caplog.text) == (mode == "L") and ("5×7 instead of 2×2" in caplog.text) == (size == (5, 7))
+    assert ("gray" in caplog.text) == (mode == "L") and ("5×7 instead of 2×2" in caplog.text) == (size == (5, 7))

@@ -360,6 +360,9 @@ def test_a_logits_card_shows_how_to_use_it_with_and_without_images(images, tmp_p
     assert ast.unparse(steps[0]) == "table = open_logits_table('user/logits')"
     assert ("attach_teacher_logits(images, table)" in ast.unparse(steps[-1])) == (not images)
     assert ("The images and their labels are included." in loaded.text) == images
+    if images:
+        unnamed = save_and_load_logits(logits_table(images).remove_columns("label"), tmp_path)
+        assert "The images are included." in unnamed.text
     # The publisher of the logits cannot license the images of others.
     assert loaded.data.license == (None if images else "apache-2.0")
 

@@ -6,7 +6,7 @@ import tempfile
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetInfo, Features
 from distilling import (
     CLASSES,
     NUM_ROWS,
@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 from transformers import ViTForImageClassification
 
 from hf_ibdistill import EnsembleDistillationTrainer, ImageClassificationTrainer, evaluate_and_save, predict
+from hf_ibdistill.logits.encoding import LogitsEncoding
 from hf_ibdistill.training.losses import UNLABELLED_TARGETS
 
 
@@ -125,6 +126,19 @@ def test_a_steps_gradient_is_the_formulas_for_any_mix_of_rows(table, data):
     for name, parameter in model.named_parameters():
         gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         torch.testing.assert_close((before[name] - after[name]).double(), gradient, rtol=1e-3, atol=2e-5, msg=name)
+
+
+def test_the_target_needs_dense_logits_unless_the_temperature_is_1(table, tmp_path):
+    columns = {name: np.array(table[name], np.float32) for name in ("conv_logits", "inv_logits")}
+    plain, encoding = table.remove_columns([*columns]), LogitsEncoding("float32", top_k=3)
+    data = plain.data.table
+    for name, logits in columns.items():
+        data = data.append_column(name, encoding.encode(logits))
+    features = {**plain.features, **dict.fromkeys(columns, encoding.feature(len(CLASSES), None))}
+    top_k = Dataset(data, info=DatasetInfo(features=Features(features)))
+    with pytest.raises(ValueError, match='unlabelled_target="teachers".*"conv_logits"'):
+        distill(tmp_path, hide(top_k, {3}), unlabelled_target="teachers", train=False)
+    distill(tmp_path, hide(top_k, {3}), unlabelled_target="teachers", temperature=1.0)
 
 
 def test_a_stream_takes_the_same_steps(table, tmp_path):
