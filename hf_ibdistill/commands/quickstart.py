@@ -68,7 +68,7 @@ class QuickstartData(DataArguments):
 @dataclass
 class QuickstartViews(ViewArguments):
     num_views: int = HfArg(
-        default=50, help="Stored views of each image; 0 stores the logits of the image as it is, as in the paper."
+        default=10, help="Stored views of each image; 0 stores the logits of the image as it is, as in the paper."
     )
 
 
@@ -81,8 +81,8 @@ class QuickstartArguments:
         default_factory=lambda: [0],
         help="One run for each seed of the subset, the first weights and the order of the images.",
     )
-    teacher_steps: int = HfArg(default=400, help="Training steps of each teacher.")
-    student_steps: int = HfArg(default=1000, help="Training steps of each student.")
+    teacher_steps: int = HfArg(default=200, help="Training steps of each teacher.")
+    student_steps: int = HfArg(default=500, help="Training steps of each student.")
     batch_size: int = HfArg(default=50, help="Images per step.")
     teacher_learning_rate: float = HfArg(default=1e-2, help="Peak learning rate of the teachers.")
     student_learning_rate: float = HfArg(default=1e-3, help="Peak learning rate of the students.")
