@@ -239,7 +239,7 @@ def parse(command: str, description: str, arguments: Sequence[str], *types: type
                     f"{name}={values[name]} has no effect with {cause}={value}. Leave out --{name}, or change --{cause}."
                 )
     if values.get("image_size") is not None:
-        check_numbers(1, whole=True, image_size=values["image_size"])
+        check_numbers(2, whole=True, image_size=values["image_size"])
     if command != "export" and values.get("output_dir"):  # export adds files to the folder of the model
         sources = {f"teachers={name}": folder for name, folder in name_folders(values.get("teachers") or ()).items()}
         check_output_dir(values["output_dir"], sources | {name: values.get(name) for name in _READ})

@@ -9,6 +9,7 @@ from datasets import Dataset, Image
 from transformers import BaseImageProcessor, ViTImageProcessor
 from transformers.image_processing_backends import TorchvisionBackend
 
+from ..checks import check_numbers
 from ..data.columns import IMAGE, as_image_table, require_table
 from .decoding import decode_image
 
@@ -21,10 +22,10 @@ def build_image_processor(
     Args:
         dataset: a table with an image column.
         image_column: that column; found if not given.
-        image_size: side in pixels. `None` takes the longer side of the first image if it is at most 64, otherwise 224.
+        image_size: side in pixels, at least 2. `None` takes the longer side of the first image if it is at most 64, otherwise 224.
 
     Raises:
-        ValueError: the column cannot be found, or the first image cannot be decoded.
+        ValueError: the column cannot be found, the first image cannot be decoded, or the size is out of range.
     """
     require_table(dataset, "dataset")
     if image_size is None:
@@ -33,7 +34,9 @@ def build_image_processor(
             largest = max(decode_image(table[0][IMAGE]).size)
         except ValueError as error:
             raise ValueError(f"Row 0: {error}") from error
-        image_size = largest if largest <= 64 else 224
+        image_size = max(2, largest) if largest <= 64 else 224
+    # torch resizes no image to one pixel.
+    check_numbers(2, whole=True, image_size=image_size)
     # Users of a published processor will give it grayscale and transparent images.
     return ViTImageProcessor(size={"height": image_size, "width": image_size}, do_convert_rgb=True)
 

@@ -327,7 +327,12 @@ def _record_split(accelerator, dataset, plan, folder, num_workers) -> Dataset:
             table = open_saved(folder)
             if accelerator.is_main_process:
                 _check_finished(dataset, table)
-            logger.warning("%s already holds this recording; nothing to do.", folder)
+            lacking = sorted({*dataset.column_names} - {*table.column_names})
+            logger.warning(
+                "%s already holds this recording; nothing to do.%s",
+                folder,
+                f" Its table has no columns {lacking}; add them to what is returned." if lacking else "",
+            )
             return table
         size = plan.rows_per_shard
         ranges = [range(start, min(start + size, len(dataset))) for start in range(0, len(dataset), size)]

@@ -337,7 +337,7 @@ def test_mistakes_end_in_one_sentence(arguments, parts, tmp_path):
             ["layer_decay=0.5", "linear_probe=True"],
         ),
         (["train-teacher", "--save_steps", "5"], ["save_steps=5", "save_strategy=no"]),
-        (["train-teacher", "--image_size", "0"], ["image_size=0"]),
+        (["train-teacher", "--image_size", "1"], ["image_size=1", "at least 2"]),
         (["distill", "--mlp_ratio", "0"], ["mlp_ratio=0.0"]),
         (["distill", "--lr_scheduler_kwargs", '{"foo": 1}'], ["lr_scheduler_kwargs", "foo", "cosine"]),
         (["distill", "--lr_scheduler_kwargs", "[1]"], ["lr_scheduler_kwargs"]),

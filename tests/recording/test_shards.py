@@ -85,6 +85,12 @@ def test_calling_again_returns_the_finished_table_untouched(finished, dataset, l
     assert file_times(finished) == before
 
 
+def test_columns_that_a_finished_table_lacks_are_named(finished, dataset, loaded, caplog):
+    wider = dataset.add_column("kind", ["x"] * len(dataset))
+    table = record_teacher_logits(wider, loaded, output_dir=finished, **SETTINGS)
+    assert "kind" not in table.column_names and "has no columns ['kind']" in caplog.text
+
+
 def test_a_finished_folder_is_not_mixed_with_something_else(finished, dataset, loaded, save_teacher, tmp_path):
     before = file_times(finished)
     other = {**loaded, "inv": save_teacher(tmp_path / "other", "involution-small", seed=7, size=12)}
