@@ -61,7 +61,9 @@ def run_seed(data, views, quick, seed: int, folder: Path) -> dict[str, float]:
 def main(arguments=None):
     kinds = QuickstartData, QuickstartViews, QuickstartArguments
     parser = HfArgumentParser(kinds, description=__doc__.splitlines()[0])
-    parser.set_defaults(output_dir="outputs/stored_views")
+    # Longer than the quickstart, and on labelled images alone.
+    parser.set_defaults(output_dir="outputs/stored_views", num_views=50, teacher_steps=400, student_steps=1000)
+    parser.set_defaults(drop_rest=True)
     data, views, quick = parser.parse_args_into_dataclasses(arguments)
     results = []
     for seed in quick.seeds:
