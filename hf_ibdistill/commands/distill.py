@@ -88,9 +88,9 @@ class StudentArguments:
             )
         return names
 
-    def build(self, train, names: list[str]) -> tuple[PreTrainedModel, BaseImageProcessor]:
-        """The student of these teachers and its image processor."""
-        classes = class_config(train)
+    def build(self, train) -> tuple[PreTrainedModel, BaseImageProcessor]:
+        """The student and its image processor; `ValueError` if there is no teacher."""
+        names, classes = self.names(train), class_config(train)
         if self.student is not None:
             changes = {"image_size": self.image_size, "fusion": self.fusion}
             model = load_student(self.student, teacher_names=names, **changes, **classes)
@@ -140,7 +140,7 @@ def main(arguments):
     check_output_dir(args.output_dir, recorded)
     set_seed(args.seed)
     names = student.names(splits["train"])
-    model, processor = student.build(splits["train"], names)
+    model, processor = student.build(splits["train"])
     check_fit(model, processor)
     shared = {
         "train_dataset": splits["train"],
