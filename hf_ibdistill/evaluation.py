@@ -18,7 +18,7 @@ from transformers import BaseImageProcessor, EvalPrediction, PreTrainedModel
 
 from .checks import check_numbers
 from .data.classes import check_class_names, check_labels, class_names, config_class_names, labelled_rows
-from .data.columns import LABEL, as_image_table, label_candidates, require_table
+from .data.columns import LABEL, as_image_table, require_table
 from .logits.encoding import column_name, describe_column
 from .models.modeling_ibvit import IBViTForImageClassification
 from .rows import DistillationCollator, ImageRows
@@ -263,7 +263,7 @@ def predict(
     """
     results: dict[str, list[torch.Tensor]] = {}
     require_table(dataset, "dataset")
-    dataset = as_image_table(dataset, image_column, label_column, needs_label=bool(label_candidates(dataset.features)))
+    dataset = as_image_table(dataset, image_column, label_column, needs_label=None)
     for batch in _predict(model, image_processor, dataset, batch_size, num_workers, teacher_names):
         for name, value in batch.items():
             results.setdefault(name, []).append(value)

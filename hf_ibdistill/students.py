@@ -134,8 +134,9 @@ def load_with_classes(name_or_path: str | os.PathLike, owner: str = "The model",
         raise ValueError(
             f"{owner} in {name_or_path} has no weights for {', '.join(sorted(missing - heads)[:4])}. Give a trained model."
         )
+    changes = {name: value for name, value in kwargs.items() if name not in classes}
     has_same_classes = config_class_names(config) == config_class_names(model.config)
-    if has_same_classes and not missing and not kwargs.keys() - classes:
+    if has_same_classes and not missing and not changes:
         return model
     weights = model.state_dict()
     if missing or not has_same_classes:
@@ -147,10 +148,11 @@ def load_with_classes(name_or_path: str | os.PathLike, owner: str = "The model",
     try:
         unfilled = set(new.load_state_dict(weights, strict=False).missing_keys) - heads
     except RuntimeError as error:  # weights of another shape
-        raise ValueError(f"{owner} in {name_or_path} does not fit {kwargs}: {error}") from error
+        raise ValueError(f"{owner} in {name_or_path} does not fit {changes}: {error}") from error
     if unfilled:
         raise ValueError(
-            f"{owner} in {name_or_path} has no weights for {', '.join(sorted(unfilled)[:4])} with {kwargs}."
+            f"{owner} in {name_or_path} has no weights for {', '.join(sorted(unfilled)[:4])} with {changes}. Leave out what "
+            "changes the shape of the model."
         )
     new.config.name_or_path = new.name_or_path = str(name_or_path)
     return new.eval()
@@ -187,7 +189,9 @@ def build_student(architecture: str, image_size: int | None = None, **fields: ob
         raise ValueError(f'architecture="{architecture}" cannot be built: {error}') from error
     found = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING.get(type(defaults), None)
     if found is None:
-        raise ValueError(f'architecture="{architecture}" has no image classifier in transformers.')
+        raise ValueError(
+            f'architecture="{architecture}" has no image classifier in transformers. Choose another, or timm/NAME.'
+        )
     _refuse_unknown({key: value for key, value in fields.items() if not hasattr(defaults, key)}, defaults)
     if image_size is not None and hasattr(defaults, "image_size"):
         fields.setdefault("image_size", image_size)
@@ -218,7 +222,9 @@ def head_parameters(model: PreTrainedModel) -> set[str]:
     # Parameters of adapters are in this model alone.
     heads = {name for name, own in model.named_parameters() if shapes.get(name, own.shape) != own.shape}
     if not heads:
-        raise ValueError(f"{type(model).__name__} has no head whose shape depends on the number of classes.")
+        raise ValueError(
+            f"{type(model).__name__} has no head whose shape depends on the number of classes. Give an image classifier."
+        )
     return heads
 
 

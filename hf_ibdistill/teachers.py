@@ -75,7 +75,8 @@ class Teacher:
             unknown = [name for name in self.classes if name not in wanted]
             if unknown:
                 raise ValueError(
-                    f"The classes for {self._title} have {unknown[:10]}, which the dataset has not: {list(expected)[:10]}."
+                    f"The classes for {self._title} have {unknown[:10]}, which the dataset has not: {list(expected)[:10]}. Check "
+                    "their spelling."
                 )
             matched = {name: self._numbers_of(normal, names) for name, normal in zip(expected, wanted)}
             used = [number for numbers in matched.values() for number in numbers]
@@ -261,7 +262,7 @@ def load_teachers(
         raise TypeError(f"classes={classes!r} does not map teacher → class of the dataset → class of the teacher.")
     others = [name for name in classes if name not in teachers]
     if others:
-        raise ValueError(f"classes are given for {others}, but the teachers are {list(teachers)}.")
+        raise ValueError(f"classes are given for {others}, but the teachers are {list(teachers)}. Use their names.")
     loaded = [_load_teacher(name, teacher, bf16, trust_remote_code) for name, teacher in teachers.items()]
     for teacher in loaded:
         if teacher.name in classes:

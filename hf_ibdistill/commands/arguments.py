@@ -53,6 +53,10 @@ class DataArguments:
         help="Levels of black and white in gray images of 16 or 32 bits, signed or float.",
     )
 
+    # Arguments of some commands.
+    unlabelled = None
+    keep_rest = False
+
     def load(self) -> DatasetDict:
         """The splits, with the columns "image" and "label"."""
         if self.pixel_range is not None and len(self.pixel_range) != 2:
@@ -65,9 +69,8 @@ class DataArguments:
             seed=self.split_seed,
         )
         if self.images_per_class is not None:
-            keeps = getattr(self, "keep_rest", False)
             splits["train"] = select_per_class(
-                splits["train"], self.images_per_class, seed=self.split_seed, keep_rest=keeps
+                splits["train"], self.images_per_class, seed=self.split_seed, keep_rest=self.keep_rest
             )
         prepare = None
         if self.pixel_range is not None:
@@ -75,17 +78,22 @@ class DataArguments:
             prepare = partial(scale_pixels, minimum=low, maximum=high)
             splits = prepare(splits)
         # After the selection, which is one of labelled images.
-        unlabelled = getattr(self, "unlabelled", None)
-        return add_unlabelled(splits, unlabelled, self.image_column, prepare) if unlabelled else splits
+        return add_unlabelled(splits, self.unlabelled, self.image_column, prepare) if self.unlabelled else splits
 
 
 @dataclass
-class MixedDataArguments(DataArguments):
-    """For commands that use images without labels."""
+class UnlabelledDataArguments(DataArguments):
+    """For commands that use further images."""
 
     unlabelled: str | None = HfArg(
         default=None, help="Further training images, without labels: a folder of images, or a source as for --dataset."
     )
+
+
+@dataclass
+class MixedDataArguments(UnlabelledDataArguments):
+    """For commands that may hide labels as well."""
+
     keep_rest: bool = HfArg(default=False, help="With --images_per_class, keep the other images without their labels.")
 
 

@@ -12,6 +12,7 @@ than later ones.
 import json
 from dataclasses import dataclass
 
+from accelerate import PartialState
 from transformers import Trainer, set_seed
 from transformers.hf_argparser import HfArg
 
@@ -19,7 +20,7 @@ from ..checks import check_numbers
 from ..data.classes import class_config
 from ..students import check_fit, load_image_processor, load_student
 from ..training.arguments import ImageTrainingArguments
-from ..training.finetuning import freeze_backbone, freeze_layers, layer_decay_groups
+from ..training.finetuning import check_layer_decay, freeze_backbone, freeze_layers, layer_decay_groups
 from ..training.trainer import ImageClassificationTrainer
 from .arguments import DataArguments, ViewArguments, parse, run, train_and_save
 
@@ -56,8 +57,7 @@ class FineTuningArguments(ImageTrainingArguments):
     def __post_init__(self):
         super().__post_init__()
         check_numbers(0, whole=True, freeze_layers=self.freeze_layers)
-        if not 0 < self.layer_decay <= 1:
-            raise ValueError(f"layer_decay={self.layer_decay} must be above 0 and at most 1.")
+        check_layer_decay(self.layer_decay)
 
     def freeze(self, model) -> None:
         """Freeze what the arguments ask for."""
@@ -75,6 +75,21 @@ class FineTuningArguments(ImageTrainingArguments):
         return optimizer_class, {**settings, "params": groups}
 
 
+def fine_tune(model, processor, args: FineTuningArguments, splits, views, **facts) -> dict[str, float]:
+    """Freeze and train a classifier, measure and save it; `facts` are those of [`train_and_save`]."""
+    args.freeze(model)
+    trainer = ImageClassificationTrainer(
+        model,
+        args,
+        train_dataset=splits["train"],
+        eval_dataset=splits["validation"],
+        processing_class=processor,
+        views=views,
+        optimizer_cls_and_kwargs=args.optimizer(model),
+    )
+    return train_and_save(trainer, splits, **facts)
+
+
 def main(arguments):
     data, views, start, args = parse(
         "finetune", __doc__, arguments, DataArguments, ViewArguments, StartArguments, FineTuningArguments
@@ -85,19 +100,9 @@ def main(arguments):
     model = load_student(start.model, image_size=start.image_size, fusion=start.fusion, **classes)
     processor = load_image_processor(start.model, start.image_size)
     check_fit(model, processor)
-    args.freeze(model)
-    trainer = ImageClassificationTrainer(
-        model,
-        args,
-        train_dataset=splits["train"],
-        eval_dataset=splits["validation"],
-        processing_class=processor,
-        views=views.recipe(),
-        optimizer_cls_and_kwargs=args.optimizer(model),
-    )
     facts = {"data_name": data.dataset, "base_model": start.model, "notes": "Every head learned the labels."}
-    metrics = train_and_save(trainer, splits, title="Fine-tuned student", **facts)
-    if trainer.is_world_process_zero():
+    metrics = fine_tune(model, processor, args, splits, views.recipe(), title="Fine-tuned student", **facts)
+    if PartialState().is_main_process:
         print(json.dumps(metrics, indent=2))
 
 

@@ -37,7 +37,7 @@ from ..rows import ImageRows
 from ..students import default_patch_size
 from ..training.arguments import DistillationArguments, ImageTrainingArguments
 from ..training.trainer import EnsembleDistillationTrainer, ImageClassificationTrainer
-from .arguments import DataArguments, ViewArguments, parse, result_split, run
+from .arguments import UnlabelledDataArguments, ViewArguments, parse, result_split, run
 
 
 PRESETS = {"conv": "convolution-small", "inv": "involution-small"}
@@ -45,12 +45,9 @@ PICTURE = "quickstart.png"
 
 
 @dataclass
-class QuickstartData(DataArguments):
+class QuickstartData(UnlabelledDataArguments):
     images_per_class: int | None = HfArg(
         default=20, help="Training images of each class with a label; 0 takes all. The method suits few labels."
-    )
-    unlabelled: str | None = HfArg(
-        default=None, help="Further training images, without labels: a folder of images, or a source as for --dataset."
     )
     drop_rest: bool = HfArg(
         default=False, help="Leave out the other training images, instead of hiding their labels alone."

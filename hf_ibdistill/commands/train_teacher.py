@@ -18,9 +18,8 @@ from ..images.preprocessing import build_image_processor
 from ..models.configuration_ibresnet import IBResNetConfig
 from ..models.modeling_ibresnet import IBResNetForImageClassification
 from ..students import check_fit, load_image_processor, load_with_classes
-from ..training.trainer import ImageClassificationTrainer
-from .arguments import DataArguments, ViewArguments, parse, run, train_and_save
-from .finetune import FineTuningArguments
+from .arguments import DataArguments, ViewArguments, parse, run
+from .finetune import FineTuningArguments, fine_tune
 
 
 @dataclass
@@ -69,17 +68,8 @@ def main(arguments):
         model = load_with_classes(teacher.model, "The teacher", **classes)
         processor = load_image_processor(teacher.model, teacher.image_size)
         check_fit(model, processor)
-        args.freeze(model)
-    trainer = ImageClassificationTrainer(
-        model,
-        args,
-        train_dataset=splits["train"],
-        eval_dataset=splits["validation"],
-        processing_class=processor,
-        views=views.recipe(),
-        optimizer_cls_and_kwargs=args.optimizer(model),
-    )
-    train_and_save(trainer, splits, title=title, data_name=data.dataset, base_model=teacher.model)
+    facts = {"title": title, "data_name": data.dataset, "base_model": teacher.model}
+    fine_tune(model, processor, args, splits, views.recipe(), **facts)
 
 
 if __name__ == "__main__":

@@ -71,16 +71,16 @@ def check_labels(table: Dataset, *, unlabelled: bool = False) -> np.ndarray:
 
 
 def labelled_rows(table: Dataset, what: str) -> Dataset:
-    """The rows with a label. A warning reports the others, which null or −1 marks.
+    """The rows with a label, which is checked. A warning reports the others, which null or −1 marks.
 
     Args:
         table: a table that passed the door.
         what: its name, for the warning.
 
     Raises:
-        ValueError: no row has a label.
+        ValueError: no row has a label, or as from [`check_labels`].
     """
-    rows = np.flatnonzero(label_ids(table) != -1)
+    rows = np.flatnonzero(check_labels(table, unlabelled=True) != -1)
     if len(rows) == 0 < len(table):
         raise ValueError(f"None of {len(table)} rows has a label. Add labelled images of every class.")
     if len(rows) == len(table):
@@ -200,7 +200,9 @@ def encode_labels(splits: DatasetDict) -> DatasetDict:
             raise ValueError(f'The split "{name}": {error}') from error
     unlabelled = np.flatnonzero(ids["train"] == -1)
     if len(unlabelled) == len(ids["train"]):
-        raise ValueError(f'None of {len(unlabelled)} rows of the split "train" has a label.')
+        raise ValueError(
+            f'None of {len(unlabelled)} rows of the split "train" has a label. Add labelled images of every class.'
+        )
     if len(unlabelled):
         logger.warning(
             "%d of %d training images have no label (first rows %s). Only teachers teach from them.",
@@ -209,7 +211,9 @@ def encode_labels(splits: DatasetDict) -> DatasetDict:
             unlabelled[:10].tolist(),
         )
     if len(names) < 2:
-        raise ValueError(f"The labels have one class only, {names[0]!r}; a classifier needs two.")
+        raise ValueError(
+            f"The labels have one class only, {names[0]!r}; a classifier needs two. Add images of another."
+        )
     for name, labels in ids.items():
         untaught = np.setdiff1d(labels, ids["train"])
         if len(untaught):

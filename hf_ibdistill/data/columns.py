@@ -27,7 +27,7 @@ def as_image_table(
     label_column: str | None = None,
     *,
     needs_image: bool = True,
-    needs_label: bool = True,
+    needs_label: bool | None = True,
 ) -> Table | DatasetDict | IterableDatasetDict:
     """The same rows with the image column named `"image"` and the label column named `"label"`. Other columns stay.
 
@@ -42,13 +42,16 @@ def as_image_table(
         label_column: the label column. `None` takes the one named `"label"`, or the only column that is a `ClassLabel`
             or has a usual name of a label.
         needs_image: whether it is an error if the table has no image column, or several. If not, they keep their names.
-        needs_label: the same for the label column.
+        needs_label: the same for the label column. `None` is true, unless a table has no column that could be one.
 
     Raises:
         TypeError: `table` is neither of these.
         ValueError: a column does not exist, cannot be determined, has another type, or its new name is taken; or the
             table has a transform, or no column types.
     """
+    if needs_label is None:
+        tables = table.values() if isinstance(table, Mapping) else [table]
+        needs_label = not any(isinstance(one, Dataset) and not label_candidates(one.features) for one in tables)
     if isinstance(table, Mapping):
         if not table:
             raise ValueError("There are no splits.")

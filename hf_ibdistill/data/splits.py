@@ -1,7 +1,7 @@
 """Splits: their names, a held-out validation split, and subsets."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from datasets import Dataset, DatasetDict, concatenate_datasets
@@ -150,3 +150,8 @@ def select_per_class(
     # A column that one part lacks is null in its rows. No row is copied.
     parts = [dataset.select(chosen), dataset.select(rest).remove_columns(LABEL)]
     return concatenate_datasets(parts).select(np.argsort(np.concatenate((chosen, rest))))
+
+
+def spread(items: Sequence, count: int) -> list:
+    """At most `count` of the items, from all over."""
+    return [items[i] for i in np.unique(np.linspace(0, len(items) - 1, count, dtype=int))] if len(items) else []

@@ -5,7 +5,6 @@ import os
 from collections import Counter
 from collections.abc import Callable
 
-import numpy as np
 import pyarrow as pa
 from datasets import Dataset, DatasetDict, Image, IterableDataset, concatenate_datasets
 from tqdm.auto import tqdm
@@ -15,6 +14,7 @@ from ..images.views import row_key
 from .columns import IMAGE, as_image_table, label_candidates
 from .folders import UNLABELLED_NAMES, open_images
 from .sources import open_source
+from .splits import spread
 
 
 logger = logging.getLogger(__name__)
@@ -91,8 +91,8 @@ def _compare_kinds(train, images, name) -> None:
     """Warn of images of another mode or size than any that is trained on; samples of 64 are compared."""
     kinds = []
     for table in (train, images):
-        rows = sorted({int(row) for row in np.linspace(0, len(table) - 1, 64)})
-        found = [image for image in _decode(table.select(rows)) if not isinstance(image, ValueError)]
+        sample = table.select(spread(range(len(table)), 64))
+        found = [image for image in _decode(sample) if not isinstance(image, ValueError)]
         if not found:
             return
         gray = [len({band.tobytes() for band in image.split()}) == 1 for image in found]

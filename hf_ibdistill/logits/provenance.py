@@ -18,6 +18,7 @@ from datasets import Dataset, Image, IterableDataset
 
 from ..data.classes import check_class_names
 from ..data.columns import IMAGE, require_table
+from ..data.splits import spread
 from ..files import PART, read_json, sha256
 from ..images.decoding import decode_image, file_key
 from ..images.views import ViewRecipe, row_key
@@ -259,11 +260,6 @@ def _is_recorded(cell, mode, of_pixels, of_file) -> bool:
         return file_key(cell) == of_file or row_key(decode_image(cell, mode)) == of_pixels
     except (ValueError, OSError):
         return True  # whoever reads the row reports it
-
-
-def spread(items: Sequence, count: int) -> list:
-    """At most `count` of the items, from all over."""
-    return [items[i] for i in np.unique(np.linspace(0, len(items) - 1, count, dtype=int))] if len(items) else []
 
 
 def stored_views(dataset: Dataset) -> ViewRecipe | None:

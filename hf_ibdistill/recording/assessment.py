@@ -8,14 +8,8 @@ from datasets import Dataset
 
 from ..checks import check_numbers
 from ..data.classes import check_labels, class_names, label_ids
-from ..data.columns import as_image_table, label_candidates, require_table
-from ..evaluation import (
-    expected_calibration_error,
-    log_mean_probability,
-    log_softmax,
-    negative_log_likelihood,
-    top_k_accuracy,
-)
+from ..data.columns import LABEL, as_image_table, require_table
+from ..evaluation import classification_metrics, log_mean_probability, log_softmax
 from ..logits.encoding import StoredLogits, column_name, describe_column, recorded_teachers
 from ..logits.provenance import described_teachers
 
@@ -60,23 +54,26 @@ def logits_metrics(
     if len(dataset) == 0 or not names:
         columns = ", ".join(dataset.column_names)
         raise ValueError(f"There are no logits in these {len(dataset)} rows of {columns}. Pass a recorded table.")
-    needs_label = label_column is not None or bool(label_candidates(dataset.features))
-    dataset = as_image_table(dataset, label_column=label_column, needs_image=False, needs_label=needs_label)
+    dataset = as_image_table(dataset, label_column=label_column, needs_image=False, needs_label=None)
+    is_named = LABEL in dataset.column_names
     described = {teacher["name"]: len(teacher["label_names"]) for teacher in described_teachers(dataset)}
     sample = np.random.default_rng(seed).choice(len(dataset), size=min(num_rows, len(dataset)), replace=False)
     rows = dataset.select(sample)
-    labels = check_labels(rows, unlabelled=True) if needs_label else label_ids(rows)
+    labels = check_labels(rows, unlabelled=True) if is_named else label_ids(rows)
     has_label = labels != -1
     probabilities, plain_logits, metrics = {}, [], {}
     for name in names:
         column = column_name(name)
-        (_, num_views, num_classes), stored = describe_column(dataset.features[column]), StoredLogits(dataset, column)
+        encoding, num_views, num_classes = describe_column(dataset.features[column])
+        stored = StoredLogits(dataset, column)
         views = [None] if num_views is None else range(num_views)
-        num_classes = len(class_names(dataset)) if needs_label else described.get(name, num_classes)
-        logits, plain = (
-            np.stack([stored.read(sample, num_classes, view, tau) for view in views]).astype(np.float32)
-            for tau in (temperature, 1.0)
-        )
+        num_classes = len(class_names(dataset)) if is_named else described.get(name, num_classes)
+        # Only top-k logits depend on the temperature.
+        read = {
+            tau: np.stack([stored.read(sample, num_classes, view, tau) for view in views]).astype(np.float32)
+            for tau in ({temperature} if encoding.top_k is None else {temperature, 1.0})
+        }
+        logits, plain = read[temperature], read.get(1.0, read[temperature])
         values = probabilities[name] = np.exp(log_softmax(logits / temperature))
         plain_logits.append(plain[:, has_label])
         if has_label.any():
@@ -88,9 +85,9 @@ def logits_metrics(
         ensemble = log_mean_probability(np.stack(plain_logits))
         views_of_labels = np.tile(labels[has_label], len(ensemble))
         ensemble = ensemble.reshape(len(views_of_labels), -1)
-        for metric in (top_k_accuracy, negative_log_likelihood, expected_calibration_error):
-            name = "accuracy" if metric is top_k_accuracy else metric.__name__
-            metrics[f"ensemble_{name}"] = metric(ensemble, views_of_labels)
+        measured = classification_metrics(ensemble, views_of_labels)
+        for name in ("accuracy", "negative_log_likelihood", "expected_calibration_error"):
+            metrics[f"ensemble_{name}"] = measured[name]
     for first, second in combinations(probabilities, 2):
         pair = np.stack([probabilities[first], probabilities[second]])
         metrics[f"{first}_{second}_agreement"] = float((pair[0].argmax(-1) == pair[1].argmax(-1)).mean())

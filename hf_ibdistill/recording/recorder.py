@@ -27,8 +27,9 @@ from tqdm.auto import tqdm
 
 from ..checks import check_numbers
 from ..data.classes import check_labels, class_names, label_ids
-from ..data.columns import IMAGE, LABEL, as_image_table, label_candidates, require_table
+from ..data.columns import IMAGE, LABEL, as_image_table, require_table
 from ..data.sources import open_saved
+from ..data.splits import spread
 from ..files import output_folder, write_text
 from ..images.preprocessing import pixel_values
 from ..images.views import ViewRecipe, make_view, make_views, row_key
@@ -50,7 +51,6 @@ from ..logits.provenance import (
     check_images,
     only_record,
     read_records,
-    spread,
     teacher_differences,
 )
 from ..rows import ImageRows, default_num_workers
@@ -140,11 +140,8 @@ def record_teacher_logits(
     check_numbers(0, whole=True, num_workers=num_workers or 0)
     if views is not None and not isinstance(views, ViewRecipe):
         raise TypeError(f"views={views!r} is not a ViewRecipe. Pass ViewRecipe(num_views=…).")
-    output_dir, needs_label = output_folder(output_dir), True
-    if label_column is None:
-        tables = dataset.values() if isinstance(dataset, Mapping) else [dataset]
-        needs_label = not any(isinstance(table, Dataset) and not label_candidates(table.features) for table in tables)
-    dataset = as_image_table(dataset, image_column, label_column, needs_label=needs_label)
+    output_dir = output_folder(output_dir)
+    dataset = as_image_table(dataset, image_column, label_column, needs_label=None)
     splits = dataset if isinstance(dataset, Mapping) else {None: dataset}
     if isinstance(dataset, Mapping):
         check_folder_of_splits(output_dir)

@@ -63,6 +63,12 @@ def freeze_backbone(model: PreTrainedModel) -> None:
             _keep_in_evaluation_mode(module)
 
 
+def check_layer_decay(layer_decay: float) -> None:
+    """Raise `ValueError` if the number is not in the range of [`layer_decay_groups`]."""
+    if not 0 < layer_decay <= 1:
+        raise ValueError(f"layer_decay={layer_decay} must be above 0 and at most 1.")
+
+
 def layer_decay_groups(
     model: PreTrainedModel, learning_rate: float, layer_decay: float, weight_decay: float = 0.0
 ) -> list[dict]:
@@ -94,8 +100,7 @@ def layer_decay_groups(
     >>> trainer = Trainer(model, args, optimizers=(optimizer, None), train_dataset=images)
     ```
     """
-    if not 0 < layer_decay <= 1:
-        raise ValueError(f"layer_decay={layer_decay} must be above 0 and at most 1.")
+    check_layer_decay(layer_decay)
     before, layers = _parts(model)
     depths = dict.fromkeys(before, 0)
     depths |= {parameter: depth for depth, layer in enumerate(layers, 1) for parameter in layer.parameters()}

@@ -1,5 +1,6 @@
 """The trainers: one for any classifier on labels alone, one for a student on stored logits or online teachers."""
 
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
@@ -237,7 +238,10 @@ class ImageClassificationTrainer(PublishingTrainer):
             super()._load_best_model()
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self._counts_rows:
+            batches, num_items = list(itertools.islice(epoch_iterator, num_batches)), None
+        else:
+            batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if 0 < len(batches) < num_batches and isinstance(self.train_dataset, StreamedImageRows):
             # `Trainer` would add their gradient to the next step.
             if (self.state.epoch or 0) < 1:
@@ -396,8 +400,12 @@ class ImageClassificationTrainer(PublishingTrainer):
             has_labels = LABEL in table.column_names
             if has_labels:
                 check_class_names(self._class_names, class_names(table), "the model")
-                if not is_streamed:
-                    table = self._check_labels(table, what, takes_unlabelled)
+            if has_labels and not is_streamed:
+                # A row that is left out of a test set would shift the predictions of all rows after it.
+                if takes_unlabelled or what == "test set":
+                    check_labels(table, unlabelled=takes_unlabelled)
+                else:
+                    table = labelled_rows(table, f"The {what}")
             logits = self._logits_columns(table, is_training)
         except ValueError as error:
             raise ValueError(f"The {what}: {error}") from error
@@ -414,14 +422,6 @@ class ImageClassificationTrainer(PublishingTrainer):
             seed=seed,
             labelled_only=not takes_unlabelled,
         )
-
-    @staticmethod
-    def _check_labels(table, what, takes_unlabelled) -> Dataset:
-        # A row that is left out of a test set would shift the predictions of all rows after it.
-        if not takes_unlabelled and what != "test set":
-            table = labelled_rows(table, f"The {what}")
-        check_labels(table, unlabelled=takes_unlabelled)
-        return table
 
     _temperatures = None
 
@@ -456,8 +456,8 @@ class EnsembleDistillationTrainer(ImageClassificationTrainer):
     Raises:
         TypeError: `args` are not [`DistillationArguments`], or a table is not a `datasets.Dataset`.
         ValueError: before the first step, if there are no teachers, they are not those of the tokens, a logits column is
-            missing or does not fit, there is not one weight or temperature for each teacher, or teachers, student and data differ in their
-            classes.
+            missing or does not fit, there is not one weight or temperature for each teacher, or teachers, student and data
+            differ in their classes.
 
     Example:
 
