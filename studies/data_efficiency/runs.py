@@ -10,9 +10,16 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import scipy.special
 import torch
 from datasets import ClassLabel, Dataset, concatenate_datasets
-from transformers import PreTrainedModel, set_seed
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    BaseImageProcessor,
+    PreTrainedModel,
+    set_seed,
+)
 
 from hf_ibdistill import (
     DistillationArguments,
@@ -31,20 +38,25 @@ from hf_ibdistill import (
     record_teacher_logits,
     select_per_class,
 )
+from hf_ibdistill.data.classes import label_ids
 from hf_ibdistill.evaluation import classification_metrics
 from hf_ibdistill.files import write_text
 from hf_ibdistill.models.configuration_ibvit import FUSIONS
 from hf_ibdistill.publishing.machine import describe_machine
+from hf_ibdistill.students import load_with_classes
 from hf_ibdistill.training.arguments import has_bf16_units
+from hf_ibdistill.training.finetuning import freeze_backbone
 
-from .recipes import CLASSES, MAX_STORED_VIEWS, METHODS, SEARCH_STEPS, STEPS, TEACHER_STEPS, TEACHERS, Recipe
+from ..pretrained import save_efficientnet
+from .recipes import DATASETS, METHODS, DataSet, Recipe
 
 
 @dataclass
 class Study:
     """The images, the cells and the models."""
 
-    dataset: str  # the source of the images; 10 classes
+    name: str  # of the data set, in DATASETS
+    source: str  # of its images
     results_dir: Path  # of the cells
     work_dir: Path  # of the models and the tables
     # Hold out a fifth of the training images and measure on it; the test images stay closed.
@@ -53,11 +65,15 @@ class Study:
     teacher_steps: int | None = None
     student_steps: int | None = None
 
+    @property
+    def data(self) -> DataSet:
+        return DATASETS[self.name]
+
     @cached_property
     def _splits(self) -> dict[str, Dataset]:
         # Opened when the first cell needs images, because most starts of a study only read cells.
-        splits = load_image_dataset(self.dataset)
-        return {name: rows.cast_column("label", ClassLabel(names=CLASSES)) for name, rows in splits.items()}
+        splits, label = load_image_dataset(self.source), ClassLabel(names=list(self.data.classes))
+        return {name: rows.cast_column("label", label) for name, rows in splits.items()}
 
     @cached_property
     def train(self) -> Dataset:
@@ -70,17 +86,20 @@ class Study:
 
     def recipe(self, method: str, images: int, seed: int, changes: dict) -> Recipe:
         """The recipe of the study, changed by that of the method, then by `changes`."""
-        if method in TEACHERS:
-            steps = self.teacher_steps or TEACHER_STEPS[images]
+        if METHODS[method].preset:
+            steps = self.teacher_steps or self.data.teacher_steps[images]
         else:
-            steps = self.student_steps or (SEARCH_STEPS if self.is_search else STEPS[images])
+            steps = self.student_steps or (self.data.search_steps if self.is_search else self.data.steps[images])
             steps *= 3 if method == "undistilled_long" else 1
-        values = {**METHODS[method].recipe, **changes}
+        values = {**self.data.recipe, **METHODS[method].recipe, **changes}
         steps = round(steps * values.pop("patience", 1))
+        rows = images * 4 // 5 if self.is_search and not self.data.validates_on_split else images
+        if METHODS[method].uses_unlabelled:
+            rows = len(self._splits["train"] if self.is_search else self.train)
         # A view of each image for every epoch; but to store a view costs more than the step that it saves.
-        views = math.ceil(steps * Recipe.batch_size / (images * 4 // 5 if self.is_search else images))
+        views = math.ceil(steps * Recipe.batch_size / rows)
         if METHODS[method].logits == "views":
-            views = min(views, MAX_STORED_VIEWS)
+            views = min(views, self.data.max_stored_views)
         return Recipe(method, images, seed, self.is_search, steps, **{"num_views": views, **values})
 
     def chosen(self, method: str) -> dict:
@@ -97,11 +116,20 @@ class Study:
 
     def rows(self, recipe: Recipe) -> tuple[Dataset, Dataset | None]:
         """The rows to train on and, in a search, the held-out rows."""
-        train = select_per_class(self.train, recipe.images // len(CLASSES), seed=recipe.seed)
-        if not recipe.held_out:
-            return train, None
-        parts = train.train_test_split(test_size=0.2, stratify_by_column="label", seed=recipe.seed)
-        return parts["train"], parts["test"]
+        holds_out_split = recipe.held_out and self.data.validates_on_split
+        source = self._splits["train"] if holds_out_split else self.train
+        images_per_class = recipe.images // len(self.data.classes)
+        train, held_out = select_per_class(source, images_per_class, seed=recipe.seed), None
+        if holds_out_split:
+            held_out = self._splits["validation"]
+        elif recipe.held_out:
+            parts = train.train_test_split(test_size=0.2, stratify_by_column="label", seed=recipe.seed)
+            train, held_out = parts["train"], parts["test"]
+        if METHODS[recipe.method].uses_unlabelled:
+            mixed = select_per_class(source, images_per_class, seed=recipe.seed, keep_rest=True)
+            rest = np.flatnonzero(label_ids(mixed) == -1)
+            train = concatenate_datasets([train, mixed.select(rest)])
+        return train, held_out
 
     def test_rows(self) -> Dataset:
         """The test images.
@@ -131,48 +159,84 @@ class Study:
             if Recipe(**cell["recipe"]) != recipe:
                 raise ValueError(f"{path} was made by another recipe: {cell['recipe']} instead of {asdict(recipe)}.")
             # Students need the weights of a teacher, which are not part of its cell.
-            if recipe.method not in TEACHERS or model_folder.exists():
+            if METHODS[recipe.method].preset is None or model_folder.exists():
                 return cell
         train, held_out = self.rows(recipe)
-        processor = build_image_processor(train)
-        trainer, recording, logits = self._prepare(recipe, processor, train)
-        seconds = stopwatch()
-        trainer.train()
-        seconds = seconds()
-        outputs = predict(trainer.model, processor, self.test_rows() if held_out is None else held_out, batch_size=256)
+        measured = self.test_rows() if held_out is None else held_out
+        if recipe.method == "ensemble":
+            cell = self._measure_ensemble(recipe, measured)
+        else:
+            cell = self._train_and_measure(recipe, train, measured, model_folder)
         cell = {
             "recipe": asdict(recipe),
             "variation": variation,
             "split": "test" if held_out is None else "held out",
             "rows": len(train),
-            "parameters": trainer.model.num_parameters(),
-            "metrics": classification_metrics(**outputs, teacher_names=METHODS[recipe.method].teachers),
-            "fusions": fusion_accuracies(trainer.model, outputs),
+            **cell,
+            "machine": describe_machine(),
+        }
+        labels_path = self.results_dir / "test_labels.json"
+        if held_out is None and not labels_path.exists():
+            write(labels_path, digits(label_ids(measured)))
+        write(path, cell)
+        print(f"{path.name}: {100 * cell['metrics']['accuracy']:.2f} %", flush=True)
+        return cell
+
+    def _train_and_measure(self, recipe, train, measured, folder):
+        method = METHODS[recipe.method]
+        if method.preset == "efficientnet-lite0":
+            model, processor = build_pretrained(recipe, self.work_dir / "efficientnet", class_config(train))
+        else:
+            processor = build_image_processor(train)
+            model = build_model(recipe, class_config(train), processor.size["height"])
+        trainer, recording, logits = self._prepare(recipe, model, processor, train)
+        seconds = stopwatch()
+        trainer.train()
+        seconds = seconds()
+        outputs = predict(model, processor, measured, batch_size=256)
+        # Those of tokens; a student without tokens has none.
+        names = getattr(model.config, "teacher_names", ())
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        return {
+            "parameters": model.num_parameters(),
+            "metrics": classification_metrics(**outputs, teacher_names=names),
+            "fusions": fusion_accuracies(model, outputs),
             "logits": logits,
             "seconds": {"training": seconds, **recording},
             "losses": [entry for entry in trainer.state.log_history if "loss" in entry],
             # One digit an image, in the order of the split.
             "predictions": digits(outputs["logits"].argmax(-1)),
             "bf16": trainer.args.bf16,
-            "machine": describe_machine(),
         }
-        labels_path = self.results_dir / "test_labels.json"
-        if held_out is None and not labels_path.exists():
-            write(labels_path, digits(outputs["labels"]))
-        trainer.model.save_pretrained(model_folder)
-        processor.save_pretrained(model_folder)
-        write(path, cell)
-        print(f"{path.name}: {100 * cell['metrics']['accuracy']:.2f} % in {seconds['wall']:.0f} s", flush=True)
-        return cell
 
-    def _prepare(self, recipe, processor, train):
-        """The trainer, the seconds of recording, and the metrics of the recorded logits."""
-        method = METHODS[recipe.method]
-        model = build_model(recipe, class_config(train), processor.size["height"])
-        teachers = {}
-        for name in method.teachers:
+    def _measure_ensemble(self, recipe, measured):
+        """The mean of the teachers' probabilities."""
+        probabilities, parameters = [], 0
+        for folder in self._teachers(recipe).values():
+            model = AutoModelForImageClassification.from_pretrained(folder)
+            outputs = predict(model, AutoImageProcessor.from_pretrained(folder), measured, batch_size=256)
+            probabilities.append(scipy.special.softmax(outputs["logits"].astype(np.float64), axis=-1))
+            parameters += model.num_parameters()
+        logits = np.log(np.mean(probabilities, axis=0) + 1e-30)
+        return {
+            "parameters": parameters,
+            "metrics": classification_metrics(logits, outputs["labels"]),
+            "seconds": {"training": {"wall": 0.0, "cpu": 0.0}},
+            "predictions": digits(logits.argmax(-1)),
+        }
+
+    def _teachers(self, recipe) -> dict[str, str]:
+        """The folders of the teachers of a cell, which are trained if they are not there."""
+        folders = {}
+        for name in METHODS[recipe.method].teachers:
             self.run_cell(self.recipe(name, recipe.images, recipe.seed, self.chosen(name)), "base")
-            teachers[name] = str(self.folder(recipe) / f"{name}_base")
+            folders[name] = str(self.folder(recipe) / f"{name}_base")
+        return folders
+
+    def _prepare(self, recipe, model, processor, train):
+        """The trainer, the seconds of recording, and the metrics of the recorded logits."""
+        method, teachers = METHODS[recipe.method], self._teachers(recipe)
         if method.logits == "online":
             return self._trainer(recipe, model, processor, train, teachers=teachers), {}, {}
         if method.logits is None:
@@ -186,6 +250,8 @@ class Study:
         kind = "row"
         if views is not None:
             kind = hashlib.sha256(json.dumps(views.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
+        if METHODS[recipe.method].uses_unlabelled:
+            kind += "_all"
         folder = self.folder(recipe) / "tables" / "_".join([*teachers, kind])
         path = folder.with_suffix(".json")
         seconds = stopwatch()
@@ -218,18 +284,28 @@ class Study:
 def build_model(recipe: Recipe, classes: dict, image_size: int) -> PreTrainedModel:
     """An untrained teacher or student."""
     set_seed(recipe.seed)
-    if recipe.method in TEACHERS:
-        return IBResNetForImageClassification(IBResNetConfig.from_preset(TEACHERS[recipe.method], **classes))
+    method = METHODS[recipe.method]
+    if method.preset:
+        return IBResNetForImageClassification(IBResNetConfig.from_preset(method.preset, **classes))
     shape = {"image_size": image_size, "intermediate_size": 2 * recipe.hidden_size}
     shape |= recipe.pick("fusion", "patch_embedding", "patch_size")
     shape |= recipe.pick("hidden_size", "num_hidden_layers", "num_attention_heads")
-    config = IBViTConfig(teacher_names=METHODS[recipe.method].teachers, **shape, **classes)
-    return IBViTForImageClassification(config)
+    # A token whose loss has no weight would stay untaught.
+    names = method.teachers if recipe.teacher_weight else ()
+    return IBViTForImageClassification(IBViTConfig(teacher_names=names, **shape, **classes))
+
+
+def build_pretrained(recipe: Recipe, folder: Path, classes: dict) -> tuple[PreTrainedModel, BaseImageProcessor]:
+    """A teacher with a new head on the frozen weights of ImageNet-1k."""
+    set_seed(recipe.seed)
+    model = load_with_classes(save_efficientnet(folder, image_size=96), **classes)
+    freeze_backbone(model)
+    return model, AutoImageProcessor.from_pretrained(folder)
 
 
 def fusion_accuracies(model: IBViTForImageClassification, outputs: dict[str, np.ndarray]) -> dict[str, float]:
     """Accuracy by each kind of fusion. One training serves all kinds, because the loss does not depend on fusion."""
-    if "teacher_token_logits" not in outputs:
+    if outputs.get("teacher_token_logits") is None:
         return {}
     heads = [torch.from_numpy(outputs[name]) for name in ("class_logits", "teacher_token_logits")]
     chosen, accuracies = model.config.fusion, {}

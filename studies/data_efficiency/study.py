@@ -1,17 +1,18 @@
-"""How many images does a student need, with no teacher, with one, or with both? Fashion-MNIST, nested subsets.
+"""How many images does a student need, with no teacher, with one, or with both? And of what use are images without labels?
+Nested subsets of a data set.
 
-    python -m studies.data_efficiency.study --dataset FOLDER --stage search --methods both_views --variations trials
-    python -m studies.data_efficiency.study --dataset FOLDER --stage search --methods both_views --variations finalists
-    python -m studies.data_efficiency.study --dataset FOLDER --stage choose
-    python -m studies.data_efficiency.study --dataset FOLDER --stage grid --images 3000 --methods both_views --seeds 0
+    python -m studies.data_efficiency.study --name fashion_mnist --stage search --methods both_views --variations trials
+    python -m studies.data_efficiency.study --name fashion_mnist --stage search --methods both_views --variations finalists
+    python -m studies.data_efficiency.study --name fashion_mnist --stage choose
+    python -m studies.data_efficiency.study --name fashion_mnist --stage grid --images 3000 --methods both_views --seeds 0
 
 A cell is one model: a subset, a method, a seed and a recipe. Its JSON file in RESULTS_DIR holds the recipe, versions,
 metrics, predictions and time. A cell with a file is not run again, so a stopped study resumes. Several processes can share
 a study: give each its own `--seeds` or `--images`.
 
-`--stage search` trains on four fifths of a subset and measures on the held-out fifth. `--stage choose` fixes the best recipe
-of each method in RESULTS_DIR/recipes.json. `--stage grid` trains on the whole subset by these recipes, and only then opens
-the test images. `python -m studies.data_efficiency.report` turns the cells into tables, pictures and model cards.
+`--stage search` measures on held-out images: a fifth of a subset of Fashion-MNIST, the validation split of another data set.
+`--stage choose` fixes the best recipe of each method in RESULTS_DIR/recipes.json, by the second round (`finalists`) if it was
+run. `--stage grid` trains on the whole subset by these recipes, and only then opens the test images. `python -m studies.data_efficiency.report` turns the cells into tables, pictures and model cards.
 """
 
 import json
@@ -22,13 +23,14 @@ from pathlib import Path
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
-from .recipes import METHODS, SAME_RECIPE, STEPS, TEACHERS, TRIALS, VARIATIONS, combine
+from .recipes import DATASETS, METHODS, SAME_RECIPE, TRIALS, VARIATIONS, combine
 from .runs import Study, write
 
 
 @dataclass
 class StudyArguments:
-    dataset: str = HfArg(help="Fashion-MNIST: a folder of its IDX files, or its Hub id.")
+    name: str = HfArg(help=f"The data set: {', '.join(DATASETS)}.")
+    dataset: str | None = HfArg(default=None, help="Its folder; by default its Hub id.")
     stage: str = HfArg(default="grid", help="search, choose or grid.")
     images: list[int] = HfArg(default_factory=lambda: [3000], help="Sizes of the training subset.")
     methods: list[str] = HfArg(default_factory=lambda: list(METHODS), help=", ".join(METHODS))
@@ -39,22 +41,34 @@ class StudyArguments:
     seeds: list[int] = HfArg(default_factory=lambda: [0, 1, 2], help="One cell each.")
     teacher_steps: int | None = HfArg(default=None, help="Other steps than the study's, to try it out.")
     student_steps: int | None = HfArg(default=None, help="Other steps than the study's, to try it out.")
-    results_dir: str = HfArg(default="results/data_efficiency", help="Folder of the cells.")
-    work_dir: str = HfArg(default="outputs/data_efficiency", help="Folder of models and tables.")
+    results_dir: str | None = HfArg(default=None, help="Folder of the cells; by default results/data_efficiency/NAME.")
+    work_dir: str | None = HfArg(
+        default=None, help="Folder of models and tables; by default outputs/data_efficiency/NAME."
+    )
 
     def __post_init__(self):
         is_round = self.stage == "search" and self.variations in (["trials"], ["finalists"])
         names = [] if is_round else [name for variation in self.variations for name in variation.split("+")]
+        known_sizes = DATASETS[self.name].steps if self.name in DATASETS else ()
         sizes = [] if self.student_steps and self.teacher_steps else self.images
         for argument, given, known in (
+            ("name", [self.name], DATASETS),
             ("stage", [self.stage], ["search", "choose", "grid"]),
             ("methods", self.methods, METHODS),
             ("variations", names, VARIATIONS),
-            ("images", sizes, STEPS),
+            ("images", sizes, known_sizes),
         ):
             for value in given:
                 if value not in known:
                     raise ValueError(f"{argument}={value} is unknown. Choose from {', '.join(map(str, known))}.")
+        self.dataset = self.dataset or DATASETS[self.name].source
+        self.results_dir = self.results_dir or f"results/data_efficiency/{self.name}"
+        self.work_dir = self.work_dir or f"outputs/data_efficiency/{self.name}"
+
+
+def trial_paths(study: Study, method: str, variation: str) -> list[Path]:
+    """The cells of a trial, one a seed."""
+    return sorted((study.results_dir / "search").glob(f"*[0-9]_{method}_{variation}_[0-9].json"))
 
 
 def search_accuracy(study: Study, method: str, variation: str) -> float:
@@ -63,7 +77,7 @@ def search_accuracy(study: Study, method: str, variation: str) -> float:
     Raises:
         ValueError: there is no such cell.
     """
-    paths = (study.results_dir / "search").glob(f"*_{method}_{variation}_[0-9].json")
+    paths = trial_paths(study, method, variation)
     values = [json.loads(path.read_text())["metrics"]["accuracy"] for path in paths]
     if not values:
         raise ValueError(f'The method {method} has no cell of the trial "{variation}". Run --stage search first.')
@@ -76,15 +90,19 @@ def finalists(study: Study, method: str) -> list[str]:
     return [f"{variation}+patience_2" for variation in ranking[:2]]
 
 
-def choose(study: Study) -> None:
-    """Fix the recipe of each method: the better of its finalists."""
-    recipes = dict.fromkeys(TEACHERS, {})
-    for method in TRIALS:
-        accuracies = {name: search_accuracy(study, method, name) for name in finalists(study, method)}
+def choose(study: Study, methods: list[str]) -> None:
+    """Fix the recipe of each method: the best trial of its last round."""
+    recipes = json.loads(study.recipes_path.read_text()) if study.recipes_path.exists() else {}
+    recipes |= {method: {} for method in METHODS if METHODS[method].preset or method == "ensemble"}
+    for method in (name for name in TRIALS if name in methods):
+        names = finalists(study, method)
+        if not any(trial_paths(study, method, name) for name in names):
+            names = TRIALS[method]
+        accuracies = {name: search_accuracy(study, method, name) for name in names}
         best = max(accuracies, key=accuracies.get)
         recipes[method] = combine(best.removesuffix("+patience_2"))
         print(method, {name: round(100 * value, 2) for name, value in accuracies.items()}, recipes[method])
-    recipes |= {method: recipes[other] for method, other in SAME_RECIPE.items()}
+    recipes |= {method: recipes[other] for method, other in SAME_RECIPE.items() if other in recipes}
     write(study.recipes_path, recipes)
 
 
@@ -92,9 +110,9 @@ def main(arguments=None):
     parser = HfArgumentParser(StudyArguments, description=__doc__.splitlines()[0])
     (args,) = parser.parse_args_into_dataclasses(arguments)
     folders = Path(args.results_dir), Path(args.work_dir)
-    study = Study(args.dataset, *folders, args.stage == "search", args.teacher_steps, args.student_steps)
+    study = Study(args.name, args.dataset, *folders, args.stage == "search", args.teacher_steps, args.student_steps)
     if args.stage == "choose":
-        return choose(study)
+        return choose(study, args.methods)
     for images, seed, method in product(args.images, args.seeds, args.methods):
         if args.variations == ["finalists"]:
             variations = finalists(study, method)

@@ -11,13 +11,28 @@ import PIL.Image
 import pytest
 from huggingface_hub import ModelCard
 from scipy.stats import ttest_rel
+from transformers import pipeline
 
 from studies.data_efficiency import report, study, tables
 from studies.data_efficiency.recipes import TRIALS, combine
 
 
+RESULTS = Path(__file__).parents[2] / "results" / "data_efficiency"
+
+
 def run_study(folder, *arguments):
-    few = ["--dataset", "digits", "--images", "100", "--teacher_steps", "1", "--student_steps", "2"]
+    few = [
+        "--name",
+        "fashion_mnist",
+        "--dataset",
+        "digits",
+        "--images",
+        "100",
+        "--teacher_steps",
+        "1",
+        "--student_steps",
+        "2",
+    ]
     study.main([*few, "--results_dir", f"{folder}/results", "--work_dir", f"{folder}/work", *arguments])
 
 
@@ -47,7 +62,7 @@ def test_the_search_decides_and_the_test_images_stay_closed_before(tmp_path):
     with pytest.raises(ValueError, match="methods=vit .* conv, inv, "):
         run_study(tmp_path, "--methods", "vit")
     with pytest.raises(ValueError, match="has no cells of conv, .* --stage grid"):
-        report.main(["--results_dir", f"{tmp_path}/results"])
+        report.main(["--name", "fashion_mnist", "--results_dir", f"{tmp_path}/results"])
     search = tmp_path / "results" / "search"
     search.mkdir(parents=True)
     random, best = np.random.default_rng(0), {}
@@ -138,11 +153,35 @@ def test_seconds_compare_on_the_machine_that_made_most_of_a_size():
     assert points == {"conv": {10: [0.01, 0.09]}, "inv": {20: [0.02]}, "undistilled": {}, "deit": {40: [0.03, 0.2]}}
 
 
-def test_the_committed_tables_are_those_of_the_committed_cells():
-    folder = Path(__file__).parents[2] / "results" / "data_efficiency"
+@pytest.mark.parametrize("name", [folder.name for folder in RESULTS.iterdir()])
+def test_the_committed_tables_are_those_of_the_committed_cells(name):
+    folder = RESULTS / name
     labels = tables.undigits(json.loads((folder / "test_labels.json").read_text()))
-    text = report.write_sections(tables.read_cells(folder / "grid"), labels, folder / "search")
+    text = report.write_sections(name, tables.read_cells(folder / "grid"), labels, folder / "search")
     assert (folder / "tables.md").read_text() == text
+
+
+def test_methods_with_unlabelled_images_train_on_every_image(tmp_path):
+    results = tmp_path / "results"
+    results.mkdir()
+    methods = ["conv", "inv", "ensemble", "both_all", "pseudo_labels", "pretrained", "pretrained_all"]
+    (results / "recipes.json").write_text(json.dumps(dict.fromkeys(methods, {})))
+    run_study(tmp_path, "--methods", *methods, "--seeds", "0")
+    cells = {name: json.loads((results / f"grid/100_{name}_base_0.json").read_text()) for name in methods}
+    # 1,437 training images of digits, of which 100 have a label.
+    all_images = {"both_all", "pseudo_labels", "pretrained_all"}
+    assert {name: cell["rows"] for name, cell in cells.items()} == {
+        m: 1437 if m in all_images else 100 for m in methods
+    }
+    # The naive mean of the probabilities that the two saved teachers give.
+    test = study.Study("fashion_mnist", "digits", results, tmp_path / "work").test_rows()
+    folders = [tmp_path / "work" / "100_0" / f"{name}_base" for name in ("conv", "inv")]
+    pipes = [pipeline("image-classification", str(folder), top_k=10) for folder in folders]
+    names, choices = study.DATASETS["fashion_mnist"].classes, ""
+    for row in test.select(range(50)):
+        scores = [{entry["label"]: entry["score"] for entry in pipe(row["image"])} for pipe in pipes]
+        choices += str(max(range(10), key=lambda class_id: sum(score[names[class_id]] for score in scores)))
+    assert cells["ensemble"]["predictions"].startswith(choices)
 
 
 def test_the_study_ends_in_tables_pictures_and_cards(tmp_path):
@@ -153,7 +192,16 @@ def test_the_study_ends_in_tables_pictures_and_cards(tmp_path):
     run_study(tmp_path, "--methods", *methods, "--seeds", "0", "1")
     run_study(tmp_path, "--methods", "both_views", "--seeds", "1", "--variations", "hard+label_weight_0")
     (results / "README.md").write_text("by hand")
-    flags = ["--results_dir", f"{results}", "--work_dir", f"{tmp_path}/work", "--cards_dir", f"{tmp_path}/cards"]
+    flags = [
+        "--name",
+        "fashion_mnist",
+        "--results_dir",
+        f"{results}",
+        "--work_dir",
+        f"{tmp_path}/work",
+        "--cards_dir",
+        f"{tmp_path}/cards",
+    ]
     flags += ["--dataset", "digits", "--card_images", "100"]
     report.main(flags)
     cells = {
