@@ -57,8 +57,8 @@ class DataArguments:
     unlabelled = None
     keep_rest = False
 
-    def load(self) -> DatasetDict:
-        """The splits, with the columns "image" and "label"."""
+    def load(self, skip_unreadable: bool = False) -> DatasetDict:
+        """The splits, with the columns "image" and "label"; `skip_unreadable` as in [`add_unlabelled`]."""
         if self.pixel_range is not None and len(self.pixel_range) != 2:
             raise ValueError(f"pixel_range={self.pixel_range} is not two numbers. Give the levels of black and white.")
         splits = load_image_dataset(
@@ -78,7 +78,9 @@ class DataArguments:
             prepare = partial(scale_pixels, minimum=low, maximum=high)
             splits = prepare(splits)
         # After the selection, which is one of labelled images.
-        return add_unlabelled(splits, self.unlabelled, self.image_column, prepare) if self.unlabelled else splits
+        if not self.unlabelled:
+            return splits
+        return add_unlabelled(splits, self.unlabelled, self.image_column, prepare, skip_unreadable=skip_unreadable)
 
 
 @dataclass
@@ -137,7 +139,10 @@ _COMMON_TRAINING_ARGUMENTS = {
     "hub_model_id": "Repository to publish to; by default the name of output_dir.",
 }
 
-_TEACHING = ("teachers", "teacher_names", "temperature", "teacher_weights", "label_weight", "distillation_mode",
+CLASSES_HELP = (
+    "JSON file: teacher → class of the dataset → the teacher's class or list of classes for it, if names differ."
+)
+_TEACHING = ("teachers", "teacher_names", "teacher_classes", "temperature", "teacher_weights", "label_weight", "distillation_mode",
              "standardize_logits", "confidence_weighting", "unlabelled_target", "min_confidence", "unlabelled", "keep_rest",
              "fusion")  # fmt: skip
 _SHAPE = ("patch_size", "patch_embedding", "hidden_size", "num_hidden_layers", "num_attention_heads", "mlp_ratio")
@@ -147,6 +152,7 @@ _WITHOUT_EFFECT = [
     ("student", bool, ("student_config", *_SHAPE)),
     ("student_config", bool, ("fusion", *_SHAPE)),
     ("model", lambda value: not value, ("linear_probe", "layer_decay", "freeze_layers")),
+    ("teachers", lambda value: not value, ("teacher_classes",)),
     ("images_per_class", lambda value: not value, ("keep_rest",)),
     ("unlabelled_target", lambda value: value != "pseudo_labels", ("min_confidence",)),
     ("without_teachers", bool, _TEACHING),

@@ -20,6 +20,7 @@ from transformers import BaseImageProcessor, PreTrainedModel, set_seed
 from transformers.hf_argparser import HfArg
 
 from ..data.classes import class_config
+from ..files import read_json
 from ..images.preprocessing import build_image_processor
 from ..logits.encoding import recorded_teachers
 from ..logits.provenance import described_teachers, stored_views
@@ -28,7 +29,16 @@ from ..models.modeling_ibvit import IBViTForImageClassification
 from ..students import build_student, check_fit, default_patch_size, load_image_processor, load_student
 from ..training.arguments import DistillationArguments
 from ..training.trainer import EnsembleDistillationTrainer, ImageClassificationTrainer
-from .arguments import MixedDataArguments, ViewArguments, check_output_dir, name_folders, parse, run, train_and_save
+from .arguments import (
+    CLASSES_HELP,
+    MixedDataArguments,
+    ViewArguments,
+    check_output_dir,
+    name_folders,
+    parse,
+    run,
+    train_and_save,
+)
 
 
 @dataclass
@@ -43,6 +53,7 @@ class StudentArguments:
         default_factory=list,
         help="NAME=FOLDER or NAME=HUB_ID of teachers to run in every step, instead of reading columns.",
     )
+    teacher_classes: str | None = HfArg(default=None, help=f"For --teachers. {CLASSES_HELP}")
     student: str | None = HfArg(
         default=None,
         aliases=["--model"],
@@ -150,8 +161,9 @@ def main(arguments):
         "views": views.recipe() or stored_views(splits["train"]),
     }
     if names:
-        teachers = name_folders(student.teachers) or None
-        trainer = EnsembleDistillationTrainer(model, args, teachers=teachers, teacher_names=names, **shared)
+        classes = None if student.teacher_classes is None else read_json(student.teacher_classes)
+        given = {"teachers": name_folders(student.teachers) or None, "teacher_classes": classes}
+        trainer = EnsembleDistillationTrainer(model, args, teacher_names=names, **given, **shared)
     else:
         trainer = ImageClassificationTrainer(model, args, **shared)
     facts = {"title": "Distilled student", "data_name": data.dataset, "base_model": student.student}

@@ -16,7 +16,7 @@ from transformers.hf_argparser import HfArg
 from ..files import read_json
 from ..recording.assessment import logits_metrics
 from ..recording.recorder import record_teacher_logits
-from .arguments import MixedDataArguments, ViewArguments, name_folders, parse, run
+from .arguments import CLASSES_HELP, MixedDataArguments, ViewArguments, name_folders, parse, run
 
 
 @dataclass
@@ -41,10 +41,7 @@ class RecordingArguments:
         default=False, help="Leave out rows whose image cannot be decoded, instead of stopping."
     )
     trust_remote_code: bool = HfArg(default=False, help="Run the code of the teacher repositories.")
-    teacher_classes: str | None = HfArg(
-        default=None,
-        help="JSON file: teacher → class of the dataset → the teacher's class or list of classes for it, if names differ.",
-    )
+    teacher_classes: str | None = HfArg(default=None, help=CLASSES_HELP)
 
 
 def main(arguments):
@@ -53,7 +50,7 @@ def main(arguments):
     settings = vars(recording) | {"teachers": name_folders(recording.teachers)}
     if recording.teacher_classes is not None:
         settings["teacher_classes"] = read_json(recording.teacher_classes)
-    tables = record_teacher_logits(data.load(), views=views.recipe(), **settings)
+    tables = record_teacher_logits(data.load(recording.skip_unreadable), views=views.recipe(), **settings)
     if PartialState().is_main_process:
         for split, table in tables.items():
             print(f"{split}: {len(table)} rows, {', '.join(table.column_names)}")

@@ -28,6 +28,8 @@ def add_unlabelled(
     source: UnlabelledSource,
     image_column: str | None = None,
     prepare: Callable[[Dataset], Dataset] | None = None,
+    *,
+    skip_unreadable: bool = False,
 ) -> DatasetDict:
     """Add the images of a source to the training split, without labels.
 
@@ -37,6 +39,7 @@ def add_unlabelled(
             splits, the training or unlabelled one is added. The images of a stream are held in memory.
         image_column: the image column of the source; found if not given.
         prepare: what was done to the images of `splits` since they were opened, such as [`scale_pixels`].
+        skip_unreadable: add images that cannot be decoded as well, with a warning, for a recording that leaves them out.
 
     Raises:
         ValueError: the source is empty or unclear, an image cannot be decoded, or images are in the validation or the test
@@ -68,7 +71,7 @@ def add_unlabelled(
     train = splits["train"]
     images = table.select_columns([IMAGE]).cast_column(IMAGE, train.features[IMAGE])
     _compare_kinds(train, images, name)
-    _refuse_known(splits, images, name)
+    _refuse_known(splits, images, name, skip_unreadable)
     logger.warning("%s adds %d images without labels to %d training images.", name, len(images), len(train))
     # The columns that the images lack are null in their rows.
     return DatasetDict({**splits, "train": concatenate_datasets([train, images])})
@@ -106,7 +109,7 @@ def _compare_kinds(train, images, name) -> None:
         logger.warning("The images of unlabelled=%s are %s, those with labels are %s.", name, theirs, ours)
 
 
-def _refuse_known(splits, images, name) -> None:
+def _refuse_known(splits, images, name, skip_unreadable) -> None:
     """Refuse images that results are measured on. It decodes every image once, as one epoch does."""
     known, errors = {}, []
     for split in ("validation", "test"):
@@ -122,7 +125,9 @@ def _refuse_known(splits, images, name) -> None:
                 )
                 errors.clear()
     found = [known[key] for key in _row_keys(images, errors, "Comparing unlabelled images") if key in known]
-    if errors:
+    if errors and skip_unreadable:
+        logger.warning("unlabelled=%s has %d images that cannot be decoded. %s", name, len(errors), errors[0])
+    elif errors:
         raise ValueError(
             f"unlabelled={name} has {len(errors)} images that cannot be decoded. Remove them. {errors[0]}"
         )

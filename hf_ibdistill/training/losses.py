@@ -58,7 +58,7 @@ def ensemble_distillation_loss(
     Args:
         class_logits: (N, C), from the class token.
         teacher_token_logits: (N, T, C), from the teacher tokens.
-        labels: (N,), class ids; −100 for a row without a label.
+        labels: (N,), class ids; −1 or −100 for a row without a label.
         teacher_logits: (N, T, C), from the teachers, in the same order. No gradient flows into them.
         weights: T numbers λ_i.
         temperature: one number τ for all teachers, or T numbers.
@@ -119,6 +119,7 @@ def ensemble_distillation_loss(
         )
 
     classes, students, teachers = class_logits.float(), teacher_token_logits.float(), teacher_logits.detach().float()
+    labels = labels.masked_fill(labels == -1, -100)
     label_losses = F.cross_entropy(classes, labels, reduction="none", label_smoothing=label_smoothing)
     is_unlabelled = labels == -100
     if unlabelled_target != "none" and num_teachers:

@@ -18,7 +18,7 @@ from ..images.views import ViewRecipe
 from ..logits.encoding import check_teacher_names, column_name, describe_column, recorded_teachers
 from ..logits.provenance import check_columns, check_files, stored_views
 from ..rows import DistillationCollator, ImageRows, StreamedImageRows
-from ..teachers import TeacherLike, load_teachers, require_model
+from ..teachers import ClassMapping, TeacherLike, load_teachers, require_model
 from .arguments import DistillationArguments, ImageTrainingArguments
 from .checkpoints import checkpoint_to_resume, saved_names
 from .losses import ensemble_distillation_loss
@@ -451,6 +451,7 @@ class EnsembleDistillationTrainer(ImageClassificationTrainer):
             those of `teachers`, or all that the training set has logits of.
         teachers: name → Hub id, folder, model loaded by `from_pretrained`, or (model, image processor), for online
             distillation, on `views` if given. `None` reads the columns.
+        teacher_classes: for `teachers`, as in [`record_teacher_logits`].
         kwargs: as for [`ImageClassificationTrainer`].
 
     Raises:
@@ -481,13 +482,19 @@ class EnsembleDistillationTrainer(ImageClassificationTrainer):
         *,
         teachers: Mapping[str, TeacherLike] | None = None,
         teacher_names: Sequence[str] | None = None,
+        teacher_classes: Mapping[str, ClassMapping] | None = None,
         **kwargs,
     ):
+        if teacher_classes is not None and teachers is None:
+            raise ValueError(
+                f"teacher_classes={teacher_classes!r} has no effect without teachers={{…}}: recorded logits are those of the "
+                "dataset's classes. Leave it out, or give it to record_teacher_logits."
+            )
         if args is not None and not isinstance(args, DistillationArguments):
             raise TypeError(
                 f"args is {type(args).__name__}, but the loss needs its weights. Pass args=DistillationArguments(…)."
             )
-        self._given_teachers, self._given_names = teachers, teacher_names
+        self._given_teachers, self._given_names, self._teacher_classes = teachers, teacher_names, teacher_classes
         super().__init__(model=model, args=args, **kwargs)
 
     def _prepare(self) -> None:
@@ -508,7 +515,7 @@ class EnsembleDistillationTrainer(ImageClassificationTrainer):
                     "the same names."
                 )
             named = {name: teachers[name] for name in self.teacher_names}
-            self.teachers = load_teachers(named, bf16=self.args.bf16)
+            self.teachers = load_teachers(named, bf16=self.args.bf16, classes=self._teacher_classes)
         for teacher in self.teachers:
             teacher.match_classes(self._class_names)
             teacher.model.to(self.args.device)

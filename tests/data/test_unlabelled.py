@@ -65,6 +65,16 @@ def test_a_table_a_stream_and_other_sources(labelled, tmp_path, caplog):
     assert "has labels" not in caplog.text
 
 
+def test_a_recording_leaves_out_broken_images_if_it_may(labelled, tmp_path, caplog):
+    broken = write_folder(tmp_path / "more", [100, 101])
+    (broken / "broken.png").write_bytes(b"none")
+    arguments = MixedDataArguments(dataset=str(labelled), unlabelled=str(broken))
+    with pytest.raises(ValueError, match="1 images that cannot be decoded"):
+        arguments.load()
+    assert len(arguments.load(skip_unreadable=True)["train"]) == 15
+    assert "has 1 images that cannot be decoded" in caplog.text
+
+
 def test_labels_of_the_source_are_left_out_and_reported(labelled, caplog):
     check(load_image_dataset(labelled, unlabelled=table([0, 1], start=100)), [100, 101])
     assert "unlabelled=Dataset has labels" in caplog.text

@@ -95,7 +95,8 @@ def arguments(folder, **overrides):
 
 def distill(folder, table, student=None, trainer_class=EnsembleDistillationTrainer, train=True, **settings):
     """A trainer after its training. `settings` are its own, or those of the arguments."""
-    names = ("teachers", "eval_dataset", "compute_metrics", "callbacks", "image_column", "label_column", "views")
+    names = ("teachers", "teacher_classes", "eval_dataset", "compute_metrics", "callbacks", "image_column",
+             "label_column", "views")  # fmt: skip
     own = {name: settings.pop(name) for name in names if name in settings}
     trainer = trainer_class(
         model=small_student() if student is None else student,

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from hf_ibdistill import ensemble_distillation_loss
-from hf_ibdistill.training.losses import MODES
+from hf_ibdistill.training.losses import MODES, UNLABELLED_TARGETS
 
 
 N, C = 5, 4
@@ -409,3 +409,18 @@ def test_shapes_that_do_not_fit_are_named(arguments, message):
 def test_settings_that_do_not_fit_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
         ensemble_distillation_loss(*shapes(), **settings)
+
+
+@pytest.mark.parametrize("target", UNLABELLED_TARGETS)
+def test_both_marks_of_a_row_without_a_label(target):
+    z, s, y, t = random_logits(2, num_rows=4)
+    results = []
+    for mark in (-1, -100):
+        labels = y.clone()
+        labels[1:3] = mark
+        results.append(ensemble_distillation_loss(z, s, labels, t, weights=[1.0, 1.0], unlabelled_target=target))
+    for first, second in zip(*results):
+        torch.testing.assert_close(first, second, rtol=0, atol=0)
+    y[0] = -2
+    with pytest.raises(IndexError, match="-2"):
+        ensemble_distillation_loss(z, s, y, t, weights=[1.0, 1.0], unlabelled_target=target)

@@ -223,6 +223,19 @@ def test_an_online_teacher_with_the_classes_in_another_order_is_put_right(plain_
     assert any('"inv"' in message and "order" in message for message in caplog.messages)
 
 
+def test_online_teachers_of_other_names_teach_by_a_mapping(plain_table, teachers, tmp_path):
+    renamed = copy.deepcopy(teachers["inv"][0])
+    renamed.config.id2label = {i: f"other {i}" for i in range(len(CLASSES))}
+    renamed.config.label2id = {name: i for i, name in renamed.config.id2label.items()}
+    expected = distill(tmp_path, plain_table, teachers=teachers, max_steps=3)
+    online = {**teachers, "inv": (renamed, PROCESSOR)}
+    mapping = {"inv": {name: f"other {i}" for i, name in enumerate(CLASSES)}}
+    found = distill(tmp_path, plain_table, teachers=online, teacher_classes=mapping, max_steps=3)
+    assert_same_weights(found.model, expected.model, rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="no effect without teachers"):
+        distill(tmp_path, plain_table, teacher_classes=mapping, train=False)
+
+
 def test_online_teachers_see_the_images_through_their_own_processors(plain_table, teachers, tmp_path):
     other = ViTImageProcessor(size={"height": 12, "width": 12}, image_mean=[0.2] * 3)
     seen = []
