@@ -146,6 +146,7 @@ class Recipe:
     num_hidden_layers: int = 4
     num_attention_heads: int = 4
     patch_size: int = 4
+    student: str = "ibvit"
 
     def views(self) -> ViewRecipe:
         same = self.pick("num_views", "crop", "padding", "horizontal_flip", "erasing", "seed")
@@ -161,6 +162,19 @@ class Recipe:
         return {name: getattr(self, name) for name in names}
 
 
+# Students of other families, for 32 pixels: the fields of their configurations.
+FAMILIES = {
+    "vit": {
+        "patch_size": 4,
+        "hidden_size": 96,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "intermediate_size": 192,
+    },
+    "mobilenet_v2": {"depth_multiplier": 0.35, "output_stride": 8},
+    "resnet": {"embedding_size": 32, "hidden_sizes": [32, 64, 128], "depths": [2, 2, 2], "layer_type": "basic"},
+    "convnext": {"patch_size": 2, "hidden_sizes": [32, 64, 128], "depths": [2, 2, 2], "num_stages": 3},
+}
 # Changes of the recipe; "+" joins several. "patience" multiplies the steps.
 VARIATIONS = {
     "base": {},
@@ -186,6 +200,7 @@ VARIATIONS = {
     "resized": {"crop": "resized", "min_scale": 0.5},
     "linear": {"patch_embedding": "linear"},
     "bias_stems": {"patch_embedding": "bias_stems"},
+    **{family: {"student": family} for family in FAMILIES},
 }
 # Every student has the same number of trials. The teachers keep the defaults of the package.
 _LABEL_TRIALS = ("base", "learning_rate_1e-3", "label_smoothing_0.1")

@@ -21,7 +21,7 @@ from hf_ibdistill.rows import ImageRows
 
 from . import tables
 from .plots import plot_accuracy, plot_attention, plot_corrections
-from .recipes import DATASETS, METHODS, TEACHERS, Recipe
+from .recipes import DATASETS, FAMILIES, METHODS, TEACHERS, Recipe
 from .runs import Study, build_model
 from .tables import OURS
 
@@ -53,6 +53,9 @@ def write_sections(name: str, variations: dict, labels: np.ndarray, search: Path
         for method, rivals in WITH_UNLABELLED.items()
         if method in cells
     }
+    families = {}
+    if FAMILIES.keys() & variations.keys():
+        families["Students of several families"] = tables.family_table(variations)
     sections = {
         "Test accuracy (%)": tables.accuracy_table(cells),
         **unlabelled,
@@ -62,6 +65,7 @@ def write_sections(name: str, variations: dict, labels: np.ndarray, search: Path
         "The teachers and the tokens of the student (%)": tables.teacher_table(cells, labels),
         "Fusions of the same heads (%)": tables.fusion_table(cells),
         "Stored logits of the training images": tables.logits_table(cells),
+        **families,
         "Changes of the recipe, against it": tables.ablation_table(variations, labels),
         "Processor seconds, one thread": tables.time_table(tables.on_one_machine(cells)),
         "Search on held-out images": tables.trial_table(search),

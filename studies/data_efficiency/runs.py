@@ -43,12 +43,12 @@ from hf_ibdistill.evaluation import classification_metrics
 from hf_ibdistill.files import write_text
 from hf_ibdistill.models.configuration_ibvit import FUSIONS
 from hf_ibdistill.publishing.machine import describe_machine
-from hf_ibdistill.students import load_with_classes
+from hf_ibdistill.students import build_student, load_with_classes
 from hf_ibdistill.training.arguments import has_bf16_units
 from hf_ibdistill.training.finetuning import freeze_backbone
 
 from ..pretrained import save_efficientnet
-from .recipes import DATASETS, METHODS, DataSet, Recipe
+from .recipes import DATASETS, FAMILIES, METHODS, DataSet, Recipe
 
 
 @dataclass
@@ -193,7 +193,9 @@ class Study:
         seconds = stopwatch()
         trainer.train()
         seconds = seconds()
+        prediction = stopwatch()
         outputs = predict(model, processor, measured, batch_size=256)
+        prediction = prediction() | {"images": len(measured)}
         # Those of tokens; a student without tokens has none.
         names = getattr(model.config, "teacher_names", ())
         model.save_pretrained(folder)
@@ -203,7 +205,7 @@ class Study:
             "metrics": classification_metrics(**outputs, teacher_names=names),
             "fusions": fusion_accuracies(model, outputs),
             "logits": logits,
-            "seconds": {"training": seconds, **recording},
+            "seconds": {"training": seconds, "prediction": prediction, **recording},
             "losses": [entry for entry in trainer.state.log_history if "loss" in entry],
             # One digit an image, in the order of the split.
             "predictions": digits(outputs["logits"].argmax(-1)),
@@ -287,6 +289,8 @@ def build_model(recipe: Recipe, classes: dict, image_size: int) -> PreTrainedMod
     method = METHODS[recipe.method]
     if method.preset:
         return IBResNetForImageClassification(IBResNetConfig.from_preset(method.preset, **classes))
+    if recipe.student != "ibvit":
+        return build_student(recipe.student, image_size=image_size, **FAMILIES[recipe.student], **classes)
     shape = {"image_size": image_size, "intermediate_size": 2 * recipe.hidden_size}
     shape |= recipe.pick("fusion", "patch_embedding", "patch_size")
     shape |= recipe.pick("hidden_size", "num_hidden_layers", "num_attention_heads")

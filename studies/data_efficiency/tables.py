@@ -11,7 +11,7 @@ from hf_ibdistill.models.configuration_ibvit import FUSIONS
 from hf_ibdistill.publishing.cards import markdown_table, mean_and_spread
 
 from ..intervals import paired_difference
-from .recipes import METHODS, TEACHERS
+from .recipes import FAMILIES, METHODS, TEACHERS
 
 
 OURS = "both_views"
@@ -91,7 +91,7 @@ def ablation_table(cells: dict, labels: np.ndarray) -> str:
     for variation, changed in sorted(cells.items()):
         for name, images, by_seed in walk(changed):
             unchanged = cells["base"].get(name, {}).get(images, {})
-            if variation != "base" and by_seed.keys() & unchanged.keys():
+            if variation not in ("base", *FAMILIES) and by_seed.keys() & unchanged.keys():
                 difference = _difference(by_seed, unchanged, labels)
                 rows.append([f"{images:,}", METHODS[name].title, variation, *difference])
     return markdown_table(["images", "method", "change", *_DIFFERENCE], rows)
@@ -185,6 +185,26 @@ def logits_table(cells: dict) -> str:
             rows.append([f"{images:,}", len(found), *(f"{100 * v:.1f}" for v in shares), *(f"{v:.3f}" for v in nats)])
     header = ["images", "seeds", "convolution right (%)", "involution right (%)", "entropy: convolution (nats)", "involution",
               "divergence between views: convolution", "involution", "divergence between teachers"]  # fmt: skip
+    return markdown_table(header, rows)
+
+
+def family_table(variations: dict) -> str:
+    """Students of several families, each with and without teachers, from the same tables."""
+    rows = []
+    for family in ("base", *FAMILIES):
+        # Of the student that the study is about, only methods that another family was trained by.
+        trained = {name for other in FAMILIES for name in variations.get(other, {})}
+        for name, images, by_seed in walk(variations.get(family, {})):
+            if name in trained:
+                cells = list(by_seed.values())
+                spent = np.mean([cell["seconds"]["training"]["cpu"] for cell in cells])
+                speeds = [cell["seconds"].get("prediction") for cell in cells]
+                speed = np.mean([found["images"] / found["cpu"] for found in speeds if found] or [np.nan])
+                title = "IBViT" if family == "base" else family
+                found = [title, f"{cells[0]['parameters']:,}", METHODS[name].title, f"{images:,}", _accuracy(by_seed)]
+                rows.append([*found, f"{spent:.0f}", "–" if np.isnan(speed) else f"{speed:.0f}"])
+    header = ["student", "parameters", "method", "images", "test accuracy (%)", "training, processor seconds",
+              "predicted images per processor second"]  # fmt: skip
     return markdown_table(header, rows)
 
 

@@ -182,6 +182,15 @@ def test_methods_with_unlabelled_images_train_on_every_image(tmp_path):
         scores = [{entry["label"]: entry["score"] for entry in pipe(row["image"])} for pipe in pipes]
         choices += str(max(range(10), key=lambda class_id: sum(score[names[class_id]] for score in scores)))
     assert cells["ensemble"]["predictions"].startswith(choices)
+    # A student of another family learns from the same table.
+    tables_before = sorted((tmp_path / "work/100_0/tables").iterdir())
+    run_study(tmp_path, "--methods", "both_all", "--seeds", "0", "--variations", "resnet")
+    assert sorted((tmp_path / "work/100_0/tables").iterdir()) == tables_before
+    text = tables.family_table(tables.read_cells(results / "grid"))
+    rows = [line.split(" | ") for line in text.splitlines()[2:]]
+    assert [(row[0], row[2]) for row in rows] == [
+        (f"| {student}", "both, stored views, with unlabelled images") for student in ("IBViT", "resnet")
+    ]
 
 
 def test_the_study_ends_in_tables_pictures_and_cards(tmp_path):
