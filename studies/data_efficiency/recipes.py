@@ -50,8 +50,8 @@ DATASETS = {
         "uoft-cs/cifar10",
         ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
         steps={1000: 3000, 5000: 3000},
-        teacher_steps={1000: 800, 5000: 1500},
-        search_steps=1000,
+        teacher_steps={1000: 600, 5000: 1500},
+        search_steps=600,
         max_stored_views=8,
     ),
     "digits": DataSet(
