@@ -14,6 +14,7 @@ from transformers.hf_argparser import HfArg
 
 from ..evaluation import evaluate_model
 from ..files import write_text
+from ..logits.encoding import recorded_teachers
 from ..teachers import load_classifier
 from .arguments import DataArguments, choose_split, parse, result_split, run
 
@@ -35,11 +36,14 @@ def main(arguments):
     split = evaluation.split or result_split(splits)
     rows = choose_split(splits, split)
     trust = {"trust_remote_code": evaluation.trust_remote_code}
+    model = load_classifier(evaluation.model, **trust)
     metrics = evaluate_model(
-        load_classifier(evaluation.model, **trust),
+        model,
         AutoImageProcessor.from_pretrained(evaluation.model, **trust),
         rows,
         batch_size=evaluation.batch_size,
+        # A student without tokens does not name its teachers.
+        teacher_names=getattr(model.config, "teacher_names", None) or recorded_teachers(rows),
     )
     text = json.dumps({"model": evaluation.model, "data": data.dataset, "split": split, "metrics": metrics}, indent=2)
     if PartialState().is_main_process:
