@@ -1,12 +1,14 @@
 """Recorded tables as Parquet files with their provenance and a card beside them, for sharing and for streaming."""
 
+import io
 import json
 import os
 import re
 import shutil
 from pathlib import Path
 
-from datasets import Dataset, IterableDataset, load_dataset
+import pyarrow.parquet as pq
+from datasets import Dataset, Image, IterableDataset, load_dataset
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 
@@ -14,6 +16,7 @@ from ..checks import check_numbers
 from ..data.columns import require_table
 from ..data.sources import load_parquet
 from ..files import output_folder, read_json, user_path, write_text
+from ..logits.encoding import column_name, recorded_teachers
 from ..logits.provenance import attach_record, check_complete, check_files, check_record, only_record
 from .cards import create_logits_card, teacher_source
 
@@ -63,7 +66,7 @@ def export_logits_table(
     num_files = -(-len(dataset) // rows_per_file)
     for i in range(num_files):
         rows = range(i * rows_per_file, min((i + 1) * rows_per_file, len(dataset)))
-        dataset.select(rows).to_parquet(beside / "data" / f"{split}-{i:05d}-of-{num_files:05d}.parquet")
+        _write_parquet(dataset.select(rows), beside / "data" / f"{split}-{i:05d}-of-{num_files:05d}.parquet")
     teachers = [{**teacher, "source": teacher_source(teacher)} for teacher in record["teachers"]]
     write_text(beside / PROVENANCE, json.dumps({**record, "teachers": teachers}, indent=2))
     create_logits_card(dataset, repo_id=repo_id).save(beside / "README.md")
@@ -71,6 +74,26 @@ def export_logits_table(
         output_dir.rmdir()
     os.replace(beside, output_dir)
     return output_dir
+
+
+def _write_parquet(dataset: Dataset, path: Path) -> None:
+    """Write what `Dataset.to_parquet` writes in fewer bytes: it compresses with snappy. zstd does better, above all on logits
+    whose first and second bytes are stored apart. Encoded images cannot be compressed further."""
+    schema, empty = dataset.features.arrow_schema, io.BytesIO()
+    pq.write_table(schema.empty_table(), empty)
+    columns = pq.ParquetFile(empty).schema
+    leaves = [columns.column(i).path for i in range(len(columns))]
+    logits = tuple(f"{column_name(name)}." for name in recorded_teachers(dataset))
+    images = tuple(f"{name}." for name, feature in dataset.features.items() if isinstance(feature, Image))
+    how = {
+        "compression": {leaf: "none" if leaf.startswith(images) else "zstd" for leaf in leaves},
+        "compression_level": {leaf: 6 for leaf in leaves if not leaf.startswith(images)},
+        "use_byte_stream_split": [leaf for leaf in leaves if leaf.startswith(logits)],
+        "use_dictionary": [leaf for leaf in leaves if not leaf.startswith((*logits, *images))],
+    }
+    with pq.ParquetWriter(path, schema, write_page_index=True, **how) as writer:
+        for rows in dataset.with_format("arrow").iter(batch_size=1000):
+            writer.write_table(rows.cast(schema))
 
 
 def open_logits_table(

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from datasets import DatasetDict, concatenate_datasets, load_dataset, load_from_disk
 from huggingface_hub import DatasetCard
@@ -162,3 +163,23 @@ def test_damage_and_missing_parts_are_named(table, images, tmp_path):
     with pytest.raises(ValueError, match=r'_logits" .*2 rows \(first \[30, 31\]\)'):
         export_logits_table(joined, tmp_path / "q")
     assert not (tmp_path / "q").exists()
+
+
+def test_logits_take_fewer_bytes_than_datasets_would_need(table, tmp_path):
+    folder = export_logits_table(table, tmp_path / "p")
+    (file,) = (folder / "data").iterdir()
+    table.to_parquet(tmp_path / "plain.parquet")
+
+    def columns(path):
+        group = pq.ParquetFile(path).metadata.row_group(0)
+        return {c.path_in_schema: c for c in (group.column(i) for i in range(group.num_columns))}
+
+    written, plain = columns(file), columns(tmp_path / "plain.parquet")
+    assert written.keys() == plain.keys()
+    logits = [name for name in written if "_logits." in name]
+    assert logits and {written[name].compression for name in logits} == {"ZSTD"}
+    assert all("BYTE_STREAM_SPLIT" in written[name].encodings for name in logits)
+    assert sum(written[n].total_compressed_size for n in logits) < sum(plain[n].total_compressed_size for n in logits)
+    # Encoded images are as they were.
+    assert written["image.bytes"].compression == "UNCOMPRESSED"
+    assert pq.read_schema(file).metadata == pq.read_schema(tmp_path / "plain.parquet").metadata
