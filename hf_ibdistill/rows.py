@@ -61,9 +61,19 @@ class _RowDecoder:
     def _view(self) -> int | None:
         return None if self.views is None else int(self._epoch) % self.views.num_views
 
-    def _decode_logits(self, read: Callable[..., np.ndarray], column: str, source) -> np.ndarray:
+    def _decode_logits(
+        self, read: Callable[..., np.ndarray], column: str, source, numbers: Sequence[int]
+    ) -> np.ndarray:
         view = self._view if self._has_views[column] else None
-        return read(source, self.num_classes, view, self.temperatures[column])
+        logits = read(source, self.num_classes, view, self.temperatures[column])
+        # Before training, only a sample is checked.
+        bad = np.flatnonzero(~np.isfinite(logits).all(axis=1))
+        if len(bad):
+            raise ValueError(
+                f'Row {numbers[bad[0]]}: the column "{column}" has missing, NaN or infinite logits, or those of a class that '
+                "does not exist. Record this row again, or remove it."
+            )
+        return logits
 
     def _decode(self, rows: Iterable[dict], numbers: Iterable[int]) -> Iterator[dict]:
         """One row at a time, so that a caller decides how many decoded images are held."""
@@ -127,7 +137,8 @@ class ImageRows(_RowDecoder, torch.utils.data.Dataset):
         """The rows of these indices, with one decoded image at a time."""
         indices = list(indices)
         logits = {
-            name: self._decode_logits(stored.read, name, indices) for name, stored in self._stored_logits.items()
+            name: self._decode_logits(stored.read, name, indices, indices)
+            for name, stored in self._stored_logits.items()
         }
         return self._decode(_as_rows(self._encoded[indices], logits), indices)
 
@@ -184,12 +195,9 @@ class StreamedImageRows(_RowDecoder, torch.utils.data.IterableDataset):
             table = split_dataset_by_node(table, rank=worker.id, world_size=worker.num_workers)
         first = count = 0
         for batch in table.iter(batch_size=64):
-            logits = {name: self._decode_logits(decode, name, batch[name]) for name in self.logits_columns}
-            for number, row in enumerate(_as_rows(batch, logits), first):
-                for name in self.logits_columns:
-                    # A stream cannot be checked before it is trained on.
-                    if not np.isfinite(row[name]).all():
-                        raise ValueError(f'Row {number}: the column "{name}" has missing, NaN or infinite logits.')
+            numbers = range(first, first + len(batch))
+            logits = {name: self._decode_logits(decode, name, batch[name], numbers) for name in self.logits_columns}
+            for number, row in zip(numbers, _as_rows(batch, logits)):
                 label = row.get(LABEL)
                 if None not in (label, self.num_classes) and not -1 <= label < self.num_classes:
                     raise ValueError(

@@ -195,6 +195,24 @@ def test_default_number_of_workers(monkeypatch):
         assert default_num_workers(use_cpu=False) == expected
 
 
+@pytest.mark.parametrize("bad", [np.nan, -np.inf, "class"])
+def test_a_row_whose_logits_cannot_be_used_is_named_when_it_is_read(bad):
+    logits, encoding = np.zeros((6, 5), np.float32), LogitsEncoding("float32")
+    if bad == "class":
+        # Recorded for five classes, read for four.
+        logits[4, 4], encoding = 9, LogitsEncoding("float32", top_k=2)
+        cells = encoding.encode(logits).to_pylist()
+    else:
+        logits[4, 1] = bad
+        cells = logits[:, :4].tolist()
+    feature = encoding.feature(5 if bad == "class" else 4, None)
+    table = cell_table([gray(0)] * 6).add_column("conv_logits", cells, feature=feature)
+    rows = ImageRows(table, ["row"], ["conv_logits"], 4)
+    assert len(rows.__getitems__([0, 5, 3])) == 3
+    with pytest.raises(ValueError, match='Row 4: the column "conv_logits"'):
+        rows.__getitems__([1, 4])
+
+
 # Streams
 
 

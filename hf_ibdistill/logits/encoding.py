@@ -194,7 +194,8 @@ def describe_column(feature) -> tuple[LogitsEncoding, int | None, int | None]:
 def decode(
     column: pa.Array | pa.ChunkedArray, num_classes: int, view: int | None = None, temperature: float = 1.0
 ) -> np.ndarray:
-    """N rows of a logits column → (N, C) in the stored type. A row without logits becomes NaN.
+    """N rows of a logits column → (N, C) in the stored type. A row without logits, or with a class that does not exist,
+    becomes NaN.
 
     Top-k logits come back in float32, as differences from the largest of the row. The classes that were not stored get
     the value at which their probabilities sum up to the stored rest at this temperature.
@@ -290,6 +291,9 @@ def _expand(parts, num_classes, temperature):
     if len(parts) == 1:
         return parts[0]
     ids, differences, rest, gap = parts
+    is_outside = (ids >= num_classes).any(axis=1)
+    if is_outside.any():
+        ids = np.where(ids < num_classes, ids, 0)
     even = rest.astype(np.float32) - np.float32(np.log(num_classes - ids.shape[1]))
     # τ·(μ/τ + g/τ²), with μ = even − g.
     even -= gap.astype(np.float32) * ((1 - 1 / temperature) / _GAP_STEPS)
@@ -298,6 +302,7 @@ def _expand(parts, num_classes, temperature):
     rows = np.arange(len(ids))
     logits[rows, ids[:, 0]] = 0
     logits[rows[:, None], ids[:, 1:]] = differences
+    logits[is_outside] = np.nan
     return logits
 
 

@@ -6,6 +6,7 @@ shuffling, saving and loading preserve it, and `concatenate_datasets` joins the 
 
 import json
 import random
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from itertools import groupby
@@ -213,6 +214,8 @@ def _rows_of_column(dataset, column, find: Callable[[pa.Array], np.ndarray]) -> 
     return rows
 
 
+# For the rows whose numbers are checked before training.
+_SECONDS = 2.0
 # Rows that are decoded to find changed images.
 _SAMPLE = 16
 
@@ -306,8 +309,8 @@ def teacher_differences(teacher: dict, other: dict) -> list[str]:
 
 
 def check_columns(dataset: Dataset, teacher_names: Sequence[str], label_names: Sequence[str]) -> None:
-    """Check before training that the table holds the logits of these teachers over these classes. The numbers of a stream
-    are checked when they are read.
+    """Check before training that the table holds the logits of these teachers over these classes. Numbers are checked in as
+    many rows as two seconds allow, chosen at random; all others, and those of a stream, when they are read.
 
     Raises:
         ValueError: a column is missing, has another number of classes, or numbers that are not finite; its teacher has
@@ -373,9 +376,18 @@ def _check_column(dataset, column, num_classes):
         finite = [np.isfinite(decode(values, num_classes, view)).all(axis=1) for view in views]
         return np.flatnonzero(~np.all(finite, axis=0))
 
-    bad = _rows_of_column(dataset, column, without_finite_logits)
+    # The generator of its own leaves the random numbers of the run as they are.
+    starts, rows_of_block = range(0, len(dataset), 256), dataset.select_columns([column]).with_format("arrow")
+    starts, end, bad, checked = random.Random().sample(starts, len(starts)), time.monotonic() + _SECONDS, [], 0
+    for start in starts:
+        values = rows_of_block[start : start + 256][column].combine_chunks()
+        bad += (start + without_finite_logits(values)).tolist()
+        checked += len(values)
+        if time.monotonic() > end:
+            break
     if bad:
+        sample = "" if checked == len(dataset) else f" of a sample of {checked}"
         raise ValueError(
-            f'The column "{column}" has missing, NaN or infinite logits in {len(bad)} rows (first {bad[:10]}). '
-            "Record them again, or remove these rows."
+            f'The column "{column}" has missing, NaN or infinite logits in {len(bad)} rows{sample} (first '
+            f"{sorted(bad)[:10]}). Record them again, or remove these rows."
         )

@@ -233,6 +233,25 @@ def test_top_k_columns_are_checked():
         check_columns(table(logits, encoding), ["conv"], NAMES[:2])
 
 
+def test_a_check_before_training_does_not_grow_with_the_table(monkeypatch):
+    """Of a long table, what fits into the time; none here, so one block."""
+    monkeypatch.setattr(provenance, "_SECONDS", -1.0)
+    read, describe = [], Dataset.__getitem__
+    monkeypatch.setattr(Dataset, "__getitem__", lambda self, key: read.append(key) or describe(self, key))
+    for num_rows in (1_000, 20_000):
+        logits = np.zeros((num_rows, 3), np.float16)
+        long = Dataset.from_dict(
+            {"conv_logits": list(logits)}, features=Features({"conv_logits": LogitsEncoding().feature(3, None)})
+        )
+        read.clear()
+        check_columns(long, ["conv"], NAMES)
+        assert len(read) == 1 and len(range(*read[0].indices(num_rows))) <= 256
+    logits[:] = np.nan
+    bad = Dataset.from_dict({"conv_logits": list(logits)}, features=long.features)
+    with pytest.raises(ValueError, match=r"rows of a sample of (256|32) \(first"):
+        check_columns(bad, ["conv"], NAMES)
+
+
 def test_a_column_of_something_else_is_named():
     with pytest.raises(ValueError, match='"x_logits" .*fixed number of logits but Value'):
         check_columns(table().rename_column("x", "x_logits"), ["x"], NAMES)
