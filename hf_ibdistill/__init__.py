@@ -34,7 +34,7 @@ _PUBLIC_NAMES = {
     "recording.assessment": ["logits_metrics"],
     "recording.attaching": ["attach_teacher_logits"],
     "recording.recorder": ["record_teacher_logits"],
-    "recording.verification": ["verify_teacher_logits"],
+    "recording.verification": ["verify_rows", "verify_teacher_logits"],
     "rednet": ["convert_rednet_checkpoint"],
     "students": ["build_student", "load_image_processor", "load_student"],
     "teachers": ["Teacher", "load_teachers"],

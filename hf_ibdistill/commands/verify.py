@@ -1,16 +1,21 @@
 """Run the teachers again on a random sample of a recorded table, and fail if the logits differ.
 
 hf-ibdistill verify --table outputs/table --teachers conv=outputs/conv inv=outputs/inv
+hf-ibdistill verify --table outputs/table --all --num_workers 2
+
+The second needs no teachers. It checks every row: its logits, its image and the files.
 """
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 from transformers.hf_argparser import HfArg
 
 from ..data.sources import open_saved
-from ..recording.verification import verify_teacher_logits
+from ..publishing.tables import PROVENANCE, open_logits_table
+from ..recording.verification import verify_rows, verify_teacher_logits
 from .arguments import name_folders, parse, run
 
 
@@ -18,18 +23,38 @@ from .arguments import name_folders, parse, run
 class VerificationArguments:
     _argument_group_name = "verification"
 
-    table: str = HfArg(help="Folder of the recorded table.")
-    teachers: list[str] = HfArg(help="NAME=FOLDER or NAME=HUB_ID for each column to verify.")
+    table: str = HfArg(help="Folder of the recorded table, or of one that was exported as Parquet.")
+    teachers: list[str] = HfArg(
+        default_factory=list, help="NAME=FOLDER or NAME=HUB_ID for each column to verify by running its teacher."
+    )
+    all: bool = HfArg(default=False, help="Check every row against the provenance, without teachers.")
+    num_workers: int = HfArg(default=0, help="Processes that check every row; 0 is this one.")
     num_rows: int = HfArg(default=256, help="Rows of each split to check.")
     seed: int = HfArg(default=0, help="Seed of the sample.")
     trust_remote_code: bool = HfArg(default=False, help="Run the code of the teacher repositories.")
 
 
+def open_tables(folder: str) -> dict[str, Dataset]:
+    """The splits of a recorded table, or of an exported one."""
+    if (Path(folder) / PROVENANCE).is_file():
+        names = dict.fromkeys(file.name.partition("-")[0] for file in sorted(Path(folder, "data").glob("*.parquet")))
+        return {name: open_logits_table(folder, split=name) for name in names}
+    tables = open_saved(folder)
+    return dict(tables) if isinstance(tables, DatasetDict) else {"table": tables}
+
+
 def main(arguments):
     (verification,) = parse("verify", __doc__, arguments, VerificationArguments)
-    tables = open_saved(verification.table)
-    problems = []
-    for split, table in (tables if isinstance(tables, DatasetDict) else {"table": tables}).items():
+    if not verification.teachers and not verification.all:
+        raise ValueError("There is nothing to verify. Give --teachers, --all, or both.")
+    tables, problems = open_tables(verification.table), []
+    for split, table in tables.items():
+        if verification.all:
+            found = verify_rows(table, num_workers=verification.num_workers)
+            problems += [f"{split}: {problem}" for problem in found]
+            print(f"{split}: every row was checked: {len(found)} problems")
+        if not verification.teachers:
+            continue
         found = verify_teacher_logits(
             table,
             name_folders(verification.teachers),

@@ -8,6 +8,7 @@ import json
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
@@ -250,7 +251,11 @@ def check_images(
     for start in range(0, len(compared), 64):
         group = compared[start : start + 64]
         images = encoded[[row for row, _, _ in group]][IMAGE]
-        changed += [row for image, (row, *of_row) in zip(images, group) if not _is_recorded(image, mode, *of_row)]
+        for image, (row, *of_row) in zip(images, group):
+            # Whoever reads a row reports an image that cannot be read.
+            with suppress(ValueError, OSError):
+                if not is_recorded(image, mode, *of_row):
+                    changed.append(row)
     if changed:
         raise ValueError(
             f"The images of {len(changed)} rows (first {sorted(changed)[:10]}) are not the ones that were recorded. Restore "
@@ -258,11 +263,9 @@ def check_images(
         )
 
 
-def _is_recorded(cell, mode, of_pixels, of_file) -> bool:
-    try:
-        return file_key(cell) == of_file or row_key(decode_image(cell, mode)) == of_pixels
-    except (ValueError, OSError):
-        return True  # whoever reads the row reports it
+def is_recorded(cell: object, mode: str | None, of_pixels: int | None, of_file: int | None) -> bool:
+    """Whether the file or the pixels of an image have the recorded key; `ValueError` or `OSError` if it cannot be read."""
+    return file_key(cell) == of_file or row_key(decode_image(cell, mode)) == of_pixels
 
 
 def stored_views(dataset: Dataset) -> ViewRecipe | None:
@@ -353,6 +356,14 @@ def check_same_teachers(dataset: Dataset | IterableDataset) -> None:
             )
 
 
+def unusable_rows(values: pa.Array, num_classes: int, num_views: int | None) -> np.ndarray:
+    """The numbers of the rows of a logits column that are missing, not finite, or name a class that does not exist."""
+    missing = missing_rows(values)
+    views = [None] if num_views is None else range(num_views)
+    finite = [np.isfinite(decode(values, num_classes, view)).all(axis=1) for view in views]
+    return np.union1d(missing, np.flatnonzero(~np.all(finite, axis=0)))
+
+
 def _check_column(dataset, column, num_classes):
     needed = f"logits of the student's {num_classes} classes are needed"
     try:
@@ -364,24 +375,16 @@ def _check_column(dataset, column, num_classes):
     if isinstance(dataset, IterableDataset):
         return
 
-    def without_finite_logits(values):
-        missing = missing_rows(values)
-        if len(missing):
-            return missing
-        if encoding.top_k is not None:
-            largest = pc.max(pc.list_flatten(values.field("class_ids"), recursive=True)).as_py()
-            if largest >= num_classes:
-                raise ValueError(f'The column "{column}" names class {largest}; {needed}.')
-        views = [None] if num_views is None else range(num_views)
-        finite = [np.isfinite(decode(values, num_classes, view)).all(axis=1) for view in views]
-        return np.flatnonzero(~np.all(finite, axis=0))
-
     # The generator of its own leaves the random numbers of the run as they are.
     starts, rows_of_block = range(0, len(dataset), 256), dataset.select_columns([column]).with_format("arrow")
     starts, end, bad, checked = random.Random().sample(starts, len(starts)), time.monotonic() + _SECONDS, [], 0
     for start in starts:
         values = rows_of_block[start : start + 256][column].combine_chunks()
-        bad += (start + without_finite_logits(values)).tolist()
+        if encoding.top_k is not None and len(values):
+            largest = pc.max(pc.list_flatten(values.field("class_ids"), recursive=True)).as_py() or 0
+            if largest >= num_classes and not len(missing_rows(values)):
+                raise ValueError(f'The column "{column}" names class {largest}; {needed}.')
+        bad += (start + unusable_rows(values, num_classes, num_views)).tolist()
         checked += len(values)
         if time.monotonic() > end:
             break

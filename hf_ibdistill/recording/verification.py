@@ -5,20 +5,44 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
-from datasets import Dataset
+import pyarrow as pa
+import torch
+from datasets import Dataset, Image, IterableDataset
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 
 from ..checks import check_numbers
 from ..data.columns import IMAGE, as_image_table, require_table
 from ..evaluation import log_softmax
 from ..images.preprocessing import pixel_values
 from ..images.views import make_view, row_key
-from ..logits.encoding import ROW_KEY, LogitsEncoding, StoredLogits, column_name, decode, describe_column
-from ..logits.provenance import damaged_files, described_teachers, stored_views, teacher_differences
+from ..logits.encoding import (
+    FILE_KEY,
+    ROW_KEY,
+    LogitsEncoding,
+    StoredLogits,
+    check_keys,
+    column_name,
+    decode,
+    describe_column,
+    recorded_teachers,
+)
+from ..logits.provenance import (
+    damaged_files,
+    described_teachers,
+    is_recorded,
+    only_record,
+    stored_views,
+    teacher_differences,
+    unusable_rows,
+)
 from ..rows import ImageRows
 from ..teachers import TeacherLike, load_teachers
 
 
 _BATCH_SIZE = 32
+# Rows that are read at once to check all.
+_BLOCK = 256
 
 
 @dataclass
@@ -125,6 +149,90 @@ def verify_teacher_logits(
                 f'"{column}" differs from what the teacher predicts in {len(wrong)} of {len(sample)} rows (first {wrong[:10]}).'
             )
     return Verification(len(sample), largest, problems)
+
+
+def verify_rows(dataset: Dataset | IterableDataset, *, num_workers: int = 0) -> list[str]:
+    """Check every row of a recorded table, without its teachers: logits are there, finite and of known classes, images have
+    their recorded keys, and files their checksums. Every image whose file has changed is decoded.
+
+    Args:
+        dataset: a recorded table, or a stream of one, which is read once.
+        num_workers: processes that read a table; 0 is this one. A stream is read by this process.
+
+    Returns:
+        The problems; an empty list if there are none.
+
+    Raises:
+        TypeError: `dataset` is not one table or stream.
+        ValueError: the table has not exactly one provenance record, or a column is not of the type that it describes.
+    """
+    require_table(dataset, "dataset", streams=True)
+    classes = {teacher["name"]: len(teacher["label_names"]) for teacher in only_record(dataset)["teachers"]}
+    stored_views(dataset)
+    check_keys(dataset)
+    is_streamed = isinstance(dataset, IterableDataset)
+    blocks = _Blocks(dataset, {column_name(name): classes[name] for name in recorded_teachers(dataset)})
+    if is_streamed:
+        found = (blocks.check(block) for block in blocks.table.iter(batch_size=_BLOCK))
+    else:
+        found = DataLoader(blocks, batch_size=None, num_workers=num_workers, collate_fn=_as_it_is)
+    problems = [f"The file {path.name} is not the one that recording wrote." for path in damaged_files(dataset)]
+    rows: dict[str, list[int]] = {}
+    start = 0
+    total = None if is_streamed else len(blocks)
+    for size, bad in tqdm(
+        found, desc="Verifying blocks of rows", total=total, disable=total is not None and total < 40
+    ):
+        for what, numbers in bad.items():
+            rows.setdefault(what, []).extend(start + number for number in numbers)
+        start += size
+    return problems + [
+        f"{what} in {len(numbers)} of {start} rows (first {numbers[:10]})." for what, numbers in rows.items()
+    ]
+
+
+def _as_it_is(found):
+    return found
+
+
+class _Blocks(torch.utils.data.Dataset):
+    """What is wrong in each block of rows: the number of its rows, and problem → rows of the block."""
+
+    def __init__(self, dataset, classes):
+        self.classes, self.views, features = classes, {}, dataset.features
+        for column in classes:
+            self.views[column] = describe_column(features[column])[1]
+        self.mode = features[IMAGE].mode if IMAGE in features else None
+        keys = [name for name in (ROW_KEY, FILE_KEY) if name in features]
+        table = dataset.select_columns([*classes, *keys, *([IMAGE] if IMAGE in features else [])])
+        if IMAGE in features:
+            table = table.cast_column(IMAGE, Image(decode=False))
+        self.table = table.with_format("arrow")
+
+    def __len__(self):
+        return -(-len(self.table) // _BLOCK)
+
+    def __getitem__(self, block):
+        return self.check(self.table[block * _BLOCK : (block + 1) * _BLOCK])
+
+    def check(self, block: pa.Table) -> tuple[int, dict[str, list[int]]]:
+        bad = {}
+        for column, num_classes in self.classes.items():
+            values = block[column].combine_chunks()
+            bad[f'"{column}" has no usable logits'] = unusable_rows(values, num_classes, self.views[column]).tolist()
+        if IMAGE in block.column_names:
+            keys = [
+                block[n].to_pylist() if n in block.column_names else [None] * len(block) for n in (ROW_KEY, FILE_KEY)
+            ]
+            changed, unreadable = [], []
+            for number, (cell, *key) in enumerate(zip(block[IMAGE].to_pylist(), *keys)):
+                try:
+                    if not is_recorded(cell, self.mode, *key):
+                        changed.append(number)
+                except (ValueError, OSError):
+                    unreadable.append(number)
+            bad |= {"The image is not the one that was recorded": changed, "The image cannot be decoded": unreadable}
+        return len(block), {what: numbers for what, numbers in bad.items() if numbers}
 
 
 def _largest_differences(first, second, top_k):

@@ -4,12 +4,22 @@ import copy
 import shutil
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
-from datasets import Dataset, DatasetDict, DatasetInfo, concatenate_datasets, load_from_disk
+from datasets import Dataset, DatasetDict, DatasetInfo, Image, concatenate_datasets, load_from_disk
+from running import run
 
-from hf_ibdistill import ViewRecipe, record_teacher_logits, verify_teacher_logits
+from hf_ibdistill import (
+    ViewRecipe,
+    export_logits_table,
+    open_logits_table,
+    record_teacher_logits,
+    verify_rows,
+    verify_teacher_logits,
+)
 from hf_ibdistill.logits.encoding import decode, describe_column
+from hf_ibdistill.recording import verification
 
 
 NUM_ROWS = 20
@@ -123,3 +133,52 @@ def test_what_cannot_be_verified_is_refused(table, loaded):
     table.info.description = ""
     with pytest.raises(ValueError, match='no column "conv_logits", or no provenance'):
         verify_teacher_logits(table, loaded)
+
+
+# Every row
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_every_row_is_checked(table, num_workers, monkeypatch):
+    monkeypatch.setattr(verification, "_BLOCK", 3)
+    assert verify_rows(table, num_workers=num_workers) == []
+    # Rows that no sample need find, in another order than that of the files.
+    order = [*range(1, NUM_ROWS), 0]
+    images = [row["bytes"] for row in table.cast_column("image", Image(decode=False))["image"]]
+    images[4], images[11] = images[5], b"none"
+    cells = pa.array([{"bytes": content, "path": None} for content in images], table.data.schema.field("image").type)
+    shape = (NUM_ROWS, 3) if describe_column(table.features["inv_logits"])[1] is None else (NUM_ROWS, 3, 3)
+    worse = with_logits(table, "inv_logits", np.zeros(shape))
+    changed = worse.data.table.set_column(worse.column_names.index("image"), "image", cells)
+    wrong = Dataset(changed, info=worse.info).select(order)
+    assert verify_rows(wrong, num_workers=num_workers) == [
+        f"The image is not the one that was recorded in 1 of {NUM_ROWS} rows (first [3]).",
+        f"The image cannot be decoded in 1 of {NUM_ROWS} rows (first [10]).",
+    ]
+    missing = [None if row == 7 else value for row, value in enumerate(table["conv_logits"])]
+    feature = table.features["conv_logits"]
+    gone = table.remove_columns("conv_logits").add_column("conv_logits", missing, feature=feature)
+    assert verify_rows(gone, num_workers=num_workers) == [
+        f'"conv_logits" has no usable logits in 1 of {NUM_ROWS} rows (first [7]).'
+    ]
+
+
+def test_every_row_of_an_exported_table_is_checked_as_it_streams(table, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(verification, "_BLOCK", 3)
+    exported = export_logits_table(table, tmp_path / "p")
+    assert verify_rows(open_logits_table(exported, streaming=True)) == []
+    run("verify", "--table", exported, "--all")
+    assert capsys.readouterr().out == "train: every row was checked: 0 problems\n"
+    with pytest.raises(SystemExit, match="Give --teachers, --all, or both"):
+        run("verify", "--table", exported)
+
+
+def test_a_damaged_file_is_found_by_a_check_of_every_row(folder, tmp_path):
+    copied = tmp_path / "t"
+    shutil.copytree(folder, copied)
+    file = next(copied.glob("data-*.arrow"))
+    content = bytearray(file.read_bytes())
+    content[-20] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(SystemExit, match=f"table: The file {file.name} is not the one"):
+        run("verify", "--table", copied, "--all")
