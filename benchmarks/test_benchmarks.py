@@ -21,6 +21,7 @@ FLAGS = {
         *ONCE, "--teachers", *["convolution-small"] * 4, "--images", "8", "--batch_size", "4", "--light_sizes", "16",
         "--light_images", "32", "--light_batch_size", "16", "--num_classes", "10",
     ],
+    "scale": ["--rows", "50", "100", "--num_views", "2", "--repetitions", "1"],
     "storage": [
         "--rows", "20", "--num_views", "2", "--top_k", "10", "--temperatures", "2", "--teacher_steps", "2",
         "--teacher_images", "32", "--batch_size", "16",
