@@ -168,6 +168,12 @@ def verify_rows(dataset: Dataset | IterableDataset, *, num_workers: int = 0) -> 
     """
     require_table(dataset, "dataset", streams=True)
     classes = {teacher["name"]: len(teacher["label_names"]) for teacher in only_record(dataset)["teachers"]}
+    unknown = [name for name in recorded_teachers(dataset) if name not in classes]
+    if unknown:
+        raise ValueError(
+            f"The table has logits of {', '.join(unknown)}, but its provenance describes {', '.join(classes)}. Remove these "
+            "columns, or record them."
+        )
     stored_views(dataset)
     check_keys(dataset)
     is_streamed = isinstance(dataset, IterableDataset)

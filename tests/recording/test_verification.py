@@ -163,6 +163,15 @@ def test_every_row_is_checked(table, num_workers, monkeypatch):
     ]
 
 
+def test_columns_that_the_provenance_does_not_describe(table):
+    with pytest.raises(ValueError, match="logits of other, .* describes conv, inv"):
+        verify_rows(table.rename_column("inv_logits", "other_logits"))
+    with pytest.raises(ValueError, match="0 provenance records"):
+        verify_rows(Dataset(table.data.table, info=DatasetInfo(features=table.features)))
+    with pytest.raises(TypeError, match="dataset"):
+        verify_rows(DatasetDict(train=table))
+
+
 def test_every_row_of_an_exported_table_is_checked_as_it_streams(table, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(verification, "_BLOCK", 3)
     exported = export_logits_table(table, tmp_path / "p")
