@@ -16,6 +16,8 @@ ROW_KEY = "row_key"
 FILE_KEY = "file_key"
 _TOP_K_PARTS = ("class_ids", "differences", "rest", "gap")
 _GAP_STEPS = 8
+# The largest number of float16.
+LARGEST = 65504.0
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class LogitsEncoding:
     of all others (top-k).
 
     Top-k stores differences from the largest logit. A softmax depends on differences only, and differences keep more
-    digits. The stored classes have exact probabilities; the others share the rest evenly.
+    digits. Dense rows with a number that float16 cannot hold are stored in the same way. The stored classes have exact probabilities; the others share the rest evenly.
 
     How much is left for the others depends on the temperature τ. Let m others have mean logit μ and log-sum-exp L. The
     cumulant expansion to second order is log Σ exp(l/τ) ≈ log m + μ/τ + g/τ². It is exact at τ = 1 for
@@ -80,24 +82,24 @@ class LogitsEncoding:
         """Logits (N, C), or (N, V, C) with `views`, → an Arrow array of the type of [`feature`].
 
         Raises:
-            NonFiniteLogitsError: a logit is NaN or infinite, or becomes infinite in the stored type.
+            NonFiniteLogitsError: a logit is NaN or infinite.
         """
-        magnitudes = np.abs(logits.reshape(len(logits), -1))
-        # Top-k stores differences of two logits, so each may reach half of the largest number.
-        bad = np.flatnonzero(~(magnitudes <= np.finfo(self.dtype).max / (1 if self.top_k is None else 2)).all(axis=1))
+        bad = np.flatnonzero(~np.isfinite(logits.reshape(len(logits), -1)).all(axis=1))
         if len(bad):
-            raise NonFiniteLogitsError(bad, largest=float(magnitudes.max()))
+            raise NonFiniteLogitsError(bad)
         num_classes = logits.shape[-1]
         feature = self.feature(num_classes, logits.shape[1] if views else None)
         arrow_type = Features({"column": feature}).arrow_schema.field("column").type
         if self.top_k is None:
+            is_large = (np.abs(logits) > np.finfo(self.dtype).max).any(axis=-1, keepdims=True)
+            if is_large.any():
+                logits = np.where(is_large, _differences(logits), logits)
             return _to_arrow(logits.astype(self.dtype)).cast(arrow_type)
         logits = logits.astype(np.float32)
         ids = np.argpartition(-logits, self.top_k - 1, axis=-1)[..., : self.top_k]
         # Equal logits keep the order of their classes, so that the same logits always give the same bytes.
         ids = np.take_along_axis(ids, np.lexsort((ids, -np.take_along_axis(logits, ids, -1)), axis=-1), -1)
-        values = np.take_along_axis(logits, ids, -1)
-        others = logits - values[..., :1]
+        others = _differences(logits)
         num_others = num_classes - self.top_k
         stored = np.take_along_axis(others, ids, -1)
         mean = (others.sum(-1, keepdims=True) - stored.sum(-1, keepdims=True)) / num_others
@@ -114,19 +116,20 @@ class LogitsEncoding:
 
 
 class NonFiniteLogitsError(ValueError):
-    """Some rows have NaN or infinite logits: `rows`, counted from the first encoded one, and `advice` for a message."""
+    """Some rows have NaN or infinite logits: `rows`, counted from the first encoded one."""
 
-    def __init__(self, rows: np.ndarray, largest: float):
+    def __init__(self, rows: np.ndarray):
         self.rows = rows
-        self.advice = "check the teacher and these images"
-        if np.isfinite(largest):
-            self.advice = (
-                f"the largest is {largest:.3g}, too large for float16. Train the teacher longer, on the same views, or store "
-                'the logits with dtype="float32"'
-            )
         super().__init__(
-            f"Logits are NaN or infinite in {len(rows)} rows (first {rows[:10].tolist()}): {self.advice}."
+            f"Logits are NaN or infinite in {len(rows)} rows (first {rows[:10].tolist()}). Check the teacher and these images."
         )
+
+
+def _differences(logits):
+    """Logits (…, C) less the largest of each row. None is below −65,504, which float16 holds: there, the probability is 0 in
+    float32 at any temperature below 600."""
+    with np.errstate(over="ignore"):
+        return np.maximum(logits - logits.max(axis=-1, keepdims=True), -LARGEST)
 
 
 def column_name(teacher_name: str) -> str:

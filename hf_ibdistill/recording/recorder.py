@@ -10,7 +10,7 @@ import logging
 import os
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from itertools import islice
@@ -35,6 +35,7 @@ from ..images.preprocessing import pixel_values
 from ..images.views import ViewRecipe, make_view, make_views, row_key
 from ..logits.encoding import (
     FILE_KEY,
+    LARGEST,
     ROW_KEY,
     LogitsEncoding,
     NonFiniteLogitsError,
@@ -189,6 +190,7 @@ class _Plan:
     encoding: LogitsEncoding
     record: dict
     layout: dict  # batch_size, shard_size and skip_unreadable, as given
+    warned: set[str] = field(default_factory=set)  # teachers whose large logits were reported
 
     @property
     def new_views(self) -> range | None:
@@ -454,8 +456,19 @@ def _run(dataset, plan, identity, inputs) -> pa.Table:
             rows = [numbers[row] for row in error.rows]
             raise ValueError(
                 f'The teacher "{name}" predicts NaN or infinite logits for row {rows[0]} '
-                f"({len(rows)} of its batch, rows {rows[:10]}): {error.advice}."
+                f"({len(rows)} of its batch, rows {rows[:10]}). Check the teacher and these images."
             ) from error
+        largest = np.abs(values).reshape(len(numbers), -1).max(axis=1)
+        if largest.max() > LARGEST and name not in plan.warned:
+            plan.warned.add(name)
+            logger.warning(
+                'The teacher "%s" predicts logits of up to %.3g for row %d. It is unstable on such images; trained longer, on '
+                "more images or on the recorded views, it may not be. They are stored as differences, which leaves the "
+                "probabilities as they are. Further rows are not reported.",
+                name,
+                largest.max(),
+                numbers[largest.argmax()],
+            )
         if first > 0:
             kept = dataset.select_columns([column]).with_format("arrow")[numbers][column]
             columns[column] = concatenate_views(kept, columns[column])

@@ -133,8 +133,8 @@ def verify_teacher_logits(
     for name, batches in predicted.items():
         fresh, column = np.concatenate(batches), column_name(name)
         encoding, stored = describe_column(dataset.features[column])[0], StoredLogits(dataset, column)
-        # Encoded and decoded, so that what top-k leaves out is missing on both sides.
-        fresh = decode(LogitsEncoding("float32", encoding.top_k).encode(fresh), fresh.shape[1])
+        # Encoded and decoded, so that what top-k or float16 leaves out is missing on both sides.
+        fresh = decode(encoding.encode(fresh), fresh.shape[1]).astype(np.float32)
         recorded = np.concatenate(
             [stored.read([row], fresh.shape[1], None if recipe is None else view) for row, view in zip(sample, views)]
         )

@@ -258,9 +258,7 @@ class Study:
         path = folder.with_suffix(".json")
         seconds = stopwatch()
         bf16 = has_bf16_units(use_cpu=not torch.accelerator.is_available())
-        # An involution teacher of few images may explode on one of thousands of others: its logit of 3·10⁷ is no float16.
-        dtype = "float32" if METHODS[recipe.method].uses_unlabelled else "float16"
-        table = record_teacher_logits(train, teachers, output_dir=folder, views=views, bf16=bf16, dtype=dtype)
+        table = record_teacher_logits(train, teachers, output_dir=folder, views=views, bf16=bf16)
         if not path.exists():
             write(path, seconds())
         return table, json.loads(path.read_text())

@@ -7,6 +7,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+import scipy.special
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -30,7 +31,7 @@ from hf_ibdistill import (
     verify_teacher_logits,
 )
 from hf_ibdistill.images.views import row_key
-from hf_ibdistill.logits.encoding import decode
+from hf_ibdistill.logits.encoding import StoredLogits, decode
 from hf_ibdistill.logits.provenance import read_records, stored_views
 from hf_ibdistill.recording.recorder import _collate, _Numbered
 
@@ -356,9 +357,28 @@ def test_the_error_about_a_logit_that_is_not_finite_names_teacher_and_row(teache
         return outputs
 
     model.forward = fail_in_the_second_batch
-    with pytest.raises(ValueError, match=r'"conv" .* NaN or infinite logits for row 11 .*: check the teacher'):
+    with pytest.raises(ValueError, match=r'"conv" .* NaN or infinite logits for row 11 .*\. Check the teacher'):
         record_teacher_logits(images(), {"conv": (model, processor)}, output_dir=tmp_path, batch_size=8, shard_size=8)
     assert [path.name for path in (tmp_path / "shards").glob("*.arrow")] == ["000000000000-000000000008.arrow"]
+
+
+@pytest.mark.parametrize("top_k", [None, 2])
+def test_a_teacher_that_explodes_on_an_image_is_reported_and_recorded(top_k, teachers, tmp_path, images, caplog):
+    model = IBResNetForImageClassification.from_pretrained(teachers["conv"]).eval()
+    with torch.no_grad():
+        # As of an involution teacher on an image unlike all that it was trained on.
+        model.classifier.weight *= 1e7
+    for part in (model, ViTImageProcessor(size={"height": 8, "width": 8})):
+        part.save_pretrained(tmp_path / "teacher")
+    given = {"conv": tmp_path / "teacher"}
+    table = record_teacher_logits(images(20), given, output_dir=tmp_path / "t", top_k=top_k, batch_size=8)
+    (warning,) = [message for message in caplog.messages if "unstable" in message]
+    assert re.search(r'"conv" predicts logits of up to [1-9].*e\+0\d for row \d', warning)
+    expected = logits_by_hand(tmp_path / "teacher", images(20))
+    stored = StoredLogits(table, "conv_logits").read(range(20), 3)
+    probabilities = [scipy.special.softmax(values.astype(np.float64), axis=-1) for values in (stored, expected)]
+    np.testing.assert_allclose(*probabilities, atol=1e-6)
+    assert verify_teacher_logits(table, given).problems == []
 
 
 # Views and top-k
