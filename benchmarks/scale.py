@@ -73,8 +73,8 @@ class ScaleCase(Case):
     num_views: int = 0
 
 
-def make_table(digits: Dataset, rows: int, num_views: int, bench: ScaleArguments, folder: Path) -> Dataset:
-    """A recorded table of digits, repeated."""
+def make_table(digits: Dataset, rows: int, num_views: int, bench: ScaleArguments, folder: Path) -> None:
+    """Write a recorded table of digits, repeated."""
     cells = digits.cast_column("image", Image(decode=False))["image"]
     keys = np.array([[row_key(decode_image(cell, None)), file_key(cell)] for cell in cells])
     keys = np.resize(keys, (rows, 2))
@@ -118,7 +118,7 @@ def make_trainer(folder: Path, work: Path) -> EnsembleDistillationTrainer:
     return EnsembleDistillationTrainer(model, arguments, train_dataset=table, processing_class=processor)
 
 
-def read_rows(trainer, folder, rng) -> None:
+def read_rows(trainer, rng) -> None:
     rows = trainer.train_dataset
     order = rng.permutation(len(rows))[:EPOCH_ROWS].tolist()
     for start in range(0, len(order), 64):
@@ -137,7 +137,7 @@ def make_cases(digits: Dataset, rows: int, num_views: int, folder: Path) -> list
         "open": lambda rng: open_table(folder),
         "start": lambda rng: make_trainer(folder, folder / "trainer"),
         "batch": lambda rng: next(iter(trainer.get_train_dataloader())),
-        "epoch": partial(read_rows, trainer, folder),
+        "epoch": partial(read_rows, trainer),
         "resume": lambda rng: next(iter(skip_first_batches(trainer.get_train_dataloader(), half))),
         "attach": lambda rng: attach_teacher_logits(images, table),
         "sample": sample,

@@ -142,9 +142,9 @@ _COMMON_TRAINING_ARGUMENTS = {
 CLASSES_HELP = (
     "JSON file: teacher → class of the dataset → the teacher's class or list of classes for it, if names differ."
 )
-_TEACHING = ("teachers", "teacher_names", "teacher_classes", "temperature", "teacher_weights", "label_weight", "distillation_mode",
-             "standardize_logits", "confidence_weighting", "unlabelled_target", "min_confidence", "unlabelled", "keep_rest",
-             "fusion")  # fmt: skip
+_TEACHING = ("teachers", "teacher_names", "teacher_classes", "temperature", "teacher_weights", "label_weight",
+             "distillation_mode", "standardize_logits", "confidence_weighting", "unlabelled_target", "min_confidence",
+             "unlabelled", "keep_rest", "fusion")  # fmt: skip
 _SHAPE = ("patch_size", "patch_embedding", "hidden_size", "num_hidden_layers", "num_attention_heads", "mlp_ratio")
 _VIEWS = tuple(field.name for field in dataclasses.fields(ViewArguments) if field.name != "num_views")
 # An argument, whether its value leaves others without effect, and these others.

@@ -357,11 +357,11 @@ def check_same_teachers(dataset: Dataset | IterableDataset) -> None:
 
 
 def unusable_rows(values: pa.Array, num_classes: int, num_views: int | None) -> np.ndarray:
-    """The numbers of the rows of a logits column that are missing, not finite, or name a class that does not exist."""
-    missing = missing_rows(values)
+    """The numbers of the rows of a logits column that are missing, not finite, or name a class that does not exist; `decode`
+    makes all of them NaN."""
     views = [None] if num_views is None else range(num_views)
     finite = [np.isfinite(decode(values, num_classes, view)).all(axis=1) for view in views]
-    return np.union1d(missing, np.flatnonzero(~np.all(finite, axis=0)))
+    return np.flatnonzero(~np.all(finite, axis=0))
 
 
 def _check_column(dataset, column, num_classes):
