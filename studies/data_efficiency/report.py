@@ -22,7 +22,7 @@ from hf_ibdistill.rows import ImageRows
 from . import tables
 from .plots import plot_accuracy, plot_attention, plot_corrections
 from .recipes import DATASETS, FAMILIES, METHODS, TEACHERS, Recipe
-from .runs import Study, build_model
+from .runs import Study, build_model, study_folders
 from .tables import OURS
 
 
@@ -140,7 +140,7 @@ def draw_attention(study: Study, weights: Path, path: Path) -> None:
 def main(arguments=None):
     parser = HfArgumentParser(ReportArguments, description=__doc__.splitlines()[0])
     (args,) = parser.parse_args_into_dataclasses(arguments)
-    data, folder = DATASETS[args.name], Path(args.results_dir or f"results/data_efficiency/{args.name}")
+    data, (folder, work_dir) = DATASETS[args.name], study_folders(args.name, args.results_dir, args.work_dir)
     variations = tables.read_cells(folder / "grid")
     cells = variations.get("base", {})
     missing = [name for name in (*TEACHERS, "undistilled", OURS) if name not in cells]
@@ -159,7 +159,6 @@ def main(arguments=None):
     predictions = ([tables.predicted(cell) for cell in by_seed] for by_seed in both)
     plot_corrections(folder / "corrections.png", labels, *predictions, data.classes)
     if args.dataset is not None:
-        work_dir = Path(args.work_dir or f"outputs/data_efficiency/{args.name}")
         write_cards(Study(args.name, args.dataset, folder, work_dir), cells, args)
 
 

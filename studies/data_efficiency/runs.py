@@ -10,7 +10,6 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import scipy.special
 import torch
 from datasets import ClassLabel, Dataset, concatenate_datasets
 from transformers import (
@@ -39,7 +38,7 @@ from hf_ibdistill import (
     select_per_class,
 )
 from hf_ibdistill.data.classes import label_ids
-from hf_ibdistill.evaluation import classification_metrics
+from hf_ibdistill.evaluation import classification_metrics, log_mean_probability
 from hf_ibdistill.files import write_text
 from hf_ibdistill.models.configuration_ibvit import FUSIONS
 from hf_ibdistill.publishing.machine import describe_machine
@@ -49,6 +48,14 @@ from hf_ibdistill.training.finetuning import freeze_backbone
 
 from ..pretrained import save_efficientnet
 from .recipes import DATASETS, FAMILIES, METHODS, DataSet, Recipe
+
+
+def study_folders(name: str, results_dir: str | None, work_dir: str | None) -> tuple[Path, Path]:
+    """The folders of the cells and of the models, by default those of this data set."""
+    return (
+        Path(results_dir or f"results/data_efficiency/{name}"),
+        Path(work_dir or f"outputs/data_efficiency/{name}"),
+    )
 
 
 @dataclass
@@ -214,13 +221,13 @@ class Study:
 
     def _measure_ensemble(self, recipe, measured):
         """The mean of the teachers' probabilities."""
-        probabilities, parameters = [], 0
+        logits, parameters = [], 0
         for folder in self._teachers(recipe).values():
             model = AutoModelForImageClassification.from_pretrained(folder)
             outputs = predict(model, AutoImageProcessor.from_pretrained(folder), measured, batch_size=256)
-            probabilities.append(scipy.special.softmax(outputs["logits"].astype(np.float64), axis=-1))
+            logits.append(outputs["logits"])
             parameters += model.num_parameters()
-        logits = np.log(np.mean(probabilities, axis=0) + 1e-30)
+        logits = log_mean_probability(np.stack(logits))
         return {
             "parameters": parameters,
             "metrics": classification_metrics(logits, outputs["labels"]),

@@ -24,7 +24,7 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
 from .recipes import DATASETS, METHODS, SAME_RECIPE, TRIALS, VARIATIONS, combine
-from .runs import Study, write
+from .runs import Study, study_folders, write
 
 
 @dataclass
@@ -62,8 +62,6 @@ class StudyArguments:
                 if value not in known:
                     raise ValueError(f"{argument}={value} is unknown. Choose from {', '.join(map(str, known))}.")
         self.dataset = self.dataset or DATASETS[self.name].source
-        self.results_dir = self.results_dir or f"results/data_efficiency/{self.name}"
-        self.work_dir = self.work_dir or f"outputs/data_efficiency/{self.name}"
 
 
 def trial_paths(study: Study, method: str, variation: str) -> list[Path]:
@@ -109,7 +107,7 @@ def choose(study: Study, methods: list[str]) -> None:
 def main(arguments=None):
     parser = HfArgumentParser(StudyArguments, description=__doc__.splitlines()[0])
     (args,) = parser.parse_args_into_dataclasses(arguments)
-    folders = Path(args.results_dir), Path(args.work_dir)
+    folders = study_folders(args.name, args.results_dir, args.work_dir)
     study = Study(args.name, args.dataset, *folders, args.stage == "search", args.teacher_steps, args.student_steps)
     if args.stage == "choose":
         return choose(study, args.methods)
