@@ -4,7 +4,7 @@
     python benchmarks/scale.py --rows 10000 100000 1000000 --num_views 1 10 30
 
 The images are the bundled digits, repeated, with their keys. The logits are random numbers, those of the first rows repeated,
-which the package's own writer puts into shards and joins into a table. So a table of any size is made without a teacher that
+which the package's own writer puts into the shards of a table. So a table of any size is made without a teacher that
 runs over it. Every stage is timed in turn over all sizes, by processor seconds, after one round that fills caches:
 
     open      `load_from_disk`, and the checks of columns and labels
@@ -26,8 +26,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 from accelerate import skip_first_batches
-from datasets import Dataset, Features, Image, Value, concatenate_datasets, load_from_disk
-from datasets.arrow_writer import ArrowWriter
+from datasets import Dataset, Features, Image, Value, load_from_disk
 from timing import Case, parse, quartiles, spread, time_in_turn, write_results
 from transformers.hf_argparser import HfArg
 
@@ -49,10 +48,10 @@ from hf_ibdistill.images.views import row_key
 from hf_ibdistill.logits.encoding import FILE_KEY, ROW_KEY, LogitsEncoding
 from hf_ibdistill.logits.provenance import build_record, check_files, check_images
 from hf_ibdistill.publishing.cards import markdown_table
-from hf_ibdistill.recording.shards import ROW, assemble, shard_path, write_shard
+from hf_ibdistill.recording.shards import finish, shard_path, write_shard
 
 
-EPOCH_ROWS, ATTACHED, SHARD = 4096, 1000, 16_384
+EPOCH_ROWS, ATTACHED, SHARD = 4096, 1000, 4096
 STAGES = ("open", "start", "batch", "epoch", "resume", "attach", "sample")
 
 
@@ -77,30 +76,30 @@ def make_table(digits: Dataset, rows: int, num_views: int, bench: ScaleArguments
     """Write a recorded table of digits, repeated."""
     cells = digits.cast_column("image", Image(decode=False))["image"]
     keys = np.array([[row_key(decode_image(cell, None)), file_key(cell)] for cell in cells])
-    keys = np.resize(keys, (rows, 2))
-    images = concatenate_datasets([digits] * -(-rows // len(digits))).select(range(rows))
+    images = digits.with_format("arrow")[:]
     encoding, views = LogitsEncoding(top_k=bench.top_k), ViewRecipe(num_views=num_views)
     block = np.random.default_rng(0).standard_normal((min(rows, 1000), num_views, bench.num_classes), dtype=np.float32)
     block = encoding.encode(block, views=True)
-    keyed = {ROW: Value("int64"), ROW_KEY: Value("int64"), FILE_KEY: Value("int64")}
-    features = Features({**keyed, "conv_logits": encoding.feature(bench.num_classes, num_views)})
-    shards = [range(start, min(start + SHARD, rows)) for start in range(0, rows, SHARD)]
-    for shard in shards:
-        numbers = np.arange(shard.start, shard.stop)
-        logits = block.take(pa.array(numbers % len(block)))
-        columns = {ROW: numbers, ROW_KEY: keys[numbers, 0], FILE_KEY: keys[numbers, 1], "conv_logits": logits}
-
-        def write(path, columns=columns):
-            with ArrowWriter(features=features, path=str(path)) as writer:
-                writer.write_table(pa.table(columns).cast(features.arrow_schema))
-                writer.finalize()
-
-        shard_path(folder, shard).parent.mkdir(parents=True, exist_ok=True)
-        write_shard(shard_path(folder, shard), write)
+    logits = {"conv_logits": encoding.feature(bench.num_classes, num_views)}
+    features = Features({**digits.features, ROW_KEY: Value("int64"), FILE_KEY: Value("int64"), **logits})
+    shards = []
+    for start in range(0, rows, SHARD):
+        numbers = np.arange(start, min(start + SHARD, rows))
+        of_digit = numbers % len(cells)
+        # pyarrow would take wrong rows out of a slice of logits of views; this is the whole column.
+        new = {
+            ROW_KEY: keys[of_digit, 0],
+            FILE_KEY: keys[of_digit, 1],
+            "conv_logits": block.take(numbers % len(block)),
+        }
+        table = pa.table({**dict(zip(images.column_names, images.take(of_digit).columns)), **new})
+        shards.append(shard_path(folder, start))
+        note = {"rows": [start, start + len(numbers)], "skipped": []}
+        write_shard(shards[-1], features, [table.cast(features.arrow_schema)], note)
     teacher = {"name": "conv", "label_names": digits.features["label"].names, "encoding": encoding.to_dict()}
     teacher |= {"weights_sha256": "0" * 64, "source": "random"}
     record = build_record([teacher], {"num_rows": rows}, views)
-    assemble(images, record, [shard_path(folder, shard) for shard in shards], folder)
+    finish(folder, digits.info.copy(), digits.split, record, shards)
 
 
 def open_table(folder: Path) -> Dataset:

@@ -1,6 +1,7 @@
 """Decoded images → pixel values, by the image processor of each model."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import PIL.Image
@@ -41,46 +42,79 @@ def build_image_processor(
     return ViTImageProcessor(size={"height": image_size, "width": image_size}, do_convert_rgb=True)
 
 
+# Pixels that are held decoded at once, unless a single image has more: 48 MiB as bytes.
+_PIXELS = 1 << 24
+
+
 def pixel_values(
-    images: Sequence[PIL.Image.Image | torch.Tensor], processors: Mapping[str, BaseImageProcessor]
+    images: Iterable[PIL.Image.Image | torch.Tensor], processors: Mapping[str, BaseImageProcessor]
 ) -> dict[str, torch.Tensor]:
     """The batch that each image processor makes of the images. Processors of the same class with the same settings share
     one tensor.
 
     Args:
-        images: N images, or views (channels, height, width) of type uint8.
+        images: N images, or views (channels, height, width) of type uint8. They are read as they are needed: an iterator
+            that decodes them needs memory for one, or for as many as have 17 million pixels.
         processors: name → image processor.
 
     Returns:
-        Name → (N, channels, H, W).
+        Name → (N, channels, H, W); an empty dict without images.
 
     Raises:
         ValueError: a processor makes images of several sizes.
     """
-    batches, results = {}, {}
+    chosen, settings = {}, {}
     for name, processor in processors.items():
         # The settings contain the name of the class, but code of two repositories may share a name.
-        settings = (type(processor), processor.to_json_string()) if len(processors) > 1 else name
-        if settings not in batches:
-            batches[settings] = _preprocess(processor, images)
-        results[name] = batches[settings]
-    return results
+        settings[name] = (type(processor), processor.to_json_string()) if len(processors) > 1 else name
+        chosen.setdefault(settings[name], processor)
+    parts = {setting: [] for setting in chosen}
+    for group in _groups(images):
+        for setting, processor in chosen.items():
+            parts[setting].append(_preprocess(processor, group))
+    batches = {setting: _concatenate(made, chosen[setting]) for setting, made in parts.items() if made}
+    return {name: batches[setting] for name, setting in settings.items() if setting in batches}
+
+
+def _groups(images):
+    """Lists of images with up to 17 million pixels together, or one image with more."""
+    group, pixels = [], 0
+    for image in images:
+        size = math.prod(_size(image))
+        if group and pixels + size > _PIXELS:
+            yield group
+            group, pixels = [], 0
+        group.append(image)
+        pixels += size
+    if group:
+        yield group
+
+
+def _size(image):
+    return image.size if isinstance(image, PIL.Image.Image) else image.shape[-2:]
 
 
 def _preprocess(processor, images):
     options = {}
     if isinstance(processor, TorchvisionBackend):
         # On a CPU it takes images one by one by default: twice as slow for small ones, twice as fast for large ones.
-        largest = max(max(im.size if isinstance(im, PIL.Image.Image) else im.shape[-2:]) for im in images)
-        options["disable_grouping"] = None if largest > 64 else False
+        options["disable_grouping"] = None if max(max(_size(image)) for image in images) > 64 else False
     try:
         return processor(images, return_tensors="pt", **options)["pixel_values"]
-    except ValueError as error:
-        sizes = {np.shape(image)[-2:] for image in processor(images, **options)["pixel_values"]}
-        if len(sizes) < 2:
-            raise
+    except ValueError:
+        _check_sizes(processor, {np.shape(image)[-2:] for image in processor(images, **options)["pixel_values"]})
+        raise
+
+
+def _concatenate(parts, processor):
+    _check_sizes(processor, {part.shape[-2:] for part in parts})
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _check_sizes(processor, sizes):
+    if len(sizes) > 1:
         settings = {name: value for name, value in processor.to_dict().items() if "crop" in name or "size" in name}
         raise ValueError(
             f"{type(processor).__name__} makes images of several sizes with {settings}. Set one, for example "
             'size={"height": 224, "width": 224}, or a crop, do_center_crop=True and crop_size.'
-        ) from error
+        )

@@ -8,11 +8,10 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -20,10 +19,11 @@ import PIL.Image
 import pyarrow as pa
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.utils import send_to_device
+from accelerate.utils import gather_object, send_to_device
 from datasets import Dataset, DatasetDict, Features, Value
-from datasets.arrow_writer import ArrowWriter
+from datasets.table import embed_table_storage
 from tqdm.auto import tqdm
+from transformers import BaseImageProcessor
 
 from ..checks import check_numbers
 from ..data.classes import check_labels, class_names, label_ids
@@ -31,8 +31,9 @@ from ..data.columns import IMAGE, LABEL, as_image_table, require_table
 from ..data.sources import open_saved
 from ..data.splits import spread
 from ..files import output_folder, write_text
+from ..images.decoding import decode_image, file_key
 from ..images.preprocessing import pixel_values
-from ..images.views import ViewRecipe, make_view, make_views, row_key
+from ..images.views import ViewRecipe, make_view, row_key
 from ..logits.encoding import (
     FILE_KEY,
     LARGEST,
@@ -57,12 +58,13 @@ from ..logits.provenance import (
 from ..rows import ImageRows, default_num_workers
 from ..teachers import ClassMapping, Teacher, TeacherLike, load_teachers
 from .shards import (
-    ROW,
-    assemble,
     check_folder_of_splits,
+    finish,
+    first_row,
     lock_folder,
+    old_shards,
     open_folder,
-    shard_is_whole,
+    read_note,
     shard_keys,
     shard_path,
     write_shard,
@@ -190,6 +192,7 @@ class _Plan:
     encoding: LogitsEncoding
     record: dict
     layout: dict  # batch_size, shard_size and skip_unreadable, as given
+    features: Features  # the columns of the table
     warned: set[str] = field(default_factory=set)  # teachers whose large logits were reported
 
     @property
@@ -203,6 +206,16 @@ class _Plan:
     @property
     def rows_per_shard(self) -> int:
         return -(-self.layout["shard_size"] // self.rows_per_batch) * self.rows_per_batch
+
+    def preparation(self, dataset) -> "_Preparation":
+        return _Preparation(
+            processors={teacher.name: teacher.image_processor for teacher in self.teachers},
+            recipe=self.views,
+            views=self.new_views,
+            mode=dataset.features[IMAGE].mode,
+            skip_unreadable=self.layout["skip_unreadable"],
+            keeps_keys=bool(recorded_teachers(dataset)) and ROW_KEY in dataset.column_names,
+        )
 
 
 def _check_before_recording(dataset, title, teachers) -> None:
@@ -283,13 +296,19 @@ def _plan(dataset, teachers, views, encoding, layout, sample_keys, keeps_recorde
             f"num_views={views.num_views}, but {left_behind} have {old_views.num_views} views in this table. Record "
             f"{old_views.num_views}, or pass these teachers as well, so that they get {views.num_views}."
         )
+    num_views = None if views is None else views.num_views
+    teachers = [teacher for teacher in teachers if teacher.name in described]
+    columns = {column_name(t.name): encoding.feature(len(t.class_names), num_views) for t in teachers}
+    keys = dict.fromkeys((ROW_KEY, FILE_KEY), Value("int64"))
+    kept = {name: feature for name, feature in dataset.features.items() if name not in {*keys, *columns}}
     return _Plan(
-        teachers=[teacher for teacher in teachers if teacher.name in described],
+        teachers=teachers,
         first_view={name: old_views.num_views if name in old else 0 for name in described},
         views=views,
         encoding=encoding,
         record=build_record(list({**old, **described}.values()), _describe_dataset(dataset, sample_keys), views),
         layout=layout,
+        features=Features({**kept, **keys, **columns}),
     )
 
 
@@ -326,29 +345,31 @@ def _record_split(accelerator, dataset, plan, folder, num_workers) -> Dataset:
             table = open_saved(folder)
             if accelerator.is_main_process:
                 _check_finished(dataset, table)
-            lacking = sorted({*dataset.column_names} - {*table.column_names})
+            lacking = sorted({*plan.features} - {*table.column_names})
             logger.warning(
                 "%s already holds this recording; nothing to do.%s",
                 folder,
                 f" Its table has no columns {lacking}; add them to what is returned." if lacking else "",
             )
             return table
-        size = plan.rows_per_shard
-        ranges = [range(start, min(start + size, len(dataset))) for start in range(0, len(dataset), size)]
-        shards = {shard_path(folder, rows): rows for rows in ranges}
-        is_whole = {path: shard_is_whole(path) for path in shards}
         if accelerator.is_main_process:
-            if recorded_teachers(dataset):
-                check_images(dataset, range(len(dataset)))
-            keys = shard_keys(path for path in shards if is_whole[path])
-            check_images(dataset, keys.pop(ROW), keys)
+            _adopt_old_shards(dataset, plan, folder)
+        accelerator.wait_for_everyone()
+        shards = [shard_path(folder, start) for start in range(0, len(dataset), plan.rows_per_shard)]
+        with accelerator.split_between_processes(shards) as own:
+            whole = {path: note for path in own if (note := read_note(path))}
+            for path, note in whole.items():
+                rows, keys = shard_keys(path, note)
+                check_images(dataset, rows, keys)
+        if accelerator.is_main_process and recorded_teachers(dataset):
+            check_images(dataset, range(len(dataset)))
         # No process writes before every process has listed the finished shards.
-        accelerator.wait_for_everyone()
-        with accelerator.split_between_processes([path for path in shards if not is_whole[path]]) as own:
-            _record_shards(accelerator, dataset, plan, {path: shards[path] for path in own}, num_workers)
+        whole = {*gather_object(list(whole))}
+        with accelerator.split_between_processes([path for path in shards if path not in whole]) as own:
+            _record_shards(accelerator, dataset, plan, own, num_workers)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            assemble(dataset, plan.record, list(shards), folder)
+            finish(folder, dataset.info.copy(), dataset.split, plan.record, shards)
         accelerator.wait_for_everyone()
         return open_saved(folder)
 
@@ -361,74 +382,126 @@ def _check_finished(dataset, table) -> None:
         check_images(dataset, rows.tolist(), keys[:])
 
 
-def _record_shards(accelerator, dataset, plan, shards, num_workers) -> None:
-    if not shards:
+def _adopt_old_shards(dataset, plan, folder) -> None:
+    """Add images to the shards of a recording that an earlier version began, which hold logits alone."""
+    for path, numbers, logits in old_shards(folder):
+        first, last = int(path.stem.partition("-")[0]), int(path.stem.rpartition("-")[2])
+        rows = dataset.with_format("arrow")[numbers]
+        columns = {name: rows[name] for name in rows.column_names} | {
+            name: logits[name] for name in logits.column_names
+        }
+        # The first version had no file keys.
+        columns = {name: columns.get(name, pa.nulls(len(rows), pa.int64())) for name in plan.features}
+        table = embed_table_storage(pa.table(columns).cast(plan.features.arrow_schema), remote_files=False)
+        note = {"rows": [first, last], "skipped": sorted({*range(first, last)} - {*numbers})}
+        write_shard(shard_path(folder, first), plan.features, [table], note)
+
+
+def _record_shards(accelerator, dataset, plan, paths, num_workers) -> None:
+    if not paths:
         return
-    num_views = None if plan.views is None else plan.views.num_views
-    columns = {column_name(t.name): plan.encoding.feature(len(t.class_names), num_views) for t in plan.teachers}
-    features = Features({**dict.fromkeys((ROW, ROW_KEY, FILE_KEY), Value("int64")), **columns})
-    batches = iter(_image_batches(accelerator, dataset, plan, shards.values(), num_workers))
-    with tqdm(
-        total=sum(map(len, shards.values())),
-        unit="image",
-        desc="Recording logits",
-        disable=not accelerator.is_local_main_process,
-    ) as bar:
-        for path, rows in shards.items():
-
-            def write(path, rows=rows):
-                with ArrowWriter(features=features, path=str(path)) as writer:
-                    for size, identity, inputs in islice(batches, -(-len(rows) // plan.rows_per_batch)):
-                        if identity:
-                            inputs = send_to_device(inputs, accelerator.device)
-                            writer.write_table(_run(dataset, plan, identity, inputs).cast(features.arrow_schema))
-                        bar.update(size)
-                    writer.finalize()
-
-            write_shard(path, write)
-
-
-def _image_batches(accelerator, dataset, plan, shards, num_workers) -> torch.utils.data.DataLoader:
-    """What [`_collate`] makes of the rows, batch by batch in the order of the shards."""
+    size = plan.rows_per_batch
+    rows = {path: first_row(path) for path in paths}
+    rows = {path: range(start, min(start + plan.rows_per_shard, len(dataset))) for path, start in rows.items()}
     if num_workers is None:
         num_workers = default_num_workers(use_cpu=accelerator.device.type == "cpu")
-    # Views that were recorded before follow from the key that was recorded with them.
-    kept = [ROW_KEY] if recorded_teachers(dataset) and ROW_KEY in dataset.column_names else []
-    processors = {teacher.name: teacher.image_processor for teacher in plan.teachers}
-    size = plan.rows_per_batch
-    return torch.utils.data.DataLoader(
-        _Numbered(dataset, kept, skip_unreadable=plan.layout["skip_unreadable"], file_keys=True),
-        batch_sampler=[rows[start : start + size] for rows in shards for start in range(0, len(rows), size)],
-        collate_fn=partial(_collate, processors, plan.views, plan.new_views),
+    batches = torch.utils.data.DataLoader(
+        _EncodedRows(dataset),
+        batch_sampler=[part[start : start + size] for part in rows.values() for start in range(0, len(part), size)],
+        collate_fn=plan.preparation(dataset),
         num_workers=num_workers,
         pin_memory=torch.accelerator.is_available(),
     )
+    batches = iter(batches)
+    with _progress(accelerator, sum(map(len, rows.values()))) as bar:
+        for path, part in rows.items():
+            _write(accelerator, plan, path, islice(batches, -(-len(part) // size)), bar, part.start)
 
 
-class _Numbered(ImageRows):
-    """(row number, row) in place of row."""
-
-    def __getitems__(self, indices):
-        return list(zip(indices, self.read(indices)))
+def _progress(accelerator, total):
+    return tqdm(total=total, unit="image", desc="Recording logits", disable=not accelerator.is_local_main_process)
 
 
-def _collate(processors, recipe, views, rows) -> tuple[int, dict[str, list[int]], dict[str, torch.Tensor]]:
-    """Rows → how many; the numbers and keys of the readable ones; and their pixel values for each teacher, in which the
-    views of a row follow one another."""
-    readable = [(number, row) for number, row in rows if row[IMAGE] is not None]
-    if not readable:
-        return len(rows), {}, {}
-    images = [row[IMAGE] for _, row in readable]
-    keys = [row[ROW_KEY] if ROW_KEY in row else row_key(row[IMAGE]) for _, row in readable]
-    identity = {
-        ROW: [number for number, _ in readable],
-        ROW_KEY: keys,
-        FILE_KEY: [row[FILE_KEY] for _, row in readable],
-    }
-    if recipe is not None:
-        images = [image for image in images for _ in views]
-        images = make_views(images, recipe, [key for key in keys for _ in views], list(views) * len(keys))
-    return len(rows), identity, pixel_values(images, processors)
+def _write(accelerator, plan, path, batches, bar, start) -> None:
+    """Run the teachers on the batches of a shard, and write it."""
+    note = {"rows": [start, start], "skipped": []}
+
+    def tables():
+        for batch in batches:
+            note["rows"][1] += batch.size
+            note["skipped"] += batch.skipped
+            if batch.numbers:
+                yield _run(plan, batch, send_to_device(batch.inputs, accelerator.device))
+            bar.update(batch.size)
+
+    write_shard(path, plan.features, tables(), note)
+
+
+@dataclass
+class _Batch:
+    """Rows whose images go through the teachers together."""
+
+    size: int  # with rows that cannot be read
+    numbers: list[int]
+    rows: pa.Table  # of these numbers, with their keys
+    skipped: list[int]
+    inputs: dict[str, torch.Tensor]  # teacher → pixel values, in which the views of a row follow one another
+
+
+class _EncodedRows(torch.utils.data.Dataset):
+    """(row numbers, rows as an Arrow table), with encoded images."""
+
+    def __init__(self, dataset):
+        self.table = dataset.with_format("arrow")
+
+    def __getitems__(self, indices: range):
+        # A slice is one read; a list is one for each row.
+        return indices, self.table[indices.start : indices.stop]
+
+
+@dataclass
+class _Preparation:
+    """Encoded rows → a batch with their keys and their images, decoded, in views and preprocessed for each teacher."""
+
+    processors: dict[str, BaseImageProcessor]
+    recipe: ViewRecipe | None
+    views: range | None
+    mode: str | None
+    skip_unreadable: bool
+    keeps_keys: bool  # views that were recorded before follow from the key that was recorded with them
+
+    def __call__(self, rows: tuple[Sequence[int], pa.Table]) -> _Batch:
+        numbers, table = rows
+        cells = table[IMAGE].to_pylist()
+        known = table[ROW_KEY].to_pylist() if self.keeps_keys else [None] * len(cells)
+        readable, row_keys, file_keys, skipped = [], [], [], []
+
+        def images():
+            for position, (cell, key) in enumerate(zip(cells, known)):
+                try:
+                    image = decode_image(cell, self.mode)
+                    file_keys.append(file_key(cell))
+                except ValueError as error:
+                    if not self.skip_unreadable:
+                        raise ValueError(f"Row {numbers[position]}: {error}") from error
+                    skipped.append(numbers[position])
+                    continue
+                readable.append(position)
+                row_keys.append(row_key(image) if key is None else key)
+                if self.recipe is None:
+                    yield image
+                else:
+                    yield from (make_view(image, self.recipe, row_keys[-1], view) for view in self.views)
+
+        inputs = pixel_values(images(), self.processors)
+        if skipped:
+            # Not `take`: pyarrow takes wrong rows of logits of views.
+            table = pa.concat_tables([table.slice(0, 0), *(table.slice(row, 1) for row in readable)])
+        for name, keys in ((ROW_KEY, row_keys), (FILE_KEY, file_keys)):
+            column = pa.array(keys, pa.int64())
+            position = table.schema.get_field_index(name)
+            table = table.append_column(name, column) if position < 0 else table.set_column(position, name, column)
+        return _Batch(len(cells), [numbers[position] for position in readable], table, skipped, inputs)
 
 
 def _logits_that_fit(teacher, pixel_values) -> torch.Tensor:
@@ -441,9 +514,10 @@ def _logits_that_fit(teacher, pixel_values) -> torch.Tensor:
     return torch.cat([_logits_that_fit(teacher, half) for half in pixel_values.tensor_split(2)])
 
 
-def _run(dataset, plan, identity, inputs) -> pa.Table:
+def _run(plan, batch, inputs) -> pa.Table:
     """Run the teachers on a batch, and encode their logits behind the views that the dataset has of them."""
-    numbers, columns = identity[ROW], dict(identity)
+    numbers = batch.numbers
+    columns = {name: batch.rows[name] for name in batch.rows.column_names if name in plan.features}
     with torch.inference_mode():
         logits = {t.name: _logits_that_fit(t, inputs[t.name]).cpu().numpy() for t in plan.teachers}
     for name, values in logits.items():
@@ -451,7 +525,7 @@ def _run(dataset, plan, identity, inputs) -> pa.Table:
         if plan.views is not None:
             values = values.reshape(len(numbers), len(plan.new_views), -1)[:, first - plan.new_views.start :]
         try:
-            columns[column] = plan.encoding.encode(values, views=plan.views is not None)
+            encoded = plan.encoding.encode(values, views=plan.views is not None)
         except NonFiniteLogitsError as error:
             rows = [numbers[row] for row in error.rows]
             raise ValueError(
@@ -469,7 +543,6 @@ def _run(dataset, plan, identity, inputs) -> pa.Table:
                 largest.max(),
                 numbers[largest.argmax()],
             )
-        if first > 0:
-            kept = dataset.select_columns([column]).with_format("arrow")[numbers][column]
-            columns[column] = concatenate_views(kept, columns[column])
-    return pa.table(columns)
+        columns[column] = concatenate_views(columns[column], encoded) if first > 0 else encoded
+    table = pa.table({name: columns[name] for name in plan.features}).cast(plan.features.arrow_schema)
+    return embed_table_storage(table, remote_files=False)

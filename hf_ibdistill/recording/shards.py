@@ -1,35 +1,35 @@
-"""The folder of a recording: begin or continue it, name and check its shards, and join them into the finished table.
+"""The folder of a recording: begin or continue it, write and check its shards, and make them one table.
 
-A shard is a run of consecutive rows. It is written under a temporary name and renamed when it is complete, so an
+A shard is a run of consecutive rows, and a data file of the finished table. It is written under a temporary name and renamed when it is complete, so an
 interrupted recording keeps every finished shard and continues with the next.
 """
 
+import hashlib
 import json
 import logging
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset, DatasetInfo, Features, NamedSplit
+from datasets.arrow_writer import ArrowWriter
 from filelock import FileLock, Timeout
 
 from ..data.sources import open_saved
-from ..files import checksums, explain_full_disk, flush, read_json, sha256, write_text, write_whole
+from ..files import checksums, explain_full_disk, read_json, sha256, write_text, write_whole
 from ..logits.encoding import FILE_KEY, ROW_KEY
 from ..logits.provenance import CHECKSUMS, attach_record, check_record, read_records, record_differences
 
 
 logger = logging.getLogger(__name__)
 
-ROW = "__row__"
 _MANIFEST = "recording.json"
-_ROWS = "rows.arrow"
+_SCRATCH = "description"
 _LOCK, _HOLDER = "recording.lock", "recording.holder"
 _FULL_DISK = "Finished shards are kept. Free space and call again."
 
@@ -41,7 +41,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
     Raises:
         ValueError: another process is recording into the folder, or a folder has the name of a file of the recording.
     """
-    for path in (folder / _LOCK, folder / _HOLDER, folder / _MANIFEST, *folder.glob("shards/*")):
+    for path in (folder / _LOCK, folder / _HOLDER, folder / _MANIFEST, *folder.glob("data-*.arrow*")):
         if path.is_dir():
             raise ValueError(f"{path} is a folder, but recording needs a file of this name. Move it away.")
     if (folder / "state.json").exists() or _holds_something_else(folder):
@@ -130,107 +130,161 @@ def check_folder_of_splits(folder: Path) -> None:
         raise ValueError(f"{folder} holds a recording of one table, without splits. Choose an empty folder.")
 
 
-def shard_path(folder: Path, rows: range) -> Path:
-    """The file of the shard with these rows."""
-    return folder / "shards" / f"{rows.start:012d}-{rows.stop:012d}.arrow"
+def shard_path(folder: Path, first_row: int, part: int | None = None) -> Path:
+    """The file of the shard that begins at this row, of a part of a stream if several processes share it."""
+    return folder / f"data-{'' if part is None else f'{part:05d}-'}{first_row:012d}.arrow"
 
 
-def write_shard(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a shard and its checksum. The shard gets its name last.
+def first_row(path: Path) -> int:
+    """The first row of a shard, by its name."""
+    return int(path.stem.rpartition("-")[2])
+
+
+def write_shard(path: Path, features: Features, tables: Iterable[pa.Table], note: dict) -> None:
+    """Write a shard, and a note beside it. The shard gets its name last.
+
+    Args:
+        path: made by [`shard_path`].
+        features: the columns.
+        tables: the rows.
+        note: what else to remember, for JSON: `rows`, the first row and the one after the last; and `skipped`, the rows
+            between them that are left out. It may be filled while `tables` is read.
 
     Raises:
         OSError: the disk is full; finished shards are kept.
     """
-    with explain_full_disk(path.parent.parent, _FULL_DISK):
-        write_whole(path, write, before_rename=lambda temporary: write_text(_checksum_path(path), sha256(temporary)))
+
+    def write(temporary):
+        # `datasets` would write record batches of 100 images, and every table made from this one counts record batches.
+        with ArrowWriter(features=features, path=str(temporary), writer_batch_size=_BATCH_ROWS) as writer:
+            for table in _join(tables):
+                writer.write_table(table)
+            writer.finalize()
+
+    def write_note(temporary):
+        write_text(_note_path(path), json.dumps({**note, **checksums(temporary)}))
+
+    with explain_full_disk(path.parent, _FULL_DISK):
+        write_whole(path, write, before_rename=write_note)
 
 
-def shard_is_whole(path: Path) -> bool:
-    """Whether the shard exists and has the content that was written, of the rows in its name."""
-    checksum = _checksum_path(path)
-    if not path.is_file() or not checksum.is_file() or checksum.read_bytes() != sha256(path).encode():
-        return False
-    start, stop = map(int, path.stem.split("-"))
-    return set(shard_keys([path], [ROW])[ROW]) <= set(range(start, stop))
+# The size of a record batch. It is held in memory.
+_BATCH_ROWS, _BATCH_BYTES = 10_000, 1 << 26
 
 
-def shard_keys(paths: Iterable[Path], names: Sequence[str] = (ROW, ROW_KEY, FILE_KEY)) -> dict[str, list[int | None]]:
-    """The row numbers and keys in whole shards, one after another; a key that a shard does not have is `None`."""
-    keys = {name: [] for name in names}
-    for path in paths:
-        with pa.memory_map(str(path)) as source:
-            shard = pa.ipc.open_stream(source).read_all()
-            for name, values in keys.items():
-                values += shard[name].to_pylist() if name in shard.column_names else [None] * len(shard)
-    return keys
+def _join(tables) -> Iterator[pa.Table]:
+    """Larger tables of the same rows."""
+    held, num_rows, num_bytes = [], 0, 0
+    for table in tables:
+        held.append(table)
+        num_rows, num_bytes = num_rows + len(table), num_bytes + table.nbytes
+        if num_rows >= _BATCH_ROWS or num_bytes >= _BATCH_BYTES:
+            yield pa.concat_tables(held)
+            held, num_rows, num_bytes = [], 0, 0
+    if held:
+        yield pa.concat_tables(held)
 
 
-def assemble(dataset: Dataset, record: dict, shards: list[Path], folder: Path) -> None:
-    """Join the images and the logits of all shards into one table. `state.json` arrives last and marks it as finished.
+def read_note(path: Path) -> dict | None:
+    """The note beside a shard; `None` unless the shard exists, is the one that the note is about and has the content that was
+    written."""
+    try:
+        note = read_json(_note_path(path))
+        is_whole = path.is_file() and {key: note[key] for key in ("size", "sha256")} == checksums(path)
+        # A shard and its note may be copies of others.
+        return note if is_whole and shard_path(path.parent, note["rows"][0], note.get("part")) == path else None
+    except (FileNotFoundError, LookupError, TypeError, ValueError):
+        return None
+
+
+def shard_keys(path: Path, note: dict) -> tuple[list[int], dict[str, list[int]]]:
+    """The row numbers in a whole shard, and the keys of these rows."""
+    rows = sorted({*range(*note["rows"])} - {*note["skipped"]})
+    keys = Dataset.from_file(str(path)).select_columns([ROW_KEY, FILE_KEY])
+    return rows, keys[:]
+
+
+def old_shards(folder: Path) -> Iterator[tuple[Path, list[int], pa.Table]]:
+    """The whole shards of an earlier version: path, row numbers, and the columns with keys and logits. Each is removed once
+    the next is asked for."""
+    for path in sorted((folder / "shards").glob("*.arrow")):
+        checksum = path.with_name(f"{path.name}.sha256")
+        if checksum.is_file() and checksum.read_bytes() == sha256(path).encode():
+            shard = Dataset.from_file(str(path)).with_format("arrow")[:]
+            yield path, shard["__row__"].to_pylist(), shard.remove_column(shard.schema.get_field_index("__row__"))
+        path.unlink()
+    shutil.rmtree(folder / "shards", ignore_errors=True)
+
+
+def finish(folder: Path, info: DatasetInfo, split: NamedSplit | None, record: dict, shards: Sequence[Path]) -> None:
+    """Make the shards the data files of one table. `state.json` arrives last and marks it as finished.
+
+    Args:
+        folder: the folder of the recording.
+        info: that of the recorded dataset.
+        split: its name.
+        record: the provenance.
+        shards: all shards in the order of their rows.
 
     Raises:
         OSError: the disk is full, or it changed what was written; whole shards are kept.
     """
-    finished = folder / "finished"
-    shutil.rmtree(finished, ignore_errors=True)
-    try:
-        with explain_full_disk(folder, _FULL_DISK):
-            _write_table(dataset, record, shards, finished)
-            sums = {path.name: checksums(path) for path in sorted(finished.glob("*.arrow"))}
-            write_text(finished / CHECKSUMS, json.dumps(sums, indent=2))
-            for path in sorted(finished.iterdir(), key=lambda path: path.name == "state.json"):
-                flush(path)
-                os.replace(path, folder / path.name)
-    finally:
-        shutil.rmtree(finished, ignore_errors=True)
-        (folder / _ROWS).unlink(missing_ok=True)
-    _remove_scaffolding(folder)
-
-
-def _write_table(dataset, record, shards, finished):
-    # Its own function, so that the files are closed when it returns: Windows neither moves nor removes open ones.
-    damaged = [path for path in shards if not shard_is_whole(path)]
+    notes = {path: read_note(path) for path in shards}
+    damaged = [path for path, note in notes.items() if note is None]
     if damaged:
         raise OSError(
             f"{len(damaged)} of {len(shards)} shards are damaged: {', '.join(map(str, damaged[:3]))}. Call again: these are "
             "recorded again, and the others are kept."
         )
-    logits = concatenate_datasets([Dataset.from_file(str(path)) for path in shards])
-    rows = logits.select_columns([ROW]).with_format("arrow")[:][ROW].to_numpy()
-    if len(rows) < len(dataset):
-        skipped = np.setdiff1d(np.arange(len(dataset)), rows)
-        logger.warning(
-            "%d rows were left out because their images cannot be decoded: %s.", len(skipped), skipped.tolist()
-        )
-        dataset = dataset.select(rows)
-        record = {**record, "skipped_rows": skipped.tolist()}
-    if dataset._indices is not None:
-        # Joining columns copies selected rows, by default beside the files of the user.
-        dataset = dataset.flatten_indices(cache_file_name=str(finished.with_name(_ROWS)))
-    logits = logits.remove_columns(ROW)
-    replaced = [name for name in logits.column_names if name in dataset.column_names]
-    table = concatenate_datasets([dataset.remove_columns(replaced), logits], axis=1)
-    attach_record(table, record)
-    table.save_to_disk(str(finished))
-    # The shards are the only copy of the logits until the table is known to have them.
-    written = open_saved(finished).select_columns(logits.column_names)
-    if not written.data.table.equals(logits.data.table):
-        raise OSError(
-            f"{finished} does not hold what was written to it. Check the disk and call again; shards are kept."
-        )
+    skipped = [row for note in notes.values() for row in note["skipped"]]
+    if skipped:
+        logger.warning("%d rows were left out because their images cannot be decoded: %s.", len(skipped), skipped)
+        record = {**record, "skipped_rows": skipped}
+    filled = [path for path, note in notes.items() if len(note["skipped"]) < note["rows"][1] - note["rows"][0]]
+    sums = {path.name: {key: notes[path][key] for key in ("size", "sha256")} for path in filled}
+    with explain_full_disk(folder, _FULL_DISK):
+        write_text(folder / CHECKSUMS, json.dumps(sums, indent=2))
+        _write_description(folder, info, split, record, filled, sums)
+    for path in {*shards} - {*filled}:
+        path.unlink()
+    _remove_scaffolding(folder)
+
+
+def _write_description(folder, info, split, record, shards, sums) -> None:
+    """Write the two files that make `datasets.load_from_disk` read the shards as one table."""
+    first = Dataset.from_file(str(shards[0]), split=split)
+    info.features = first.features
+    first.info.update(info)
+    attach_record(first, record)
+    scratch = folder / _SCRATCH
+    try:
+        first.select(range(1)).save_to_disk(str(scratch))
+        state = read_json(scratch / "state.json")
+        state["_data_files"] = [{"filename": path.name} for path in shards]
+        state["_fingerprint"] = hashlib.sha256(json.dumps([record, sums]).encode()).hexdigest()[:16]
+        write_text(folder / "dataset_info.json", (scratch / "dataset_info.json").read_text(encoding="utf-8"))
+        write_text(folder / "state.json", json.dumps(state, indent=2))
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _remove_scaffolding(folder):
     """Remove what only an unfinished recording needs, and what killed processes left of it."""
-    for name in ("shards", "finished"):
-        shutil.rmtree(folder / name, ignore_errors=True)
+    shutil.rmtree(folder / _SCRATCH, ignore_errors=True)
+    left = (
+        folder / _MANIFEST,
+        folder / _HOLDER,
+        folder / _LOCK,
+        *folder.glob("*.partial"),
+        *folder.glob("*.arrow.json"),
+    )
     # A folder that must not be written to has none of them.
-    for path in (folder / _MANIFEST, folder / _HOLDER, folder / _LOCK, *folder.glob("*.partial")):
+    for path in left:
         if path.exists():
             # Windows removes the file of a lock when it is released, and not before.
             with suppress(PermissionError):
                 path.unlink(missing_ok=True)
 
 
-def _checksum_path(shard):
-    return shard.with_name(f"{shard.name}.sha256")
+def _note_path(shard):
+    return shard.with_name(f"{shard.name}.json")

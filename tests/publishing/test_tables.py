@@ -90,7 +90,7 @@ def test_a_folder_is_a_name_and_no_pattern(table, tmp_path):
 
 def test_a_damaged_table_is_neither_exported_nor_published(teachers, images, tmp_path):
     record_teacher_logits(images(20), teachers, output_dir=tmp_path / "t")
-    data = tmp_path / "t" / "data-00000-of-00001.arrow"
+    data = tmp_path / "t" / "data-000000000000.arrow"
     content = bytearray(data.read_bytes())
     content[len(content) // 2] ^= 1
     data.write_bytes(content)

@@ -3,7 +3,6 @@
 import copy
 import pickle
 import re
-from functools import partial
 
 import numpy as np
 import pytest
@@ -33,7 +32,7 @@ from hf_ibdistill import (
 from hf_ibdistill.images.views import row_key
 from hf_ibdistill.logits.encoding import StoredLogits, decode
 from hf_ibdistill.logits.provenance import read_records, stored_views
-from hf_ibdistill.recording.recorder import _collate, _Numbered
+from hf_ibdistill.recording.recorder import _EncodedRows, _Preparation
 
 
 FIVE_VIEWS = ViewRecipe(num_views=5, horizontal_flip=0.5, erasing=0.5)
@@ -359,7 +358,7 @@ def test_the_error_about_a_logit_that_is_not_finite_names_teacher_and_row(teache
     model.forward = fail_in_the_second_batch
     with pytest.raises(ValueError, match=r'"conv" .* NaN or infinite logits for row 11 .*\. Check the teacher'):
         record_teacher_logits(images(), {"conv": (model, processor)}, output_dir=tmp_path, batch_size=8, shard_size=8)
-    assert [path.name for path in (tmp_path / "shards").glob("*.arrow")] == ["000000000000-000000000008.arrow"]
+    assert [path.name for path in tmp_path.glob("*.arrow")] == ["data-000000000000.arrow"]
 
 
 @pytest.mark.parametrize("top_k", [None, 2])
@@ -538,10 +537,10 @@ def test_more_views_leave_the_other_splits_as_they_are(loaded, tmp_path, images)
 def test_what_workers_get_can_be_sent_to_a_new_process(loaded, images):
     # Under spawn and forkserver a worker starts from a pickle, not from a copy of this process.
     processors = {name: processor for name, (_, processor) in loaded.items()}
-    make = partial(_collate, processors, FIVE_VIEWS, range(1, 3))
-    rows = _Numbered(images(4), file_keys=True)
-    expected = make(rows.__getitems__([1, 3]))
-    rows, make = pickle.loads(pickle.dumps((rows, make)))
-    found = make(rows.__getitems__([1, 3]))
-    assert found[:-1] == expected[:-1]
-    assert all(torch.equal(found[-1][name], expected[-1][name]) for name in processors)
+    prepare = _Preparation(processors, FIVE_VIEWS, range(1, 3), None, skip_unreadable=False, keeps_keys=False)
+    rows = _EncodedRows(images(4))
+    expected = prepare(rows.__getitems__(range(1, 3)))
+    rows, prepare = pickle.loads(pickle.dumps((rows, prepare)))
+    found = prepare(rows.__getitems__(range(1, 3)))
+    assert [*found.numbers] == [1, 2] and found.rows.equals(expected.rows)
+    assert all(torch.equal(found.inputs[name], expected.inputs[name]) for name in processors)

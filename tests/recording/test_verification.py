@@ -117,12 +117,12 @@ def test_another_teacher_is_found(names, table, loaded, save_teacher, tmp_path):
 
 def test_a_changed_file_is_found(folder, table, loaded, tmp_path):
     copied = shutil.copytree(folder, tmp_path / "copy")
-    data = copied / "data-00000-of-00001.arrow"
+    data = copied / "data-000000000000.arrow"
     content = bytearray(data.read_bytes())
     content[content.rfind(table[NUM_ROWS - 1]["note"].encode())] ^= 1
     data.write_bytes(content)
     (problem,) = verify_teacher_logits(load_from_disk(copied), loaded).problems
-    assert problem == "The file data-00000-of-00001.arrow is not the one that recording wrote."
+    assert problem == "The file data-000000000000.arrow is not the one that recording wrote."
 
 
 def test_what_cannot_be_verified_is_refused(table, loaded):
