@@ -13,11 +13,16 @@ from datasets import Dataset, Image, IterableDataset
 from datasets.distributed import split_dataset_by_node
 from transformers import BaseImageProcessor
 
+from .data.classes import check_streamed_labels
 from .data.columns import IMAGE, LABEL
 from .images.decoding import decode_image, file_key
 from .images.preprocessing import pixel_values
 from .images.views import ViewRecipe, make_view, row_key
 from .logits.encoding import FILE_KEY, ROW_KEY, StoredLogits, column_name, decode, describe_column
+
+
+# The step of a stream that `IterableDataset.shuffle` adds.
+SHUFFLE_BUFFER = "BufferShuffledExamplesIterable"
 
 
 class _RowDecoder:
@@ -197,13 +202,10 @@ class StreamedImageRows(_RowDecoder, torch.utils.data.IterableDataset):
         for batch in table.iter(batch_size=64):
             numbers = range(first, first + len(batch))
             logits = {name: self._decode_logits(decode, name, batch[name], numbers) for name in self.logits_columns}
+            if self.num_classes is not None and LABEL in batch.column_names:
+                check_streamed_labels(batch[LABEL].to_pylist(), self.num_classes, first)
             for number, row in zip(numbers, _as_rows(batch, logits)):
-                label = row.get(LABEL)
-                if None not in (label, self.num_classes) and not -1 <= label < self.num_classes:
-                    raise ValueError(
-                        f"Row {number}: the label {label} is no class. There are {self.num_classes}; −1 marks a row without one."
-                    )
-                if self.labelled_only and label in (None, -1):
+                if self.labelled_only and row.get(LABEL) in (None, -1):
                     continue
                 count += 1
                 yield number, row
@@ -227,16 +229,22 @@ class StreamedImageRows(_RowDecoder, torch.utils.data.IterableDataset):
         yield from held
 
 
-def _may_take_rows(stream: IterableDataset) -> bool:
-    """Whether a shuffle buffer or a filter takes rows out of the Arrow tables of the stream."""
+def stream_steps(stream: IterableDataset) -> set[str] | None:
+    """The names of the steps that rows of a stream pass, as `datasets` names them; `None` if it does not show them."""
     step = getattr(stream, "_ex_iterable", None)
     if step is None:
-        return True
+        return None
+    steps = set()
     while step is not None:
-        if type(step).__name__ in ("BufferShuffledExamplesIterable", "FilteredExamplesIterable"):
-            return True
+        steps.add(type(step).__name__)
         step = getattr(step, "ex_iterable", None)
-    return False
+    return steps
+
+
+def _may_take_rows(stream) -> bool:
+    """Whether a shuffle buffer or a filter takes rows out of the Arrow tables of the stream."""
+    steps = stream_steps(stream)
+    return steps is None or bool(steps & {SHUFFLE_BUFFER, "FilteredExamplesIterable"})
 
 
 @lru_cache

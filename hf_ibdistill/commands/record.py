@@ -33,12 +33,18 @@ class RecordingArguments:
         default=False, help="Run the teachers under bf16 autocast: faster on hardware with bf16 units, less exact."
     )
     batch_size: int = HfArg(default=64, help="Images (views) per forward pass.")
-    shard_size: int = HfArg(default=4096, help="Rows per shard: what an interruption can cost.")
+    shard_size: int | None = HfArg(
+        default=None, help="Rows per shard: what an interruption can cost. 4096, or a 128th of a larger table."
+    )
     num_workers: int | None = HfArg(
         default=None, help="Processes that decode images; by default none on a CPU, up to 8 on an accelerator."
     )
     skip_unreadable: bool = HfArg(
         default=False, help="Leave out rows whose image cannot be decoded, instead of stopping."
+    )
+    with_images: bool | None = HfArg(
+        default=None,
+        help="Copy the images into the table. By default yes, up to 32 GiB. Otherwise their paths stay, or nothing.",
     )
     trust_remote_code: bool = HfArg(default=False, help="Run the code of the teacher repositories.")
     teacher_classes: str | None = HfArg(default=None, help=CLASSES_HELP)

@@ -70,6 +70,24 @@ def check_labels(table: Dataset, *, unlabelled: bool = False) -> np.ndarray:
     return labels
 
 
+def check_streamed_labels(labels: Sequence[int | None], num_classes: int, first_row: int) -> None:
+    """Refuse a label that is neither a class nor null or −1.
+
+    Args:
+        labels: those of consecutive rows.
+        num_classes: the number of classes.
+        first_row: the number of the first of these rows, for the message.
+
+    Raises:
+        ValueError: such a label.
+    """
+    for row, label in enumerate(labels, first_row):
+        if label is not None and not -1 <= label < num_classes:
+            raise ValueError(
+                f"Row {row}: the label {label} is no class. There are {num_classes}; −1 marks a row without one."
+            )
+
+
 def labelled_rows(table: Dataset, what: str) -> Dataset:
     """The rows with a label, which is checked. A warning reports the others, which null or −1 marks.
 

@@ -51,7 +51,7 @@ def as_image_table(
     """
     if needs_label is None:
         tables = table.values() if isinstance(table, Mapping) else [table]
-        needs_label = not any(isinstance(one, Dataset) and not label_candidates(one.features) for one in tables)
+        needs_label = not any(one.features is not None and not label_candidates(one.features) for one in tables)
     if isinstance(table, Mapping):
         if not table:
             raise ValueError("There are no splits.")

@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import PIL.Image
 import PIL.ImageFile
@@ -51,7 +52,7 @@ def decode_image(value: Mapping | None, mode: str | None = None) -> PIL.Image.Im
             have no fixed range; [`scale_pixels`] gives them one.
     """
     try:
-        image = _load(_read(value))
+        image = _load(read_file(value))
         wide = _wide_levels(image)
         if wide is None:
             image.info.pop("transparency", None)  # only a warning of Pillow depends on it
@@ -81,7 +82,7 @@ def decode_image(value: Mapping | None, mode: str | None = None) -> PIL.Image.Im
 
 def file_key(value: Mapping) -> int:
     """A hash of 64 bits of the encoded file, `{"bytes": …, "path": …}`, whatever its decoder makes of it."""
-    return int.from_bytes(hashlib.blake2b(_read(value), digest_size=8).digest(), "little", signed=True)
+    return int.from_bytes(hashlib.blake2b(read_file(value), digest_size=8).digest(), "little", signed=True)
 
 
 def scale_pixels(
@@ -111,7 +112,7 @@ def scale_pixels(
 
     def scale(value, row):
         try:
-            image = _load(_read(value))
+            image = _load(read_file(value))
         except Exception:
             return {IMAGE: value}  # whoever reads the row reports it
         wide = _wide_levels(image)
@@ -147,10 +148,21 @@ def scale_pixels(
     return scaled.cast_column(IMAGE, Image())
 
 
-def _read(value) -> bytes:
+def read_file(value: Mapping | None) -> bytes:
+    """The encoded file of an undecoded `datasets.Image` value. A stream may have URLs as paths.
+
+    Raises:
+        ValueError: there is no image.
+        OSError: there is no such file.
+    """
     if value is None or (value.get("bytes") is None and value.get("path") is None):
         raise ValueError("the row has no image")
-    return value["bytes"] if value.get("bytes") is not None else Path(value["path"]).read_bytes()
+    if value.get("bytes") is not None:
+        return value["bytes"]
+    if "://" not in value["path"]:
+        return Path(value["path"]).read_bytes()
+    with fsspec.open(value["path"], "rb") as file:
+        return file.read()
 
 
 def _load(content) -> PIL.Image.Image:

@@ -8,30 +8,28 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
-from itertools import islice
+from itertools import chain, islice
+from pathlib import Path
 
 import numpy as np
-import PIL.Image
 import pyarrow as pa
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import gather_object, send_to_device
-from datasets import Dataset, DatasetDict, Features, Value
+from datasets import Dataset, DatasetDict, Features, Image, IterableDataset, IterableDatasetDict, Value
+from datasets.distributed import split_dataset_by_node
 from datasets.table import embed_table_storage
 from tqdm.auto import tqdm
-from transformers import BaseImageProcessor
 
 from ..checks import check_numbers
 from ..data.classes import check_labels, class_names, label_ids
 from ..data.columns import IMAGE, LABEL, as_image_table, require_table
 from ..data.sources import open_saved
-from ..data.splits import spread
 from ..files import output_folder, write_text
-from ..images.decoding import decode_image, file_key
 from ..images.preprocessing import pixel_values
 from ..images.views import ViewRecipe, make_view, row_key
 from ..logits.encoding import (
@@ -55,12 +53,12 @@ from ..logits.provenance import (
     read_records,
     teacher_differences,
 )
-from ..rows import ImageRows, default_num_workers
+from ..rows import SHUFFLE_BUFFER, default_num_workers, stream_steps
 from ..teachers import ClassMapping, Teacher, TeacherLike, load_teachers
+from .batches import Preparation, sample_images, stream_batches, table_batches
 from .shards import (
     check_folder_of_splits,
     finish,
-    first_row,
     lock_folder,
     old_shards,
     open_folder,
@@ -75,7 +73,7 @@ logger = logging.getLogger(__name__)
 
 
 def record_teacher_logits(
-    dataset: Dataset | DatasetDict,
+    dataset: Dataset | DatasetDict | IterableDataset | IterableDatasetDict,
     teachers: Mapping[str, TeacherLike],
     *,
     output_dir: str | os.PathLike,
@@ -84,9 +82,10 @@ def record_teacher_logits(
     dtype: str = "float16",
     bf16: bool = False,
     batch_size: int = 64,
-    shard_size: int = 4096,
+    shard_size: int | None = None,
     num_workers: int | None = None,
     skip_unreadable: bool = False,
+    with_images: bool | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
     trust_remote_code: bool = False,
@@ -98,11 +97,15 @@ def record_teacher_logits(
     as V augmented views, which training makes again. Under `accelerate launch` the processes share the shards. Called again
     on the same folder, it continues an interrupted recording or returns the finished one.
 
+    A stream is recorded as it is read, so it may be larger than memory and disk. An interrupted one continues behind the
+    last whole shard, without reading again what is before it. Under `accelerate launch` every process reads its own part of
+    a stream (`datasets.distributed.split_dataset_by_node`), and the parts follow one another in the table.
+
     A table that already holds logits takes further teachers, or more views by the same recipe and teachers. Only what is
     new is computed.
 
     Args:
-        dataset: a table with an image and a `ClassLabel` column, or several splits of it, all of which are recorded. Rows
+        dataset: a table or a stream with an image and a `ClassLabel` column, or several splits, all of which are recorded. Rows
             may have no label (null or −1), or the table no label column; the classes then are those of the first teacher.
             Of several splits, only "train" gets views. The others, which measure agreement with the teachers, get none.
         teachers: name → Hub id, folder, model loaded by `from_pretrained`, or (model, image processor). Logits are put into
@@ -113,10 +116,14 @@ def record_teacher_logits(
         dtype: `"float16"` or `"float32"`, the type of the stored logits.
         bf16: run the teachers under bf16 autocast: faster on hardware with bf16 units, but rounded to three digits.
         batch_size: images (views) in a forward pass.
-        shard_size: rows in a shard, rounded up to whole batches: what an interruption can cost.
-        num_workers: processes that decode images and make views ahead of the teachers. `None` is none on a CPU, and up to
-            8 on an accelerator.
+        shard_size: rows in a shard, rounded up to whole batches: what an interruption can cost. `None` is 4,096, or a 128th
+            of a larger table. A shard is a file of the finished table.
+        num_workers: processes that decode images and make views ahead of the teachers, or threads if the images come from
+            a stream. `None` is none on a CPU, and up to 8 on an accelerator.
         skip_unreadable: leave out rows whose image cannot be decoded, and report them, instead of stopping.
+        with_images: whether the table holds the images. If not, images in files keep their paths. Other images are left out,
+            and [`attach_teacher_logits`] adds the logits to them. `None` is true, unless the images of a table need more
+            than 32 GiB.
         image_column: the image column; found if not given.
         label_column: the label column; found if not given.
         trust_remote_code: run the code of Hub repositories that bring their own.
@@ -129,7 +136,7 @@ def record_teacher_logits(
         `output_dir`, with its provenance. For several splits a `DatasetDict`.
 
     Raises:
-        TypeError: `dataset` is not a `Dataset` or `DatasetDict`.
+        TypeError: `dataset` is neither a table nor a stream, nor splits of them.
         ValueError: before any teacher runs: teachers and dataset differ in their classes, a column exists already, or the
             folder holds another recording, or one of other images or by other teachers. While recording: an image cannot
             be decoded, or a logit is not finite; the message names the row, and finished shards are kept.
@@ -139,7 +146,7 @@ def record_teacher_logits(
     check_teacher_names(teacher.name for teacher in teachers)
     encoding = LogitsEncoding(dtype, top_k)
     layout = {"batch_size": batch_size, "shard_size": shard_size, "skip_unreadable": skip_unreadable}
-    check_numbers(1, whole=True, batch_size=batch_size, shard_size=shard_size)
+    check_numbers(1, whole=True, batch_size=batch_size, shard_size=4096 if shard_size is None else shard_size)
     check_numbers(0, whole=True, num_workers=num_workers or 0)
     if views is not None and not isinstance(views, ViewRecipe):
         raise TypeError(f"views={views!r} is not a ViewRecipe. Pass ViewRecipe(num_views=…).")
@@ -148,16 +155,15 @@ def record_teacher_logits(
     splits = dataset if isinstance(dataset, Mapping) else {None: dataset}
     if isinstance(dataset, Mapping):
         check_folder_of_splits(output_dir)
-    plans, sample = {}, None
+    plans, samples = {}, {}
     for name, split in splits.items():
         title = f'split "{name}"' if name else "dataset"
         _check_before_recording(split, title, teachers)
         recipe = views if name in (None, "train") else None
-        image, keys = _look_at_images(split, title)
-        sample = sample or (image, recipe)
+        samples[name] = sample_images(split, title)
         # If the training split takes more views, the others stay as they are.
         keeps = name != "train" and "train" in splits
-        plans[name] = _plan(split, teachers, recipe, encoding, layout, keys, keeps)
+        plans[name] = _plan(split, teachers, recipe, encoding, layout, samples[name], with_images, keeps)
     # The first to finish waits for the last, however long that takes.
     accelerator = Accelerator(
         # Without it, processes that torchrun starts on a CPU would not know of each other and all write the same files.
@@ -166,7 +172,8 @@ def record_teacher_logits(
     )
     for teacher in teachers:
         teacher.model.to(accelerator.device)
-        _try(teacher, *sample)
+        name = next(iter(splits))
+        _try(teacher, samples[name].image, plans[name].views)
     recorded = {
         name: _record_split(accelerator, split, plans[name], output_dir / (name or ""), num_workers)
         for name, split in splits.items()
@@ -182,6 +189,10 @@ def record_teacher_logits(
     return DatasetDict(recorded)
 
 
+# Larger images stay where they are.
+_LARGE = 1 << 35
+
+
 @dataclass
 class _Plan:
     """What to record of one split: teachers, views, encoding, batches and shards."""
@@ -191,7 +202,7 @@ class _Plan:
     views: ViewRecipe | None
     encoding: LogitsEncoding
     record: dict
-    layout: dict  # batch_size, shard_size and skip_unreadable, as given
+    layout: dict  # what decides which rows share a batch and a shard, and what is kept of them
     features: Features  # the columns of the table
     warned: set[str] = field(default_factory=set)  # teachers whose large logits were reported
 
@@ -207,51 +218,42 @@ class _Plan:
     def rows_per_shard(self) -> int:
         return -(-self.layout["shard_size"] // self.rows_per_batch) * self.rows_per_batch
 
-    def preparation(self, dataset) -> "_Preparation":
-        return _Preparation(
+    def preparation(self, dataset) -> Preparation:
+        return Preparation(
             processors={teacher.name: teacher.image_processor for teacher in self.teachers},
             recipe=self.views,
             views=self.new_views,
             mode=dataset.features[IMAGE].mode,
             skip_unreadable=self.layout["skip_unreadable"],
+            embeds_files=self.layout.get("with_images", True),
             keeps_keys=bool(recorded_teachers(dataset)) and ROW_KEY in dataset.column_names,
         )
 
 
 def _check_before_recording(dataset, title, teachers) -> None:
-    require_table(dataset, title)
-    if len(dataset) == 0:
-        raise ValueError(f"The {title} is empty. Pass at least one row.")
+    require_table(dataset, title, streams=True)
+    is_streamed = isinstance(dataset, IterableDataset)
+    if is_streamed and recorded_teachers(dataset):
+        raise ValueError(
+            f"The {title} is a stream that holds logits already. Open it without streaming to add others."
+        )
+    if is_streamed and SHUFFLE_BUFFER in (stream_steps(dataset) or ()):
+        raise ValueError(
+            f"The {title} is a stream that is shuffled, and a recording that is interrupted would lose the rows in its "
+            "buffer. Leave out shuffle."
+        )
     for key in () if read_records(dataset) else (ROW_KEY, FILE_KEY):
         if key in dataset.column_names:
             raise ValueError(f'The column "{key}" would be overwritten by the keys of the images. Rename it.')
     check_keys(dataset)
     if LABEL in dataset.column_names:
-        check_labels(dataset, unlabelled=True)
         names = class_names(dataset)
+        if not is_streamed:
+            check_labels(dataset, unlabelled=True)
     else:
         names = teachers[0].class_names
     for teacher in teachers:
         teacher.match_classes(names)
-
-
-def _look_at_images(dataset, title) -> tuple[PIL.Image.Image, list[int | None]]:
-    """The first readable one of up to 64 images from all over the dataset, and the key of each, `None` if unreadable."""
-    rows, first, keys, problem = ImageRows(dataset), None, [], None
-    for row in spread(range(len(dataset)), 64):
-        try:
-            image = rows[row][IMAGE]
-        except ValueError as error:
-            problem = problem or error
-            keys.append(None)
-        else:
-            first = first or image
-            keys.append(row_key(image))
-    if first is None:
-        raise ValueError(
-            f"None of {len(keys)} sampled images of the {title} can be decoded, so there is nothing to record. {problem}"
-        ) from problem
-    return first, keys
 
 
 def _try(teacher, image, views) -> None:
@@ -268,7 +270,7 @@ def _try(teacher, image, views) -> None:
     teacher.logits(inputs)
 
 
-def _plan(dataset, teachers, views, encoding, layout, sample_keys, keeps_recorded) -> _Plan:
+def _plan(dataset, teachers, views, encoding, layout, sample, with_images, keeps_recorded) -> _Plan:
     described = {teacher.name: teacher.describe(encoding) for teacher in teachers}
     for teacher in teachers:
         encoding.feature(len(teacher.class_names), None)
@@ -300,13 +302,31 @@ def _plan(dataset, teachers, views, encoding, layout, sample_keys, keeps_recorde
     teachers = [teacher for teacher in teachers if teacher.name in described]
     columns = {column_name(t.name): encoding.feature(len(t.class_names), num_views) for t in teachers}
     keys = dict.fromkeys((ROW_KEY, FILE_KEY), Value("int64"))
+    is_streamed = isinstance(dataset, IterableDataset)
+    if layout["shard_size"] is None:
+        # Opening a table takes time for each of its files.
+        layout = {**layout, "shard_size": 4096 if is_streamed else max(4096, -(-len(dataset) // 128))}
+    if with_images is None:
+        with_images = is_streamed or sample.bytes_per_image * len(dataset) <= _LARGE
+        if not with_images:
+            logger.warning(
+                "The images need about %.0f GiB, so the table %s; with_images=True copies them into it.",
+                sample.bytes_per_image * len(dataset) / 2**30,
+                "keeps the paths of their files" if sample.in_files else "leaves them out",
+            )
+    if not with_images:
+        layout = {**layout, "with_images": False}
     kept = {name: feature for name, feature in dataset.features.items() if name not in {*keys, *columns}}
+    # A stream holds encoded images; whoever reads the table wants images.
+    kept[IMAGE] = Image(mode=kept[IMAGE].mode)
+    if not (with_images or sample.in_files):
+        del kept[IMAGE]
     return _Plan(
         teachers=teachers,
         first_view={name: old_views.num_views if name in old else 0 for name in described},
         views=views,
         encoding=encoding,
-        record=build_record(list({**old, **described}.values()), _describe_dataset(dataset, sample_keys), views),
+        record=build_record(list({**old, **described}.values()), _describe_dataset(dataset, sample.keys), views),
         layout=layout,
         features=Features({**kept, **keys, **columns}),
     )
@@ -328,22 +348,31 @@ def _recorded_so_far(dataset, views) -> tuple[dict[str, dict], ViewRecipe | None
 
 
 def _describe_dataset(dataset, sample_keys) -> dict:
-    """What distinguishes this dataset from others: its size, its labels, and a sample of its images."""
-    digest = hashlib.sha256(label_ids(dataset).tobytes())
+    """What distinguishes this dataset from others: its size and its labels, if it is no stream, and a sample of its images."""
+    is_streamed = isinstance(dataset, IterableDataset)
+    digest = hashlib.sha256(b"" if is_streamed else label_ids(dataset).tobytes())
     for key in sample_keys:
         digest.update(b"" if key is None else key.to_bytes(8, "little", signed=True))
-    source = dataset.info.dataset_name or dataset.builder_name
-    return {"source": source, "split": str(dataset.split), "num_rows": len(dataset), "sha256": digest.hexdigest()}
+    return {
+        "source": dataset.info.dataset_name or dataset.info.builder_name,
+        "split": str(dataset.split),
+        "num_rows": None if is_streamed else len(dataset),
+        "sha256": digest.hexdigest(),
+    }
 
 
 def _record_split(accelerator, dataset, plan, folder, num_workers) -> Dataset:
+    is_streamed = isinstance(dataset, IterableDataset)
+    if num_workers is None:
+        num_workers = default_num_workers(use_cpu=accelerator.device.type == "cpu")
+    layout = {**plan.layout, "num_processes": accelerator.num_processes} if is_streamed else plan.layout
     # One process holds the lock for all processes of this recording.
     with lock_folder(folder) if accelerator.is_main_process else nullcontext():
         with accelerator.main_process_first():
-            finished = open_folder(folder, plan.record, plan.layout)
+            finished = open_folder(folder, plan.record, layout)
         if finished:
             table = open_saved(folder)
-            if accelerator.is_main_process:
+            if accelerator.is_main_process and not is_streamed:
                 _check_finished(dataset, table)
             lacking = sorted({*plan.features} - {*table.column_names})
             logger.warning(
@@ -352,21 +381,8 @@ def _record_split(accelerator, dataset, plan, folder, num_workers) -> Dataset:
                 f" Its table has no columns {lacking}; add them to what is returned." if lacking else "",
             )
             return table
-        if accelerator.is_main_process:
-            _adopt_old_shards(dataset, plan, folder)
-        accelerator.wait_for_everyone()
-        shards = [shard_path(folder, start) for start in range(0, len(dataset), plan.rows_per_shard)]
-        with accelerator.split_between_processes(shards) as own:
-            whole = {path: note for path in own if (note := read_note(path))}
-            for path, note in whole.items():
-                rows, keys = shard_keys(path, note)
-                check_images(dataset, rows, keys)
-        if accelerator.is_main_process and recorded_teachers(dataset):
-            check_images(dataset, range(len(dataset)))
-        # No process writes before every process has listed the finished shards.
-        whole = {*gather_object(list(whole))}
-        with accelerator.split_between_processes([path for path in shards if path not in whole]) as own:
-            _record_shards(accelerator, dataset, plan, own, num_workers)
+        record = _record_stream if is_streamed else _record_table
+        shards = record(accelerator, dataset, plan, folder, num_workers)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             finish(folder, dataset.info.copy(), dataset.split, plan.record, shards)
@@ -397,111 +413,83 @@ def _adopt_old_shards(dataset, plan, folder) -> None:
         write_shard(shard_path(folder, first), plan.features, [table], note)
 
 
-def _record_shards(accelerator, dataset, plan, paths, num_workers) -> None:
-    if not paths:
-        return
+def _record_table(accelerator, dataset, plan, folder, num_workers) -> list[Path]:
+    """Record the shards that are missing, divided between the processes. Returns all shards in the order of their rows."""
+    if accelerator.is_main_process:
+        _adopt_old_shards(dataset, plan, folder)
+    accelerator.wait_for_everyone()
+    parts = [
+        range(start, min(start + plan.rows_per_shard, len(dataset)))
+        for start in range(0, len(dataset), plan.rows_per_shard)
+    ]
+    shards = {shard_path(folder, rows.start): rows for rows in parts}
+    with accelerator.split_between_processes(list(shards)) as own:
+        whole = {path: note for path in own if (note := read_note(path))}
+        for path, note in whole.items():
+            rows, keys = shard_keys(path, note)
+            check_images(dataset, rows, keys)
+    if accelerator.is_main_process and recorded_teachers(dataset):
+        check_images(dataset, range(len(dataset)))
+    # No process writes before every process has listed the finished shards.
+    whole = {*gather_object(list(whole))}
+    with accelerator.split_between_processes([path for path in shards if path not in whole]) as own:
+        own = {path: shards[path] for path in own}
     size = plan.rows_per_batch
-    rows = {path: first_row(path) for path in paths}
-    rows = {path: range(start, min(start + plan.rows_per_shard, len(dataset))) for path, start in rows.items()}
-    if num_workers is None:
-        num_workers = default_num_workers(use_cpu=accelerator.device.type == "cpu")
-    batches = torch.utils.data.DataLoader(
-        _EncodedRows(dataset),
-        batch_sampler=[part[start : start + size] for part in rows.values() for start in range(0, len(part), size)],
-        collate_fn=plan.preparation(dataset),
-        num_workers=num_workers,
-        pin_memory=torch.accelerator.is_available(),
+    batches = table_batches(dataset, plan.preparation(dataset), list(own.values()), size, num_workers) if own else None
+    with _progress(accelerator, sum(map(len, own.values()))) as bar:
+        for path, rows in own.items():
+            _write(accelerator, plan, path, islice(batches, -(-len(rows) // size)), bar, {"rows": [rows.start] * 2})
+    return list(shards)
+
+
+def _record_stream(accelerator, stream, plan, folder, num_workers) -> list[Path]:
+    """Record this process's part of the stream, from the last whole shard. Returns the shards of all parts."""
+    part = None
+    if accelerator.num_processes > 1:
+        part = accelerator.process_index
+        stream = split_dataset_by_node(stream, rank=part, world_size=accelerator.num_processes)
+    shards, row, state = [], 0, None
+    while note := read_note(path := shard_path(folder, row, part)):
+        shards.append(path)
+        row, state = note["rows"][1], note["state"]
+    batches = stream_batches(
+        stream,
+        plan.preparation(stream),
+        row,
+        state,
+        plan.rows_per_batch,
+        num_workers,
+        len(plan.teachers[0].class_names),
     )
-    batches = iter(batches)
-    with _progress(accelerator, sum(map(len, rows.values()))) as bar:
-        for path, part in rows.items():
-            _write(accelerator, plan, path, islice(batches, -(-len(part) // size)), bar, part.start)
+    with _progress(accelerator, None) as bar:
+        bar.update(row)
+        for first in batches:
+            path, note = shard_path(folder, row, part), {"rows": [row, row], "part": part}
+            rest = islice(batches, plan.rows_per_shard // plan.rows_per_batch - 1)
+            _write(accelerator, plan, path, chain([first], rest), bar, note)
+            shards.append(path)
+            row = note["rows"][1]
+    return gather_object(shards)
 
 
 def _progress(accelerator, total):
     return tqdm(total=total, unit="image", desc="Recording logits", disable=not accelerator.is_local_main_process)
 
 
-def _write(accelerator, plan, path, batches, bar, start) -> None:
+def _write(accelerator, plan, path, batches, bar, note) -> None:
     """Run the teachers on the batches of a shard, and write it."""
-    note = {"rows": [start, start], "skipped": []}
+    note["skipped"] = []
 
     def tables():
         for batch in batches:
             note["rows"][1] += batch.size
             note["skipped"] += batch.skipped
+            note["state"] = batch.state
             if batch.numbers:
                 yield _run(plan, batch, send_to_device(batch.inputs, accelerator.device))
             bar.update(batch.size)
 
     write_shard(path, plan.features, tables(), note)
-
-
-@dataclass
-class _Batch:
-    """Rows whose images go through the teachers together."""
-
-    size: int  # with rows that cannot be read
-    numbers: list[int]
-    rows: pa.Table  # of these numbers, with their keys
-    skipped: list[int]
-    inputs: dict[str, torch.Tensor]  # teacher → pixel values, in which the views of a row follow one another
-
-
-class _EncodedRows(torch.utils.data.Dataset):
-    """(row numbers, rows as an Arrow table), with encoded images."""
-
-    def __init__(self, dataset):
-        self.table = dataset.with_format("arrow")
-
-    def __getitems__(self, indices: range):
-        # A slice is one read; a list is one for each row.
-        return indices, self.table[indices.start : indices.stop]
-
-
-@dataclass
-class _Preparation:
-    """Encoded rows → a batch with their keys and their images, decoded, in views and preprocessed for each teacher."""
-
-    processors: dict[str, BaseImageProcessor]
-    recipe: ViewRecipe | None
-    views: range | None
-    mode: str | None
-    skip_unreadable: bool
-    keeps_keys: bool  # views that were recorded before follow from the key that was recorded with them
-
-    def __call__(self, rows: tuple[Sequence[int], pa.Table]) -> _Batch:
-        numbers, table = rows
-        cells = table[IMAGE].to_pylist()
-        known = table[ROW_KEY].to_pylist() if self.keeps_keys else [None] * len(cells)
-        readable, row_keys, file_keys, skipped = [], [], [], []
-
-        def images():
-            for position, (cell, key) in enumerate(zip(cells, known)):
-                try:
-                    image = decode_image(cell, self.mode)
-                    file_keys.append(file_key(cell))
-                except ValueError as error:
-                    if not self.skip_unreadable:
-                        raise ValueError(f"Row {numbers[position]}: {error}") from error
-                    skipped.append(numbers[position])
-                    continue
-                readable.append(position)
-                row_keys.append(row_key(image) if key is None else key)
-                if self.recipe is None:
-                    yield image
-                else:
-                    yield from (make_view(image, self.recipe, row_keys[-1], view) for view in self.views)
-
-        inputs = pixel_values(images(), self.processors)
-        if skipped:
-            # Not `take`: pyarrow takes wrong rows of logits of views.
-            table = pa.concat_tables([table.slice(0, 0), *(table.slice(row, 1) for row in readable)])
-        for name, keys in ((ROW_KEY, row_keys), (FILE_KEY, file_keys)):
-            column = pa.array(keys, pa.int64())
-            position = table.schema.get_field_index(name)
-            table = table.append_column(name, column) if position < 0 else table.set_column(position, name, column)
-        return _Batch(len(cells), [numbers[position] for position in readable], table, skipped, inputs)
 
 
 def _logits_that_fit(teacher, pixel_values) -> torch.Tensor:
@@ -545,4 +533,5 @@ def _run(plan, batch, inputs) -> pa.Table:
             )
         columns[column] = concatenate_views(columns[column], encoded) if first > 0 else encoded
     table = pa.table({name: columns[name] for name in plan.features}).cast(plan.features.arrow_schema)
-    return embed_table_storage(table, remote_files=False)
+    # Files of other columns; those of the images are read where they are decoded.
+    return embed_table_storage(table, remote_files=False) if plan.layout.get("with_images", True) else table

@@ -135,11 +135,6 @@ def shard_path(folder: Path, first_row: int, part: int | None = None) -> Path:
     return folder / f"data-{'' if part is None else f'{part:05d}-'}{first_row:012d}.arrow"
 
 
-def first_row(path: Path) -> int:
-    """The first row of a shard, by its name."""
-    return int(path.stem.rpartition("-")[2])
-
-
 def write_shard(path: Path, features: Features, tables: Iterable[pa.Table], note: dict) -> None:
     """Write a shard, and a note beside it. The shard gets its name last.
 

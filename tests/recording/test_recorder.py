@@ -32,7 +32,7 @@ from hf_ibdistill import (
 from hf_ibdistill.images.views import row_key
 from hf_ibdistill.logits.encoding import StoredLogits, decode
 from hf_ibdistill.logits.provenance import read_records, stored_views
-from hf_ibdistill.recording.recorder import _EncodedRows, _Preparation
+from hf_ibdistill.recording.batches import EncodedRows, Preparation
 
 
 FIVE_VIEWS = ViewRecipe(num_views=5, horizontal_flip=0.5, erasing=0.5)
@@ -224,7 +224,7 @@ def test_wrong_input_is_refused_before_anything_is_written(loaded, tmp_path, ima
     for dataset, changes, kind, message in (
         (images(5).select([]), {}, ValueError, "dataset is empty"),
         (splits, {}, ValueError, '"test" is empty'),
-        (images(5).to_iterable_dataset(), {}, TypeError, "dataset is an IterableDataset"),
+        ([images(5)], {}, TypeError, "dataset is a list"),
         (images(5).rename_column("note", "conv_logits"), {}, ValueError, r"0 provenance records .*\(conv_logits\)"),
         (number, {}, ValueError, '"row_key" would be overwritten'),
         (images(5).add_column("file_key", range(5)), {}, ValueError, '"file_key" would be overwritten'),
@@ -537,8 +537,8 @@ def test_more_views_leave_the_other_splits_as_they_are(loaded, tmp_path, images)
 def test_what_workers_get_can_be_sent_to_a_new_process(loaded, images):
     # Under spawn and forkserver a worker starts from a pickle, not from a copy of this process.
     processors = {name: processor for name, (_, processor) in loaded.items()}
-    prepare = _Preparation(processors, FIVE_VIEWS, range(1, 3), None, skip_unreadable=False, keeps_keys=False)
-    rows = _EncodedRows(images(4))
+    prepare = Preparation(processors, FIVE_VIEWS, range(1, 3), None, False, embeds_files=True, keeps_keys=False)
+    rows = EncodedRows(images(4))
     expected = prepare(rows.__getitems__(range(1, 3)))
     rows, prepare = pickle.loads(pickle.dumps((rows, prepare)))
     found = prepare(rows.__getitems__(range(1, 3)))
