@@ -51,7 +51,8 @@ def as_image_table(
     """
     if needs_label is None:
         tables = table.values() if isinstance(table, Mapping) else [table]
-        needs_label = not any(one.features is not None and not label_candidates(one.features) for one in tables)
+        typed = [one.features for one in tables if isinstance(one, (Dataset, IterableDataset)) and one.features]
+        needs_label = all(label_candidates(features) for features in typed)
     if isinstance(table, Mapping):
         if not table:
             raise ValueError("There are no splits.")
