@@ -15,10 +15,10 @@ from transformers import BaseImageProcessor
 
 from .data.classes import check_streamed_labels
 from .data.columns import IMAGE, LABEL
-from .images.decoding import decode_image, file_key
+from .images.decoding import decode_image
 from .images.preprocessing import pixel_values
 from .images.views import ViewRecipe, make_view, row_key
-from .logits.encoding import FILE_KEY, ROW_KEY, StoredLogits, column_name, decode, describe_column
+from .logits.encoding import ROW_KEY, StoredLogits, column_name, decode, describe_column
 
 
 # The step of a stream that `IterableDataset.shuffle` adds.
@@ -35,14 +35,11 @@ class _RowDecoder:
         logits_columns: Sequence[str] = (),
         num_classes: int | None = None,
         views: ViewRecipe | None = None,
-        skip_unreadable: bool = False,
         temperatures: Sequence[float] | None = None,
-        file_keys: bool = False,
     ):
         self.table = table
         self.columns, self.logits_columns = list(columns), list(logits_columns)
-        self.num_classes, self.views, self.skip_unreadable = num_classes, views, skip_unreadable
-        self.file_keys = file_keys
+        self.num_classes, self.views = num_classes, views
         self.temperatures = dict(zip(self.logits_columns, temperatures or [1.0] * len(self.logits_columns)))
         stored_key = [ROW_KEY] if views is not None and ROW_KEY in table.column_names else []
         wanted = dict.fromkeys([IMAGE, *self.columns, *stored_key, *self.logits_columns])
@@ -84,18 +81,14 @@ class _RowDecoder:
         """One row at a time, so that a caller decides how many decoded images are held."""
         for number, row in zip(numbers, rows):
             # A new dict, because the rows that are to come hold no decoded image yet, and those that came no longer.
-            encoded, row = row[IMAGE], {**row, IMAGE: None}
+            row = dict(row)
             try:
-                row[IMAGE] = decode_image(encoded, self._mode)
-                if self.file_keys:
-                    row[FILE_KEY] = file_key(encoded)
+                row[IMAGE] = decode_image(row[IMAGE], self._mode)
             except ValueError as error:
-                if not self.skip_unreadable:
-                    raise ValueError(f"Row {number}: {error}") from error
+                raise ValueError(f"Row {number}: {error}") from error
             if self.views is not None:
                 key = row.pop(ROW_KEY, None)
-                if (image := row[IMAGE]) is not None:
-                    row[IMAGE] = make_view(image, self.views, row_key(image) if key is None else key, self._view)
+                row[IMAGE] = make_view(row[IMAGE], self.views, row_key(row[IMAGE]) if key is None else key, self._view)
             yield row
 
 
@@ -116,9 +109,7 @@ class ImageRows(_RowDecoder, torch.utils.data.Dataset):
         logits_columns: columns to decode into arrays of `num_classes` logits, of the same view as the image.
         num_classes: number of classes of the logits columns.
         views: recipe of the views to make; `None` returns the images as they are.
-        skip_unreadable: return `None` for an image that cannot be decoded, instead of raising.
         temperatures: for each logits column, the temperature that it will be used at; top-k columns depend on it.
-        file_keys: add the key of the encoded file, as `file_key`.
 
     Raises:
         ValueError: on reading a row whose image cannot be decoded; the message names the row.
@@ -133,10 +124,10 @@ class ImageRows(_RowDecoder, torch.utils.data.Dataset):
         return len(self._encoded)
 
     def __getitem__(self, index: int) -> dict:
-        return self.__getitems__([index])[0]
+        return next(self.read([index]))
 
-    def __getitems__(self, indices: Sequence[int]) -> list[dict]:
-        return list(self.read(indices))
+    def __getitems__(self, indices: Sequence[int]) -> Sequence[dict]:
+        return _LazyRows(self, indices)
 
     def read(self, indices: Sequence[int]) -> Iterator[dict]:
         """The rows of these indices, with one decoded image at a time."""
@@ -146,6 +137,23 @@ class ImageRows(_RowDecoder, torch.utils.data.Dataset):
             for name, stored in self._stored_logits.items()
         }
         return self._decode(_as_rows(self._encoded[indices], logits), indices)
+
+
+class _LazyRows(Sequence):
+    """The rows of a batch. Each is decoded when it is read, because those of photos would not fit into memory together."""
+
+    def __init__(self, rows: ImageRows, indices: Sequence[int]):
+        self.rows, self.indices = rows, list(indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position):
+        chosen = self.indices[position]
+        return _LazyRows(self.rows, chosen) if isinstance(position, slice) else self.rows[chosen]
+
+    def __iter__(self) -> Iterator[dict]:
+        return self.rows.read(self.indices)
 
 
 class StreamedImageRows(_RowDecoder, torch.utils.data.IterableDataset):
@@ -281,18 +289,24 @@ class DistillationCollator:
         self.teacher_image_processors = dict(teacher_image_processors or {})
 
     def __call__(self, rows: Sequence[dict]) -> dict:
-        images = [row[IMAGE] for row in rows]
+        others = []
+
+        def images():
+            for row in rows:
+                others.append({name: value for name, value in row.items() if name != IMAGE})
+                yield row[IMAGE]
+
         # No teacher has the name "": names are identifiers.
-        tensors = pixel_values(images, {"": self.image_processor, **self.teacher_image_processors})
-        labels = [row.get(LABEL) for row in rows]
+        tensors = pixel_values(images(), {"": self.image_processor, **self.teacher_image_processors})
+        labels = [row.get(LABEL) for row in others]
         batch = {
             "pixel_values": tensors.pop(""),
             "labels": torch.tensor([-100 if label in (None, -1) else int(label) for label in labels]),
         }
-        if self.logits_columns and all(column in rows[0] for column in self.logits_columns):
+        if self.logits_columns and all(column in others[0] for column in self.logits_columns):
             # Not float32 yet: half the bytes are half the way to the device.
-            logits = np.concatenate([row[column] for row in rows for column in self.logits_columns])
-            logits = logits.reshape(len(rows), len(self.logits_columns), -1)
+            logits = np.concatenate([row[column] for row in others for column in self.logits_columns])
+            logits = logits.reshape(len(others), len(self.logits_columns), -1)
             batch["teacher_logits"] = torch.from_numpy(logits)
         if tensors:
             batch["teacher_pixel_values"] = tensors

@@ -13,9 +13,12 @@ from datasets import Dataset, Image, Value, load_from_disk
 from transformers import ViTImageProcessor
 
 from hf_ibdistill import ViewRecipe
+from hf_ibdistill import rows as rows_module
 from hf_ibdistill.data.columns import as_image_table
+from hf_ibdistill.images import decoding
 from hf_ibdistill.images.views import make_view, row_key
 from hf_ibdistill.logits.encoding import LogitsEncoding
+from hf_ibdistill.recording import batches
 from hf_ibdistill.rows import DistillationCollator, ImageRows, StreamedImageRows, default_num_workers
 
 
@@ -103,7 +106,7 @@ def test_the_format_of_the_table_neither_matters_nor_changes():
 def test_the_row_of_an_unreadable_image_is_named(cell):
     table = cell_table([gray(0), gray(1), cell, gray(3)])
     rows = ImageRows(table, ["row"])
-    for read in (lambda: rows[2], lambda: rows.__getitems__([3, 2, 0])):
+    for read in (lambda: rows[2], lambda: list(rows.__getitems__([3, 2, 0]))):
         with pytest.raises(ValueError, match="Row 2: .*cannot be decoded"):
             read()
     assert rows[3]["row"] == 3
@@ -114,17 +117,47 @@ def test_the_row_of_an_unreadable_image_is_named(cell):
         list(StreamedImageRows(stream(table)))
 
 
-def test_unreadable_images_can_be_skipped():
-    cells = [gray(10), UNREADABLE, None, {"bytes": None, "path": "gone.png"}, gray(40)]
-    table = cell_table(cells)
-    for rows in (
-        ImageRows(table, ["row"], skip_unreadable=True).__getitems__(range(5)),
-        list(StreamedImageRows(stream(table), ["row"], skip_unreadable=True)),
-    ):
-        assert [row["image"] and row["image"].getpixel((0, 0))[0] for row in rows] == [10, None, None, None, 40]
-        assert [row["row"] for row in rows] == [0, 1, 2, 3, 4]
-    views = ImageRows(table, views=RECIPE, skip_unreadable=True)
-    assert views[0]["image"].shape == (3, 2, 2) and views[1]["image"] is None
+def test_the_rows_of_a_batch_are_decoded_as_they_are_read():
+    table = cell_table([gray(10), gray(20), UNREADABLE, gray(40)])
+    batch = ImageRows(table, ["row"]).__getitems__([3, 1, 2])
+    assert len(batch) == 3 and [row["row"] for row in batch[:2]] == [3, 1]
+    assert batch[1]["image"].getpixel((0, 0))[0] == 20
+    with pytest.raises(ValueError, match="Row 2: "):
+        batch[-1]
+
+
+def test_a_batch_holds_few_decoded_photos(monkeypatch):
+    # A budget of pixels for three of twelve images.
+    monkeypatch.setattr("hf_ibdistill.images.preprocessing._PIXELS", 3 * 40 * 40)
+    table = cell_table([gray(20 * number, (40, 40)) for number in range(12)])
+    alive, most, decode = [0], [0], decoding.decode_image
+
+    class Photo(PIL.Image.Image):
+        def __del__(self):
+            alive[0] -= 1
+
+    def decode_and_count(*args):
+        image = Photo()
+        image.__dict__.update(decode(*args).__dict__)
+        alive[0] += 1
+        most[0] = max(most[0], alive[0])
+        return image
+
+    processor = ViTImageProcessor(size={"height": 8, "width": 8})
+    expected = DistillationCollator(processor)(list(ImageRows(table, ["row"])))
+    for module in (rows_module, batches):
+        monkeypatch.setattr(module, "decode_image", decode_and_count)
+    batch = DistillationCollator(processor)(ImageRows(table, ["row"]).__getitems__(range(12)))
+    assert 3 <= most[0] <= 5 and torch.equal(batch["pixel_values"], expected["pixel_values"])
+    most[0] = 0
+    prepare = batches.Preparation({"t": processor}, None, None, None, False, embeds_files=True, keeps_keys=False)
+    prepared = prepare(batches.EncodedRows(table).__getitems__(range(12)))
+    assert 3 <= most[0] <= 5 and torch.equal(prepared.inputs["t"], expected["pixel_values"])
+    # Eight views of a photo are as many photos.
+    most[0], recipe = 0, ViewRecipe(num_views=8)
+    prepare = batches.Preparation({"t": processor}, recipe, range(8), None, False, embeds_files=True, keeps_keys=False)
+    assert prepare(batches.EncodedRows(table).__getitems__(range(12))).inputs["t"].shape == (96, 3, 8, 8)
+    assert most[0] <= 2
 
 
 # Views
@@ -210,7 +243,7 @@ def test_a_row_whose_logits_cannot_be_used_is_named_when_it_is_read(bad):
     rows = ImageRows(table, ["row"], ["conv_logits"], 4)
     assert len(rows.__getitems__([0, 5, 3])) == 3
     with pytest.raises(ValueError, match='Row 4: the column "conv_logits"'):
-        rows.__getitems__([1, 4])
+        list(rows.__getitems__([1, 4]))
 
 
 # Streams

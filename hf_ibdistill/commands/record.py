@@ -13,10 +13,30 @@ from dataclasses import dataclass
 from accelerate import PartialState
 from transformers.hf_argparser import HfArg
 
+from ..data import load_image_dataset
 from ..files import read_json
 from ..recording.assessment import logits_metrics
 from ..recording.recorder import record_teacher_logits
 from .arguments import CLASSES_HELP, MixedDataArguments, ViewArguments, name_folders, parse, run
+
+
+@dataclass
+class RecordingDataArguments(MixedDataArguments):
+    streaming: bool = HfArg(
+        default=False, help="Read a Hub id or Parquet files as a stream, which may be larger than memory and disk."
+    )
+
+    def load(self, skip_unreadable: bool = False):
+        """The splits, or streams of them."""
+        if not self.streaming:
+            return super().load(skip_unreadable)
+        given = {"images_per_class": self.images_per_class, "pixel_range": self.pixel_range}
+        given |= {"unlabelled": self.unlabelled, "keep_rest": self.keep_rest or None}
+        for name, value in given.items():
+            if value is not None:
+                raise ValueError(f"{name}={value} needs the whole table. Leave out --streaming.")
+        columns = {"image_column": self.image_column, "label_column": self.label_column}
+        return load_image_dataset(self.dataset, streaming=True, **columns)
 
 
 @dataclass
@@ -51,7 +71,9 @@ class RecordingArguments:
 
 
 def main(arguments):
-    data, views, recording = parse("record", __doc__, arguments, MixedDataArguments, ViewArguments, RecordingArguments)
+    data, views, recording = parse(
+        "record", __doc__, arguments, RecordingDataArguments, ViewArguments, RecordingArguments
+    )
     # The flags have the names of the parameters.
     settings = vars(recording) | {"teachers": name_folders(recording.teachers)}
     if recording.teacher_classes is not None:

@@ -1,14 +1,18 @@
 """Open a dataset: source, splits, columns, classes, images without labels."""
 
+import logging
 import os
 
-from datasets import DatasetDict
+from datasets import DatasetDict, IterableDatasetDict
 
-from .classes import encode_labels
+from .classes import check_class_names, class_names, encode_labels
 from .columns import as_image_table, require_table
 from .sources import open_source
 from .splits import drop_unlabelled_test, hold_out_validation, name_splits
 from .unlabelled import UnlabelledSource, add_unlabelled
+
+
+logger = logging.getLogger(__name__)
 
 
 def load_image_dataset(
@@ -20,7 +24,7 @@ def load_image_dataset(
     seed: int = 0,
     unlabelled: UnlabelledSource | None = None,
     **load_kwargs,
-) -> DatasetDict:
+) -> DatasetDict | IterableDatasetDict:
     """Open a dataset of images with a train and a validation split, and a test split if the source has one.
 
     Every split has the columns `image` (`datasets.Image`) and `label` (`datasets.ClassLabel`); other columns are kept.
@@ -44,7 +48,9 @@ def load_image_dataset(
             sources, a table or a stream, whose images are held in memory. Images of the validation or test split are
             refused; each image is decoded once to find them.
         load_kwargs: for a Hub id, passed to `datasets.load_dataset`, for example the `name` of a configuration or a
-            `revision`. Parquet files take `split` and the options of their reader; other sources take none.
+            `revision`. Parquet files take `split` and the options of their reader; other sources take none. With
+            `streaming=True`, the splits are streams, which [`record_teacher_logits`] records. They need labels of the type
+            `ClassLabel`, and no validation split is made.
 
     Raises:
         TypeError: `source` is no text or path, or `unlabelled` is of another kind.
@@ -58,6 +64,20 @@ def load_image_dataset(
         require_table(unlabelled, "unlabelled", streams=True)
     splits = name_splits(open_source(source, load_kwargs), source)
     splits = as_image_table(splits, image_column, label_column)
+    if isinstance(splits, IterableDatasetDict):
+        return _check_streams(splits, source, unlabelled)
     splits = encode_labels(drop_unlabelled_test(splits))
     splits = hold_out_validation(splits, validation_fraction, seed, source)
     return splits if unlabelled is None else add_unlabelled(splits, unlabelled, image_column)
+
+
+def _check_streams(splits, source, unlabelled) -> IterableDatasetDict:
+    """What can be known before streams are read."""
+    if unlabelled is not None:
+        raise ValueError(f"unlabelled={unlabelled!r} needs a table to be added to. Leave out streaming=True.")
+    names = {name: class_names(split) for name, split in splits.items()}
+    for name in names:
+        check_class_names(names[name], names["train"], f'the split "{name}"')
+    if "validation" not in splits:
+        logger.warning("%s has no validation split, and none is made of a stream.", source)
+    return splits

@@ -14,7 +14,17 @@ from pathlib import Path, PureWindowsPath
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, load_dataset, load_from_disk
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    Features,
+    Image,
+    IterableDataset,
+    Value,
+    load_dataset,
+    load_from_disk,
+)
 from datasets.exceptions import DatasetGenerationError
 
 from .folders import check_name, divide_rows, open_image_folder, report_files, split_in, walk
@@ -45,12 +55,14 @@ def open_source(
             apply.
     """
     opened = _open(source, load_kwargs, open_images)
-    if isinstance(opened, Dataset):
+    if isinstance(opened, (Dataset, IterableDataset)):
         # A single table names its split; part of one is "train[:10%]".
         opened = {str(opened.split or "train").partition("[")[0]: opened}
     if not isinstance(opened, dict):
         raise ValueError(f"split={load_kwargs.get('split')!r} opens several tables. Give one split, or none.")
-    return _divide_by_column(opened["train"], source) if [*opened] == ["train"] else opened
+    if [*opened] != ["train"] or isinstance(opened["train"], IterableDataset):
+        return opened
+    return _divide_by_column(opened["train"], source)
 
 
 def _divide_by_column(rows, source):
@@ -65,8 +77,6 @@ def _divide_by_column(rows, source):
 
 
 def _open(source, load_kwargs, open_images):
-    if load_kwargs.get("streaming"):
-        raise ValueError("streaming=True is not supported: splits and classes need the whole table. Open it without.")
     if not str(source).strip():
         raise ValueError(f"source={str(source)!r} names nothing. Pass a folder, a file or a Hub id; . is this folder.")
     check_name(str(source))

@@ -4,19 +4,19 @@ import logging
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from datasets import Dataset, DatasetDict, concatenate_datasets
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, concatenate_datasets
 from datasets.utils.stratify import stratified_shuffle_split_generate_indices
 
 from ..checks import check_numbers
 from .classes import class_names, label_ids, label_values
-from .columns import LABEL, as_image_table, require_table
+from .columns import LABEL, Table, as_image_table, require_table
 from .folders import split_of
 
 
 logger = logging.getLogger(__name__)
 
 
-def name_splits(splits: Mapping[str, Dataset], source: object) -> DatasetDict:
+def name_splits(splits: Mapping[str, Table], source: object) -> DatasetDict | IterableDatasetDict:
     """The splits under the names "train", "validation" and "test". The last two are optional.
 
     Raises:
@@ -37,7 +37,10 @@ def name_splits(splits: Mapping[str, Dataset], source: object) -> DatasetDict:
         logger.warning('%s has no split "train": training on "%s".', source, others[0])
         named["train"] = splits[others.pop()]
     for name in others:
-        logger.warning('%s: the split "%s" with %d rows is left out.', source, name, len(splits[name]))
+        rows = "" if isinstance(splits[name], IterableDataset) else f" with {len(splits[name])} rows"
+        logger.warning('%s: the split "%s"%s is left out.', source, name, rows)
+    if isinstance(named["train"], IterableDataset):
+        return IterableDatasetDict(named)
     for name, split in named.items():
         if len(split) == 0:
             raise ValueError(f'The split "{name}" of {source} is empty; every split needs at least one row.')

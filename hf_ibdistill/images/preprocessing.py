@@ -72,6 +72,8 @@ def pixel_values(
     for group in _groups(images):
         for setting, processor in chosen.items():
             parts[setting].append(_preprocess(processor, group))
+        # Otherwise it would be held while the next is decoded.
+        del group
     batches = {setting: _concatenate(made, chosen[setting]) for setting, made in parts.items() if made}
     return {name: batches[setting] for name, setting in settings.items() if setting in batches}
 

@@ -8,14 +8,21 @@ from datasets import Dataset, concatenate_datasets
 from tqdm.auto import tqdm
 
 from ..data.columns import IMAGE, as_image_table, require_table
+from ..data.splits import spread
 from ..files import no_cache_files
+from ..images.decoding import file_key
 from ..images.views import row_key
 from ..logits.encoding import FILE_KEY, ROW_KEY, check_keys, column_name, recorded_teachers
 from ..logits.provenance import check_files, check_same_teachers
 from ..rows import ImageRows
+from .batches import EncodedRows
 
 
 logger = logging.getLogger(__name__)
+
+
+# Images of known files that are decoded, to find out whether their pixels are the recorded ones.
+_SAMPLE = 64
 
 
 def attach_teacher_logits(
@@ -26,18 +33,18 @@ def attach_teacher_logits(
     skip_missing: bool = False,
     num_workers: int | None = None,
 ) -> Dataset:
-    """Add to images the logits that were recorded for the same images, matched by the key of their pixels.
+    """Add to images the logits that were recorded for the same images, matched by the key of their file, or of their pixels.
 
     Logits can be published even if the images cannot. The order of the rows does not matter, and rows with the same image
-    get the same logits. If other pixels come out of the same file, as of a JPEG file with another decoder, the key of the
-    file finds them, and a warning reports it.
+    get the same logits. Only images of other files are decoded, and 64 of the others. If other pixels come out of the same
+    file, as of a JPEG file with another decoder, a warning reports it.
 
     Args:
         images: the user's own copy, with an image column.
         logits_table: a table with `row_key` and logits columns; other columns are left out.
         image_column: the image column; found if not given.
         skip_missing: leave out images without recorded logits instead of stopping.
-        num_workers: processes that decode the images; `None` is this one.
+        num_workers: processes that read the images; `None` is this one.
 
     Returns:
         The columns of `images`, with the image column named `image` and the label column named `label`, plus `row_key`,
@@ -65,20 +72,13 @@ def attach_teacher_logits(
     twice = [name for name in columns if name in images.column_names]
     if twice:
         raise ValueError(f"The images already have the columns {twice}. Remove them first.")
-    rows = _Keys(images, file_keys=True)
-    hashes = torch.utils.data.DataLoader(rows, batch_size=64, num_workers=num_workers or 0, collate_fn=list)
-    keys = np.array([pair for batch in tqdm(hashes, desc="Hashing the images") for pair in batch]).reshape(-1, 2)
-    partner = _find(keys[:, 0], logits_table, ROW_KEY)
+    partner = np.full(len(images), -1)
     if has_files:
-        same_file = _find(keys[:, 1], logits_table, FILE_KEY)
-        by_file = (partner < 0) & (same_file >= 0)
-        partner = np.where(by_file, same_file, partner)
-        if by_file.any():
-            logger.warning(
-                "%s have other pixels than the recorded ones, but the same files: another decoder, for example of JPEG. "
-                "They get the logits of these files.",
-                _describe(by_file),
-            )
+        partner = _find(_read_keys(_FileKeys(images), range(len(images)), num_workers), logits_table, FILE_KEY)
+        _compare_pixels(images, logits_table, partner)
+    others = np.flatnonzero(partner < 0)
+    if len(others):
+        partner[others] = _find(_read_keys(_PixelKeys(images), others.tolist(), num_workers), logits_table, ROW_KEY)
     missing = partner < 0
     if missing.any():
         message = f"{_describe(missing)} have no recorded logits"
@@ -98,11 +98,47 @@ def attach_teacher_logits(
         return concatenate_datasets([images, logits], axis=1)
 
 
-class _Keys(ImageRows):
-    """(row key, file key) in place of row, with one decoded image at a time."""
+class _FileKeys(EncodedRows):
+    """The key of the encoded file in place of a row. Nothing is decoded."""
 
-    def __getitems__(self, indices):
-        return [(row_key(row[IMAGE]), row[FILE_KEY]) for row in self.read(indices)]
+    def __init__(self, images):
+        super().__init__(images.select_columns([IMAGE]))
+
+    def __getitems__(self, rows):
+        keys, (_, table) = [], super().__getitems__(rows)
+        for row, cell in zip(rows, table[IMAGE]):
+            try:
+                keys.append(file_key(cell.as_py()))
+            except (ValueError, OSError) as error:
+                raise ValueError(f"Row {row}: {error}") from error
+        return keys
+
+
+class _PixelKeys(ImageRows):
+    """The key of the pixels in place of a row, with one decoded image at a time."""
+
+    def __getitems__(self, rows):
+        return [row_key(row[IMAGE]) for row in self.read(rows)]
+
+
+def _read_keys(keys, rows, num_workers) -> np.ndarray:
+    batches = [rows[start : start + 64] for start in range(0, len(rows), 64)]
+    loader = torch.utils.data.DataLoader(keys, batch_sampler=batches, num_workers=num_workers or 0, collate_fn=list)
+    return np.array([key for batch in tqdm(loader, desc="Hashing the images") for key in batch], np.int64)
+
+
+def _compare_pixels(images, logits_table, partner) -> None:
+    """Warn if files have other pixels than when they were recorded."""
+    sample = spread(np.flatnonzero(partner >= 0).tolist(), _SAMPLE)
+    recorded = logits_table.select_columns([ROW_KEY])[partner[sample]][ROW_KEY] if sample else []
+    differing = np.array(_PixelKeys(images).__getitems__(sample)) != recorded
+    if differing.any():
+        logger.warning(
+            "%d of %d images that were compared have other pixels than the recorded ones, but the same files: another "
+            "decoder, for example of JPEG. All files get the logits that were recorded for them.",
+            differing.sum(),
+            len(sample),
+        )
 
 
 def _find(keys, logits_table, column) -> np.ndarray:

@@ -76,7 +76,7 @@ def sample_images(dataset: Dataset | IterableDataset, title: str) -> Sample:
 
 def _with_content(cell):
     """The cell with the content of its file, as `save_to_disk` would store it."""
-    if cell is None or cell.get("bytes") is not None or cell.get("path") is None:
+    if cell is None or cell["bytes"] is not None or cell["path"] is None:
         return cell
     try:
         return {"bytes": read_file(cell), "path": PurePosixPath(cell["path"]).name}
@@ -115,22 +115,23 @@ class Preparation:
 
     def __call__(self, rows: tuple[Sequence[int], pa.Table]) -> Batch:
         numbers, table = rows
-        cells = table[IMAGE].to_pylist()
+        cells = table[IMAGE]
         known = table[ROW_KEY].to_pylist() if self.keeps_keys else [None] * len(cells)
-        readable, contents, row_keys, file_keys = [], [], [], []
+        readable, embedded, row_keys, file_keys = [], {}, [], []
 
         # One decoded image at a time, so that memory does not grow with their size.
         def images():
             for position, (cell, key) in enumerate(zip(cells, known)):
                 try:
-                    content = _with_content(cell)
+                    content = _with_content(cell.as_py())
                     image = decode_image(content, self.mode)
                 except ValueError as error:
                     if not self.skip_unreadable:
                         raise ValueError(f"Row {numbers[position]}: {error}") from error
                     continue
                 readable.append(position)
-                contents.append(content if self.embeds_files else cell)
+                if self.embeds_files and not cell["bytes"].is_valid:
+                    embedded[position] = content
                 file_keys.append(file_key(content))
                 row_keys.append(row_key(image) if key is None else key)
                 if self.recipe is None:
@@ -143,7 +144,8 @@ class Preparation:
             # Not `take`: pyarrow takes wrong rows of logits of views.
             table = pa.concat_tables([table.slice(0, 0), *(table.slice(row, 1) for row in readable)])
         columns = {name: table[name] for name in table.column_names}
-        if contents != [cells[position] for position in readable]:
+        if embedded:
+            contents = [embedded.get(row) or cells[row].as_py() for row in readable]
             columns[IMAGE] = pa.array(contents, table.schema.field(IMAGE).type)
         columns |= {ROW_KEY: pa.array(row_keys, pa.int64()), FILE_KEY: pa.array(file_keys, pa.int64())}
         skipped = [numbers[position] for position in sorted({*range(len(cells))} - {*readable})]

@@ -207,8 +207,7 @@ _LABEL_TRIALS = ("base", "learning_rate_1e-3", "label_smoothing_0.1")
 _LOGITS_TRIALS = ("base", "learning_rate_1e-3", "temperature_1")
 TRIALS = {
     **dict.fromkeys(("undistilled", "deit", "co_advise", "pseudo_labels"), _LABEL_TRIALS),
-    **dict.fromkeys(("both_row", "both_views"), _LOGITS_TRIALS),
-    "both_all": ("target_none", "target_teachers", "target_pseudo_labels"),
+    **dict.fromkeys(("both_row", "both_views", "both_all"), _LOGITS_TRIALS),
 }
 # A longer baseline, or a method with one teacher, takes the recipe of the method it is compared with.
 SAME_RECIPE = {

@@ -106,3 +106,21 @@ def test_a_processor_that_keeps_the_aspect_ratio_is_named_with_its_settings(kind
 def test_other_errors_of_a_processor_come_through():
     with pytest.raises(ValueError, match="`crop_size` must be specified"):
         pixel_values([random_image((30, 20))] * 2, {"a": ViTImageProcessor(do_center_crop=True)})
+
+
+def test_large_images_are_preprocessed_in_groups(monkeypatch):
+    images = [random_image((30, 20 + number), seed=number) for number in range(7)]
+    processors = {
+        "a": ViTImageProcessor(size={"height": 8, "width": 8}),
+        "b": ConvNextImageProcessor(size={"shortest_edge": 16}),
+    }
+    expected = pixel_values(images, processors)
+    for budget in (1, 1500, 10_000):
+        monkeypatch.setattr("hf_ibdistill.images.preprocessing._PIXELS", budget)
+        found = pixel_values(iter(images), processors)
+        assert all(torch.equal(found[name], expected[name]) for name in processors)
+    assert pixel_values(iter([]), processors) == {}
+    keeps_sides = {"": ViTImageProcessor(do_resize=False)}
+    monkeypatch.setattr("hf_ibdistill.images.preprocessing._PIXELS", 1)
+    with pytest.raises(ValueError, match="ViTImageProcessor makes images of several sizes"):
+        pixel_values(images[:2], keeps_sides)

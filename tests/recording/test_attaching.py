@@ -127,8 +127,19 @@ def test_one_decoded_image_is_held_at_a_time(published, images, monkeypatch):
             alive[0] -= 1
 
     monkeypatch.setattr(rows, "decode_image", lambda *args: Counted(decode(*args)))
-    attach_teacher_logits(images(30), published)
+    attach_teacher_logits(images(30), published.remove_columns("file_key"))
     assert 1 <= most[0] <= 2
+
+
+def test_images_of_known_files_are_not_decoded(published, images, monkeypatch):
+    decoded, decode = [], rows.decode_image
+    monkeypatch.setattr(rows, "decode_image", lambda *args: decoded.append(1) or decode(*args))
+    monkeypatch.setattr("hf_ibdistill.recording.attaching._SAMPLE", 5)
+    attach_teacher_logits(images(30), published)
+    assert len(decoded) == 5
+    # Three of the images have no partner, by file or pixels.
+    attach_teacher_logits(images(33), published, skip_missing=True)
+    assert len(decoded) == 5 + 5 + 3
 
 
 def test_several_processes_give_the_same(recorded, published, images):
