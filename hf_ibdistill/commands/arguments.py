@@ -142,7 +142,7 @@ _COMMON_TRAINING_ARGUMENTS = {
 CLASSES_HELP = (
     "JSON file: teacher → class of the dataset → the teacher's class or list of classes for it, if names differ."
 )
-_TEACHING = ("teachers", "teacher_names", "teacher_classes", "temperature", "teacher_weights", "label_weight",
+_TEACHING = ("teachers", "logits", "teacher_names", "teacher_classes", "temperature", "teacher_weights", "label_weight",
              "distillation_mode", "standardize_logits", "confidence_weighting", "unlabelled_target", "min_confidence",
              "unlabelled", "keep_rest", "fusion")  # fmt: skip
 _SHAPE = ("patch_size", "patch_embedding", "hidden_size", "num_hidden_layers", "num_attention_heads", "mlp_ratio")
@@ -153,6 +153,7 @@ _WITHOUT_EFFECT = [
     ("student_config", bool, ("fusion", *_SHAPE)),
     ("model", lambda value: not value, ("linear_probe", "layer_decay", "freeze_layers")),
     ("teachers", lambda value: not value, ("teacher_classes",)),
+    ("teachers", bool, ("logits",)),
     ("images_per_class", lambda value: not value, ("keep_rest",)),
     ("unlabelled_target", lambda value: value != "pseudo_labels", ("min_confidence",)),
     ("without_teachers", bool, _TEACHING),
@@ -169,7 +170,7 @@ _WITHOUT_EFFECT = [
 
 
 # What a command reads, which must not be the folder that it writes.
-_READ = ("model", "student", "dataset", "unlabelled")
+_READ = ("model", "student", "dataset", "logits", "unlabelled")
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):

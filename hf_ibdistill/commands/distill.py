@@ -3,11 +3,13 @@
 hf-ibdistill distill --dataset outputs/table --output_dir outputs/student
 hf-ibdistill distill --teachers conv=outputs/conv inv=outputs/inv --output_dir outputs/student
 hf-ibdistill distill --without_teachers --output_dir outputs/plain_vit
+hf-ibdistill distill --dataset my_images/ --logits outputs/logits --output_dir outputs/student
 hf-ibdistill distill --student user/student --dataset outputs/table --output_dir outputs/student
 hf-ibdistill distill --student_config mobilenet_v2 depth_multiplier=0.5 --image_size 64 \\
     --dataset outputs/table --output_dir outputs/mobilenet
 
-The third trains the same student on labels alone. The last two teach any image classifier: a saved
+The third trains the same student on labels alone. The fourth reads logits that are stored without
+their images. The last two teach any image classifier: a saved
 one, or one from nothing.
 """
 
@@ -16,6 +18,7 @@ import math
 from dataclasses import dataclass
 
 import yaml
+from datasets import DatasetDict
 from transformers import BaseImageProcessor, PreTrainedModel, set_seed
 from transformers.hf_argparser import HfArg
 
@@ -26,6 +29,8 @@ from ..logits.encoding import recorded_teachers
 from ..logits.provenance import described_teachers, stored_views
 from ..models.configuration_ibvit import IBViTConfig
 from ..models.modeling_ibvit import IBViTForImageClassification
+from ..publishing.tables import open_tables
+from ..recording.attaching import attach_teacher_logits
 from ..students import build_student, check_fit, default_patch_size, load_image_processor, load_student
 from ..training.arguments import DistillationArguments
 from ..training.trainer import EnsembleDistillationTrainer, ImageClassificationTrainer
@@ -54,6 +59,10 @@ class StudentArguments:
         help="NAME=FOLDER or NAME=HUB_ID of teachers to run in every step, instead of reading columns.",
     )
     teacher_classes: str | None = HfArg(default=None, help=f"For --teachers. {CLASSES_HELP}")
+    logits: str | None = HfArg(
+        default=None,
+        help="Folder or Hub id of logits that were recorded for the images of --dataset and are stored without them.",
+    )
     student: str | None = HfArg(
         default=None,
         aliases=["--model"],
@@ -142,11 +151,22 @@ def read_fields(pairs: list[str]) -> dict[str, object]:
     return fields
 
 
+def attach_splits(splits: DatasetDict, source: str) -> DatasetDict:
+    """The splits with the logits that a table holds for them; `ValueError` if it holds none of the training split."""
+    tables = open_tables(source)
+    if "train" not in tables:
+        raise ValueError(f"logits={source} has the splits {', '.join(tables)}, not train. Record the training split.")
+    attached = {name: attach_teacher_logits(splits[name], tables[name]) for name in splits if name in tables}
+    return DatasetDict({**splits, **attached})
+
+
 def main(arguments):
     data, views, student, args = parse(
         "distill", __doc__, arguments, MixedDataArguments, ViewArguments, StudentArguments, DistillationArguments
     )
     splits = data.load()
+    if student.logits is not None:
+        splits = attach_splits(splits, student.logits)
     recorded = {f"the teacher {t['name']}": t["source"] for t in described_teachers(splits["train"])}
     check_output_dir(args.output_dir, recorded)
     set_seed(args.seed)

@@ -8,13 +8,10 @@ The second needs no teachers. It checks every row: its logits, its image and the
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
-from datasets import Dataset, DatasetDict
 from transformers.hf_argparser import HfArg
 
-from ..data.sources import open_saved
-from ..publishing.tables import PROVENANCE, open_logits_table
+from ..publishing.tables import open_tables
 from ..recording.verification import verify_rows, verify_teacher_logits
 from .arguments import name_folders, parse, run
 
@@ -32,15 +29,6 @@ class VerificationArguments:
     num_rows: int = HfArg(default=256, help="Rows of each split to check.")
     seed: int = HfArg(default=0, help="Seed of the sample.")
     trust_remote_code: bool = HfArg(default=False, help="Run the code of the teacher repositories.")
-
-
-def open_tables(folder: str) -> dict[str, Dataset]:
-    """The splits of a recorded table, or of an exported one."""
-    if (Path(folder) / PROVENANCE).is_file():
-        names = dict.fromkeys(file.name.partition("-")[0] for file in sorted(Path(folder, "data").glob("*.parquet")))
-        return {name: open_logits_table(folder, split=name) for name in names}
-    tables = open_saved(folder)
-    return dict(tables) if isinstance(tables, DatasetDict) else {"table": tables}
 
 
 def main(arguments):

@@ -8,13 +8,13 @@ import shutil
 from pathlib import Path
 
 import pyarrow.parquet as pq
-from datasets import Dataset, Image, IterableDataset, load_dataset
+from datasets import Dataset, DatasetDict, Image, IterableDataset, load_dataset
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 
 from ..checks import check_numbers
 from ..data.columns import require_table
-from ..data.sources import load_parquet
+from ..data.sources import load_parquet, open_saved
 from ..files import output_folder, read_json, user_path, write_text
 from ..logits.encoding import column_name, recorded_teachers
 from ..logits.provenance import attach_record, check_complete, check_files, check_record, only_record
@@ -136,3 +136,19 @@ def open_logits_table(
         dataset = load_dataset(str(source), data_dir="data", **how)
     attach_record(dataset, record)
     return dataset
+
+
+def open_tables(source: str | os.PathLike) -> dict[str, Dataset]:
+    """Split → table of a recorded table in a folder, an exported one, or a published one, of which the training split is
+    opened. A table without splits is "train".
+
+    Raises:
+        ValueError: there is no such table, or a file is missing or damaged.
+    """
+    source = user_path(source, "source")
+    if Path(source).is_dir() and not Path(source, PROVENANCE).is_file():
+        tables = open_saved(source)
+        return dict(tables) if isinstance(tables, DatasetDict) else {"train": tables}
+    files = sorted(Path(source, "data").glob("*.parquet"))
+    names = dict.fromkeys(file.name.partition("-")[0] for file in files) or ["train"]
+    return {name: open_logits_table(source, split=name) for name in names}

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from datasets import DatasetDict, load_from_disk
 from running import run
+from safetensors.numpy import load_file
 from small import NAMES
 from transformers import DeiTConfig, DeiTForImageClassification, ViTImageProcessor
 
@@ -48,6 +49,33 @@ def test_evaluate_repeats_the_measured_figures(outputs, tmp_path, capsys):
     assert printed["split"] == "test" and read(file) == printed
     run("evaluate", "--model", outputs.conv, "--dataset", outputs.images, "--split", "validation")
     assert json.loads(capsys.readouterr().out)["split"] == "validation"
+
+
+def test_logits_without_images_teach_the_same_student(outputs, tmp_path):
+    teachers = ["--teachers", *outputs.teachers]
+    run(
+        "record", "--dataset", outputs.images, *teachers, "--with_images", "false", "--output_dir", tmp_path / "logits"
+    )
+    assert "image" not in load_from_disk(tmp_path / "logits")["train"].column_names
+    given = ["--dataset", outputs.images, "--logits", tmp_path / "logits", *QUICK]
+    run("distill", *given, "--output_dir", tmp_path / "student")
+    first, second = (load_file(folder / "model.safetensors") for folder in (outputs.student, tmp_path / "student"))
+    assert all(np.array_equal(first[name], second[name]) for name in first)
+    measured = [read(folder / "results.json")["metrics"] for folder in (outputs.student, tmp_path / "student")]
+    assert measured[0] == measured[1] and "inv_agreement" in measured[1]
+
+
+def test_parquet_files_are_recorded_as_a_stream(outputs, tmp_path):
+    (tmp_path / "data").mkdir()
+    for split, table in load_from_disk(outputs.images).items():
+        table.to_parquet(tmp_path / "data" / f"{split}-00000-of-00001.parquet")
+    given = ["--dataset", tmp_path / "data", "--streaming", "--teachers", *outputs.teachers]
+    run("record", *given, "--output_dir", tmp_path / "table")
+    for split, table in load_from_disk(outputs.table).items():
+        streamed = load_from_disk(tmp_path / "table")[split]
+        assert streamed.with_format("arrow")[:].to_pylist() == table.with_format("arrow")[:].to_pylist()
+    with pytest.raises(SystemExit, match="images_per_class=3 needs the whole table"):
+        run("record", *given, "--images_per_class", "3", "--output_dir", tmp_path / "other")
 
 
 def test_verify_finds_teachers_that_are_not_those_of_the_table(outputs, tmp_path, capsys):

@@ -189,5 +189,5 @@ def test_a_damaged_file_is_found_by_a_check_of_every_row(folder, tmp_path):
     content = bytearray(file.read_bytes())
     content[-20] ^= 1
     file.write_bytes(content)
-    with pytest.raises(SystemExit, match=f"table: The file {file.name} is not the one"):
+    with pytest.raises(SystemExit, match=f"train: The file {file.name} is not the one"):
         run("verify", "--table", copied, "--all")
