@@ -44,7 +44,7 @@ class TeacherArguments:
 class TeacherTrainingArguments(FineTuningArguments):
     learning_rate: float | None = HfArg(
         default=None,
-        help="Peak learning rate; by default 1e-2 for a preset or a linear probe, 2e-4 to fine-tune a model.",
+        help="Peak learning rate; by default 1e-2 for a preset, 1e-3 for a linear probe, 2e-4 to fine-tune a model.",
     )
 
 
@@ -58,7 +58,7 @@ def main(arguments):
     set_seed(args.seed)
     classes = class_config(splits["train"])
     if args.learning_rate is None:
-        args.learning_rate = 1e-2 if teacher.model is None or args.linear_probe else 2e-4
+        args.learning_rate = 1e-2 if teacher.model is None else 1e-3 if args.linear_probe else 2e-4
     if teacher.model is None:
         title = teacher.preset or "convolution-small"
         model = IBResNetForImageClassification(IBResNetConfig.from_preset(title, **classes))

@@ -91,7 +91,7 @@ METHODS = {
     "inv": Method("involution teacher", recipe=_TEACHER, preset=TEACHERS["inv"]),
     "ensemble": Method("both teachers, mean probability", _BOTH),
     "pretrained": Method(
-        "EfficientNet-Lite0 of ImageNet-1k, linear probe", recipe=_TEACHER, preset="efficientnet-lite0"
+        "EfficientNet-Lite0 of ImageNet-1k, linear probe", recipe={"learning_rate": 1e-3}, preset="efficientnet-lite0"
     ),
     "undistilled": Method("no teachers"),
     "undistilled_long": Method("no teachers, three times the steps"),
