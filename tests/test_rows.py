@@ -128,7 +128,7 @@ def test_the_rows_of_a_batch_are_decoded_as_they_are_read():
 
 def test_a_batch_holds_few_decoded_photos(monkeypatch):
     # A budget of pixels for three of twelve images.
-    monkeypatch.setattr("hf_ibdistill.images.preprocessing._PIXELS", 3 * 40 * 40)
+    monkeypatch.setattr("hf_ibdistill.images.preprocessing.PIXELS", 3 * 40 * 40)
     table = cell_table([gray(20 * number, (40, 40)) for number in range(12)])
     alive, most, decode = [0], [0], decoding.decode_image
 
@@ -153,7 +153,7 @@ def test_a_batch_holds_few_decoded_photos(monkeypatch):
     prepare = batches.Preparation({"t": processor}, None, None, None, False, embeds_files=True, keeps_keys=False)
     prepared = prepare(batches.EncodedRows(table).__getitems__(range(12)))
     assert 3 <= most[0] <= 5 and torch.equal(prepared.inputs["t"], expected["pixel_values"])
-    # Eight views of a photo are as many photos.
+    # Views of a photo are as many photos.
     most[0], recipe = 0, ViewRecipe(num_views=8)
     prepare = batches.Preparation({"t": processor}, recipe, range(8), None, False, embeds_files=True, keeps_keys=False)
     assert prepare(batches.EncodedRows(table).__getitems__(range(12))).inputs["t"].shape == (96, 3, 8, 8)

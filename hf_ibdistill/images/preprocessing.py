@@ -43,7 +43,7 @@ def build_image_processor(
 
 
 # Pixels that are held decoded at once, unless a single image has more: 48 MiB as bytes.
-_PIXELS = 1 << 24
+PIXELS = 1 << 24
 
 
 def pixel_values(
@@ -83,7 +83,7 @@ def _groups(images):
     group, pixels = [], 0
     for image in images:
         size = math.prod(_size(image))
-        if group and pixels + size > _PIXELS:
+        if group and pixels + size > PIXELS:
             yield group
             group, pixels = [], 0
         group.append(image)

@@ -112,23 +112,33 @@ def make_view(image: PIL.Image.Image, recipe: ViewRecipe, key: int, index: int) 
 def make_views(
     images: Sequence[PIL.Image.Image], recipe: ViewRecipe, keys: Sequence[int], indices: Sequence[int]
 ) -> list[torch.Tensor]:
-    """Call [`make_view`] for each image with its key and index."""
-    random, views = torch.Generator(), []
+    """Call [`make_view`] for each image with its key and index. Views of one image, one after another, share their start."""
+    random, views, last, whole = torch.Generator(), [], None, None
     for image, key, index in zip(images, keys, indices, strict=True):
+        if image is not last and recipe.crop != "resized":
+            last, whole = image, _resize(F.pil_to_tensor(image), *_shape(image, recipe))
         digest = hashlib.blake2b(struct.pack("<qqQ", recipe.seed, key, index), digest_size=8).digest()
-        views.append(_view(image, recipe, random.manual_seed(int.from_bytes(digest, "little"))))
+        views.append(_view(image, whole, recipe, random.manual_seed(int.from_bytes(digest, "little"))))
     return views
 
 
-def _view(image, recipe, random):
-    width, height = image.size if recipe.image_size is None else (recipe.image_size, recipe.image_size)
+def _shape(image, recipe):
+    """The height and the width of a view."""
+    return image.size[::-1] if recipe.image_size is None else (recipe.image_size, recipe.image_size)
+
+
+def _view(image, whole, recipe, random):
+    height, width = _shape(image, recipe)
     if recipe.crop == "resized":
         image = image.crop(_resized_box(random, *image.size, recipe.scale, recipe.ratio))
-    view = _resize(F.pil_to_tensor(image), height, width)
-    if recipe.crop == "pad":
+        view = _resize(F.pil_to_tensor(image), height, width)
+    elif recipe.crop == "pad":
         paddings = round(recipe.padding * height), round(recipe.padding * width)
         top, left = (_integer(random, 2 * padding + 1) - padding if padding else 0 for padding in paddings)
-        view = torch.nn.functional.pad(view, (-left, left, -top, top))
+        # Padding by 0 may return what it is given, which the next view needs as it is.
+        view = torch.nn.functional.pad(whole, (-left, left, -top, top)) if top or left else whole.clone()
+    else:
+        view = whole.clone()
     if recipe.horizontal_flip and _share(random) < recipe.horizontal_flip:
         view = view.flip(-1)
     for _ in range(recipe.photometric_ops):

@@ -17,8 +17,8 @@ from ..data.classes import check_streamed_labels
 from ..data.columns import IMAGE, LABEL
 from ..data.splits import spread
 from ..images.decoding import decode_image, file_key, read_file
-from ..images.preprocessing import pixel_values
-from ..images.views import ViewRecipe, make_view, row_key
+from ..images.preprocessing import PIXELS, pixel_values
+from ..images.views import ViewRecipe, make_views, row_key
 from ..logits.encoding import FILE_KEY, ROW_KEY
 
 
@@ -137,7 +137,7 @@ class Preparation:
                 if self.recipe is None:
                     yield image
                 else:
-                    yield from (make_view(image, self.recipe, row_keys[-1], view) for view in self.views)
+                    yield from self._views(image, row_keys[-1])
 
         inputs = pixel_values(images(), self.processors)
         if len(readable) < len(cells):
@@ -150,6 +150,12 @@ class Preparation:
         columns |= {ROW_KEY: pa.array(row_keys, pa.int64()), FILE_KEY: pa.array(file_keys, pa.int64())}
         skipped = [numbers[position] for position in sorted({*range(len(cells))} - {*readable})]
         return Batch(len(cells), [numbers[row] for row in readable], pa.table(columns), skipped, inputs)
+
+    def _views(self, image, key) -> Iterator[torch.Tensor]:
+        together = max(1, PIXELS // (image.width * image.height))
+        for start in range(0, len(self.views), together):
+            views = self.views[start : start + together]
+            yield from make_views([image] * len(views), self.recipe, [key] * len(views), views)
 
 
 class EncodedRows(torch.utils.data.Dataset):

@@ -22,6 +22,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import gather_object, send_to_device
 from datasets import Dataset, DatasetDict, Features, Image, IterableDataset, IterableDatasetDict, Value
 from datasets.distributed import split_dataset_by_node
+from datasets.features.features import require_storage_embed
 from datasets.table import embed_table_storage
 from tqdm.auto import tqdm
 
@@ -533,5 +534,13 @@ def _run(plan, batch, inputs) -> pa.Table:
             )
         columns[column] = concatenate_views(columns[column], encoded) if first > 0 else encoded
     table = pa.table({name: columns[name] for name in plan.features}).cast(plan.features.arrow_schema)
-    # Files of other columns; those of the images are read where they are decoded.
-    return embed_table_storage(table, remote_files=False) if plan.layout.get("with_images", True) else table
+    return _embed_other_files(table, plan.features) if plan.layout.get("with_images", True) else table
+
+
+def _embed_other_files(table, features) -> pa.Table:
+    """The table with the content of files in its other columns. That of the images is read where they are decoded."""
+    names = [name for name, feature in features.items() if name != IMAGE and require_storage_embed(feature)]
+    if not names:
+        return table
+    embedded = embed_table_storage(table.select(names), remote_files=False)
+    return pa.table({name: embedded[name] if name in names else table[name] for name in features}, table.schema)

@@ -116,11 +116,11 @@ def test_large_images_are_preprocessed_in_groups(monkeypatch):
     }
     expected = pixel_values(images, processors)
     for budget in (1, 1500, 10_000):
-        monkeypatch.setattr("hf_ibdistill.images.preprocessing._PIXELS", budget)
+        monkeypatch.setattr("hf_ibdistill.images.preprocessing.PIXELS", budget)
         found = pixel_values(iter(images), processors)
         assert all(torch.equal(found[name], expected[name]) for name in processors)
     assert pixel_values(iter([]), processors) == {}
     keeps_sides = {"": ViTImageProcessor(do_resize=False)}
-    monkeypatch.setattr("hf_ibdistill.images.preprocessing._PIXELS", 1)
+    monkeypatch.setattr("hf_ibdistill.images.preprocessing.PIXELS", 1)
     with pytest.raises(ValueError, match="ViTImageProcessor makes images of several sizes"):
         pixel_values(images[:2], keeps_sides)
