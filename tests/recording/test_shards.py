@@ -340,7 +340,7 @@ def record_twice(dataset, teachers, folder):
     record_teacher_logits(dataset, teachers, output_dir=folder / "killed", **SETTINGS)
 
 
-def launch_two_processes(dataset, teachers, folder):
+def launch_two_processes(run, dataset, teachers, folder):
     """torchrun, except that it forks its processes, so that they need not import everything again."""
     config = LaunchConfig(
         min_nodes=1,
@@ -354,7 +354,7 @@ def launch_two_processes(dataset, teachers, folder):
         max_restarts=0,
         logs_specs=DefaultLogsSpecs(log_dir=str(folder / "logs")),
     )
-    elastic_launch(config, record_twice)(dataset, teachers, folder)
+    elastic_launch(config, run)(dataset, teachers, folder)
 
 
 def test_two_processes_record_the_table_of_one_and_a_killed_one_leaves_its_shards(
@@ -362,7 +362,7 @@ def test_two_processes_record_the_table_of_one_and_a_killed_one_leaves_its_shard
 ):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
     processes = multiprocessing.get_context("fork")
-    launcher = processes.Process(target=launch_two_processes, args=(dataset, loaded, tmp_path))
+    launcher = processes.Process(target=launch_two_processes, args=(record_twice, dataset, loaded, tmp_path))
     launcher.start()
     try:
         while launcher.is_alive() and not (tmp_path / "stopped").exists():

@@ -9,6 +9,8 @@ import time
 
 import numpy as np
 import pytest
+import torch
+from accelerate.state import AcceleratorState
 from comparing import same_bytes
 from datasets import (
     ClassLabel,
@@ -19,9 +21,11 @@ from datasets import (
     Value,
     concatenate_datasets,
     load_dataset,
+    load_from_disk,
 )
+from datasets.distributed import split_dataset_by_node
 from small import NAMES, image_bytes
-from test_shards import before_each_batch, file_times, give_own_lock
+from test_shards import before_each_batch, file_times, give_own_lock, launch_two_processes
 from tqdm.std import tqdm
 
 from hf_ibdistill import ViewRecipe, attach_teacher_logits, read_records, record_teacher_logits
@@ -247,6 +251,36 @@ def test_another_stream_does_not_continue_a_recording(dataset, images, loaded, t
     other = dataset.select(range(1, NUM_ROWS)).to_iterable_dataset()
     with pytest.raises(ValueError, match="dataset: sha256"):
         record_teacher_logits(other, loaded, output_dir=tmp_path, **SETTINGS)
+
+
+def record_in_part(stream, teachers, folder):
+    """Run by each of two processes."""
+    give_own_lock(tqdm)
+    torch.set_num_threads(1)
+    # The process that was forked has recorded alone.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    record_teacher_logits(stream, teachers, output_dir=folder / "t", **SETTINGS)
+
+
+@pytest.mark.parametrize("num_shards", [4, 3])
+def test_two_processes_share_a_stream(num_shards, dataset, mapped, loaded, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+    # Of four files each process reads two; of three each reads every second row.
+    stream = dataset.to_iterable_dataset(num_shards=num_shards)
+    launcher = multiprocessing.get_context("fork").Process(
+        target=launch_two_processes, args=(record_in_part, stream, loaded, tmp_path)
+    )
+    launcher.start()
+    launcher.join()
+    assert launcher.exitcode == 0
+    table = load_from_disk(tmp_path / "t")
+    parts = [[*split_dataset_by_node(stream, rank, 2)] for rank in range(2)]
+    assert table["note"][:] == [row["note"] for part in parts for row in part]
+    order = [int(note.split()[1]) for note in table["note"]]
+    assert sorted(order) == list(range(NUM_ROWS))
+    assert same_bytes(recorded_columns(table), recorded_columns(mapped.select(order)))
+    again = record_teacher_logits(stream, loaded, output_dir=tmp_path / "t", **SETTINGS)
+    assert same_bytes(again, table)
 
 
 # Without the images
