@@ -51,7 +51,7 @@ from hf_ibdistill.publishing.cards import markdown_table
 from hf_ibdistill.recording.shards import finish, shard_path, write_shard
 
 
-EPOCH_ROWS, ATTACHED, SHARD = 4096, 1000, 4096
+EPOCH_ROWS, ATTACHED = 4096, 1000
 STAGES = ("open", "start", "batch", "epoch", "resume", "attach", "sample")
 
 
@@ -82,9 +82,9 @@ def make_table(digits: Dataset, rows: int, num_views: int, bench: ScaleArguments
     block = encoding.encode(block, views=True)
     logits = {"conv_logits": encoding.feature(bench.num_classes, num_views)}
     features = Features({**digits.features, ROW_KEY: Value("int64"), FILE_KEY: Value("int64"), **logits})
-    shards = []
-    for start in range(0, rows, SHARD):
-        numbers = np.arange(start, min(start + SHARD, rows))
+    shards, size = [], max(4096, -(-rows // 128))  # as recording divides them
+    for start in range(0, rows, size):
+        numbers = np.arange(start, min(start + size, rows))
         of_digit = numbers % len(cells)
         # pyarrow would take wrong rows out of a slice of logits of views; this is the whole column.
         new = {

@@ -42,13 +42,16 @@ class _RowDecoder:
         self.num_classes, self.views = num_classes, views
         self.temperatures = dict(zip(self.logits_columns, temperatures or [1.0] * len(self.logits_columns)))
         stored_key = [ROW_KEY] if views is not None and ROW_KEY in table.column_names else []
-        wanted = dict.fromkeys([IMAGE, *self.columns, *stored_key, *self.logits_columns])
+        # Those of a table are read apart.
+        logits = self.logits_columns if isinstance(table, IterableDataset) else []
+        wanted = dict.fromkeys([IMAGE, *self.columns, *stored_key, *logits])
         self._has_views = {
             column: describe_column(table.features[column])[1] is not None for column in self.logits_columns
         }
         encoded = table.select_columns(list(wanted))
-        if table.features[IMAGE].decode:
+        if isinstance(table, IterableDataset) and table.features[IMAGE].decode:
             encoded = encoded.cast_column(IMAGE, Image(decode=False))
+        # Rows of a table come encoded in this format.
         self._encoded = encoded.with_format("arrow")
         self._mode = table.features[IMAGE].mode
         # Shared memory: persistent workers hold a copy of this object, made before the first epoch.
@@ -118,7 +121,6 @@ class ImageRows(_RowDecoder, torch.utils.data.Dataset):
     def __init__(self, table: Dataset, *args, **kwargs):
         super().__init__(table, *args, **kwargs)
         self._stored_logits = {column: StoredLogits(table, column) for column in self.logits_columns}
-        self._encoded = self._encoded.remove_columns(self.logits_columns)
 
     def __len__(self) -> int:
         return len(self._encoded)

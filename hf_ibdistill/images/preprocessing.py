@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 import PIL.Image
 import torch
-from datasets import Dataset, Image
+from datasets import Dataset
 from transformers import BaseImageProcessor, ViTImageProcessor
 from transformers.image_processing_backends import TorchvisionBackend
 
@@ -30,9 +30,9 @@ def build_image_processor(
     """
     require_table(dataset, "dataset")
     if image_size is None:
-        table = as_image_table(dataset, image_column, needs_label=False).cast_column(IMAGE, Image(decode=False))
+        table = as_image_table(dataset, image_column, needs_label=False).with_format("arrow")
         try:
-            largest = max(decode_image(table[0][IMAGE]).size)
+            largest = max(decode_image(table[:1][IMAGE][0].as_py()).size)
         except ValueError as error:
             raise ValueError(f"Row 0: {error}") from error
         image_size = max(2, largest) if largest <= 64 else 224

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, Image, IterableDataset
+from datasets import Dataset, IterableDataset
 
 from ..data.classes import check_class_names
 from ..data.columns import IMAGE, require_table
@@ -237,24 +237,23 @@ def check_images(
     """
     rows = spread(range(len(dataset)), _SAMPLE) if rows is None else rows
     check_keys(dataset)
-    table = dataset.with_format(None)
     if keys is None:
-        names = [name for name in (ROW_KEY, FILE_KEY) if name in table.column_names]
-        keys = table.select_columns(names)[list(rows)] if names else {}
+        names = [name for name in (ROW_KEY, FILE_KEY) if name in dataset.column_names]
+        keys = dataset.select_columns(names).with_format("arrow")[list(rows)].to_pydict() if names else {}
     recorded = list(zip(rows, *(keys.get(name, [None] * len(rows)) for name in (ROW_KEY, FILE_KEY)), strict=True))
     compared = [row for row in recorded if row[2] is not None]
     compared += spread([row for row in recorded if row[2] is None and row[1] is not None], _SAMPLE)
-    if not compared or IMAGE not in table.column_names:
+    if not compared or IMAGE not in dataset.column_names:
         return
-    encoded = table.select_columns([IMAGE]).cast_column(IMAGE, Image(decode=False))
-    mode, changed = table.features[IMAGE].mode, []
+    encoded = dataset.select_columns([IMAGE]).with_format("arrow")
+    mode, changed = dataset.features[IMAGE].mode, []
     for start in range(0, len(compared), 64):
         group = compared[start : start + 64]
         images = encoded[[row for row, _, _ in group]][IMAGE]
         for image, (row, *of_row) in zip(images, group):
             # Whoever reads a row reports an image that cannot be read.
             with suppress(ValueError, OSError):
-                if not is_recorded(image, mode, *of_row):
+                if not is_recorded(image.as_py(), mode, *of_row):
                     changed.append(row)
     if changed:
         raise ValueError(
