@@ -16,7 +16,7 @@ FLAGS = {
     "export": [*ONCE, "--batch_sizes", "1", "--images", "1"],
     "involution": [*ONCE, "--large_size", "64", "--large_batch_size", "1", "--small_sizes", "8", "--small_batch_size", "2"],
     "loading": [*ONCE, "--rows", "20", "40", "--classes", "10", "--rows_read", "8", "--num_views", "2"],
-    "memory": ["--num_rows", "300", "--num_classes", "10"],
+    "memory": ["--num_rows", "300", "--num_classes", "10", "--megapixels", "0.01", "--num_photos", "2"],
     "recording": [
         *ONCE, "--teachers", *["convolution-small"] * 4, "--images", "8", "--batch_size", "4", "--light_sizes", "16",
         "--light_images", "32", "--light_batch_size", "16", "--num_classes", "10",
@@ -26,6 +26,7 @@ FLAGS = {
         "--rows", "20", "--num_views", "2", "--top_k", "10", "--temperatures", "2", "--teacher_steps", "2",
         "--teacher_images", "32", "--batch_size", "16",
     ],
+    "streaming": [*ONCE, "--rows", "40", "--files", "2", "--num_workers", "0"],
     "training": [*ONCE, "--image_size", "8", "--num_rows", "16", "--batch_size", "8", "--steps", "1"],
 }  # fmt: skip
 
