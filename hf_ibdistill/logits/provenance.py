@@ -217,6 +217,7 @@ def _rows_of_column(dataset, column, find: Callable[[pa.Array], np.ndarray]) -> 
 
 # For the rows whose numbers are checked before training.
 _SECONDS = 2.0
+_BLOCKS, _BLOCK_ROWS, _BLOCK_VALUES = 64, 256, 1 << 22
 # Rows that are decoded to find changed images.
 _SAMPLE = 16
 
@@ -375,11 +376,12 @@ def _check_column(dataset, column, num_classes):
         return
 
     # The generator of its own leaves the random numbers of the run as they are.
-    starts, rows_of_block = range(0, len(dataset), 256), dataset.select_columns([column]).with_format("arrow")
-    starts = random.Random().sample(starts, min(len(starts), 64))
+    size = max(1, min(_BLOCK_ROWS, _BLOCK_VALUES // (num_classes * (num_views or 1))))
+    starts, rows_of_block = range(0, len(dataset), size), dataset.select_columns([column]).with_format("arrow")
+    starts = random.Random().sample(starts, min(len(starts), _BLOCKS))
     end, bad, checked = time.monotonic() + _SECONDS, [], 0
     for start in starts:
-        values = rows_of_block[start : start + 256][column].combine_chunks()
+        values = rows_of_block[start : start + size][column].combine_chunks()
         if encoding.top_k is not None and len(values):
             largest = pc.max(pc.list_flatten(values.field("class_ids"), recursive=True)).as_py() or 0
             if largest >= num_classes and not len(missing_rows(values)):

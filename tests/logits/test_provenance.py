@@ -252,6 +252,20 @@ def test_a_check_before_training_does_not_grow_with_the_table(monkeypatch):
         check_columns(bad, ["conv"], NAMES)
 
 
+def test_a_check_before_training_does_not_grow_with_views_and_classes(monkeypatch):
+    monkeypatch.setattr(provenance, "_SECONDS", -1.0)
+    monkeypatch.setattr(provenance, "_BLOCK_VALUES", 120)
+    counted, check = [], provenance.unusable_rows
+    monkeypatch.setattr(
+        provenance, "unusable_rows", lambda values, *of: counted.append(len(values)) or check(values, *of)
+    )
+    for num_views, expected in ((1, 40), (4, 10), (40, 1), (50, 1)):
+        viewed = concatenate_datasets([table(num_views=num_views)] * 14)
+        attach_record(viewed, record(views=ViewRecipe(num_views=num_views)))
+        check_columns(viewed, ["conv"], NAMES)
+        assert counted.pop() == expected and not counted
+
+
 def test_a_column_of_something_else_is_named():
     with pytest.raises(ValueError, match='"x_logits" .*fixed number of logits but Value'):
         check_columns(table().rename_column("x", "x_logits"), ["x"], NAMES)
