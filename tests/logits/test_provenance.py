@@ -260,7 +260,7 @@ def test_a_check_before_training_does_not_grow_with_views_and_classes(monkeypatc
         provenance, "unusable_rows", lambda values, *of: counted.append(len(values)) or check(values, *of)
     )
     for num_views, expected in ((1, 40), (4, 10), (40, 1), (50, 1)):
-        viewed = concatenate_datasets([table(num_views=num_views)] * 14)
+        viewed = concatenate_datasets([table(num_views=num_views)] * 20)
         attach_record(viewed, record(views=ViewRecipe(num_views=num_views)))
         check_columns(viewed, ["conv"], NAMES)
         assert counted.pop() == expected and not counted
