@@ -130,8 +130,10 @@ def _read_keys(keys, rows, num_workers) -> np.ndarray:
 def _compare_pixels(images, logits_table, partner) -> None:
     """Warn if files have other pixels than when they were recorded."""
     sample = spread(np.flatnonzero(partner >= 0).tolist(), _SAMPLE)
-    recorded = logits_table.select_columns([ROW_KEY])[partner[sample]][ROW_KEY] if sample else []
-    differing = np.array(_PixelKeys(images).__getitems__(sample)) != recorded
+    if not sample:
+        return
+    recorded = logits_table.select_columns([ROW_KEY]).with_format("arrow")[partner[sample]][ROW_KEY]
+    differing = np.array(_PixelKeys(images).__getitems__(sample)) != recorded.to_numpy()
     if differing.any():
         logger.warning(
             "%d of %d images that were compared have other pixels than the recorded ones, but the same files: another "

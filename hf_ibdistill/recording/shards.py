@@ -21,7 +21,7 @@ from datasets.arrow_writer import ArrowWriter
 from filelock import FileLock, Timeout
 
 from ..data.sources import open_saved
-from ..files import checksums, explain_full_disk, read_json, sha256, write_text, write_whole
+from ..files import checksums, explain_full_disk, flush, read_json, sha256, write_text, write_whole
 from ..logits.encoding import FILE_KEY, ROW_KEY
 from ..logits.provenance import CHECKSUMS, attach_record, check_record, read_records, record_differences
 
@@ -29,7 +29,6 @@ from ..logits.provenance import CHECKSUMS, attach_record, check_record, read_rec
 logger = logging.getLogger(__name__)
 
 _MANIFEST = "recording.json"
-_SCRATCH = "description"
 _LOCK, _HOLDER = "recording.lock", "recording.holder"
 _FULL_DISK = "Finished shards are kept. Free space and call again."
 
@@ -246,26 +245,27 @@ def finish(folder: Path, info: DatasetInfo, split: NamedSplit | None, record: di
 
 
 def _write_description(folder, info, split, record, shards, sums) -> None:
-    """Write the two files that make `datasets.load_from_disk` read the shards as one table."""
+    """Write the two files that make `datasets.load_from_disk` read the shards as one table, as `save_to_disk` writes them."""
     first = Dataset.from_file(str(shards[0]), split=split)
     info.features = first.features
     first.info.update(info)
     attach_record(first, record)
-    scratch = folder / _SCRATCH
-    try:
-        first.select(range(1)).save_to_disk(str(scratch))
-        state = read_json(scratch / "state.json")
-        state["_data_files"] = [{"filename": path.name} for path in shards]
-        state["_fingerprint"] = hashlib.sha256(json.dumps([record, sums]).encode()).hexdigest()[:16]
-        write_text(folder / "dataset_info.json", (scratch / "dataset_info.json").read_text(encoding="utf-8"))
-        write_text(folder / "state.json", json.dumps(state, indent=2))
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    first.info.write_to_directory(str(folder))
+    flush(folder / "dataset_info.json")
+    state = {
+        "_data_files": [{"filename": path.name} for path in shards],
+        "_fingerprint": hashlib.sha256(json.dumps([record, sums]).encode()).hexdigest()[:16],
+        "_format_columns": None,
+        "_format_kwargs": {},
+        "_format_type": None,
+        "_output_all_columns": False,
+        "_split": None if split is None else str(split),
+    }
+    write_text(folder / "state.json", json.dumps(state, indent=2))
 
 
 def _remove_scaffolding(folder):
     """Remove what only an unfinished recording needs, and what killed processes left of it."""
-    shutil.rmtree(folder / _SCRATCH, ignore_errors=True)
     left = (
         folder / _MANIFEST,
         folder / _HOLDER,

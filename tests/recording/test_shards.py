@@ -159,7 +159,6 @@ def test_what_a_killed_process_left_is_removed(is_finished, finished, dataset, l
     if is_finished:
         shutil.copytree(finished, folder)
         (folder / f"{SHARDS[0]}.json").write_text("{}")
-        (folder / "description").mkdir()
         (folder / "recording.json").write_text("{}")
     else:
         folder.mkdir()
