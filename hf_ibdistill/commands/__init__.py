@@ -12,6 +12,7 @@ COMMANDS = {
     "record": "run the teachers once and store their logits in a table",
     "distill": "train a student from stored logits, or from teachers that run in every step",
     "evaluate": "measure a model on a split",
+    "predict": "print the classes that a model predicts for images",
     "verify": "compare a sample of a recorded table with its teachers",
     "finetune": "fine-tune a student, ViT or DeiT on other images, without teachers",
     "export": "write a model as an ONNX file, also in 8 bits",

@@ -203,8 +203,9 @@ class _Parser(HfArgumentParser):
         self.error(f"{place}unknown argument {name}{f'; the nearest is {similar[0]}' if similar else ''}")
 
 
-def parse(command: str, description: str, arguments: Sequence[str], *types: type) -> tuple:
-    """Read the arguments of a command, its command line after the name, into an instance of each dataclass.
+def parse(command: str, description: str, arguments: Sequence[str], *types: type, bare: str | None = None) -> tuple:
+    """Read the arguments of a command, its command line after the name, into an instance of each dataclass. Values without a
+    flag are those of the argument `bare`.
 
     The entries of a file given by `--config` become flags in front of those of the command line, which therefore win.
 
@@ -237,6 +238,9 @@ def parse(command: str, description: str, arguments: Sequence[str], *types: type
     unknown = [name for flag in arguments if flag.startswith("--") and (name := flag.partition("=")[0]) not in known]
     flags = [] if unknown else _read_config(parser, arguments) + arguments
     unknown = unknown or parser.parse_known_args(flags)[1]
+    is_given = any(flag.partition("=")[0] == f"--{bare}" for flag in flags)
+    if unknown and bare is not None and not is_given and not any(value.startswith("-") for value in unknown):
+        flags, unknown = [*_without(flags, unknown), f"--{bare}", *unknown], []
     if unknown:
         parser.reject(unknown[0], [name for name in known if "-" not in name[2:]])
     try:
@@ -291,6 +295,14 @@ def _arrange_help(parser, types, command, hides_rare):
 
 def _field_names(*kinds) -> set[str]:
     return {field.name for kind in kinds for field in dataclasses.fields(kind) if field.init}
+
+
+def _without(flags, values):
+    """The flags without these values, each of which argparse found once."""
+    flags = list(flags)
+    for value in reversed(values):
+        del flags[len(flags) - 1 - flags[::-1].index(value)]
+    return flags
 
 
 def _read_config(parser, arguments) -> list[str]:

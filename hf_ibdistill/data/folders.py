@@ -124,7 +124,7 @@ def open_images(root: Path) -> Dataset:
             f"{root} has the split folders {', '.join(evaluated)}, which may hold images to measure on. Give the folder of "
             "the images to learn from."
         )
-    images, others = _find_images(root)
+    images, others = find_images(root)
     if not images:
         raise ValueError(f"{root} holds no image that Pillow opens: {_describe(root)}.")
     if others:
@@ -178,7 +178,7 @@ def _read_classes(folders) -> dict[str, list[str]]:
     """Class → its image files, sorted."""
     classes: dict[str, list[str]] = {}
     for folder in folders:
-        images, others = _find_images(folder)
+        images, others = find_images(folder)
         if not images:
             content = f"its files are no images that Pillow opens ({_count(others)})" if others else "it is empty"
             raise ValueError(
@@ -194,7 +194,7 @@ def _read_classes(folders) -> dict[str, list[str]]:
     return classes
 
 
-def _find_images(folder) -> tuple[list[str], Counter]:
+def find_images(folder) -> tuple[list[str], Counter]:
     """The image files below a folder, sorted, and the number of other files by their extension."""
     images, others = [], Counter()
     for path in walk(folder):

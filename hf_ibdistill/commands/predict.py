@@ -1,0 +1,111 @@
+"""Print the classes that a model predicts for images.
+
+hf-ibdistill predict --model outputs/student photo.jpg
+hf-ibdistill predict --model user/student photos/ --top_k 3 --csv labels.csv
+
+Folders are searched at any depth. Files that cannot be read are named and left out.
+"""
+
+import csv
+import io
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoImageProcessor
+from transformers.hf_argparser import HfArg
+
+from ..checks import check_numbers
+from ..data.classes import config_class_names
+from ..data.folders import find_images
+from ..files import user_path, write_text
+from ..images.decoding import decode_image
+from ..images.preprocessing import pixel_values
+from ..teachers import load_classifier
+from .arguments import parse, run
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class PredictionArguments:
+    _argument_group_name = "prediction"
+
+    model: str = HfArg(help="Folder or Hub id of the model.")
+    images: list[str] = HfArg(default_factory=list, help="Files and folders of images; the flag may be left out.")
+    top_k: int = HfArg(default=1, help="Classes of each image, the most probable first.")
+    csv: str | None = HfArg(default=None, help="Write the predictions to this file as well.")
+    batch_size: int = HfArg(default=64, help="Images per forward pass.")
+    trust_remote_code: bool = HfArg(default=False, help="Run the code of the model repository.")
+
+
+def list_files(sources: list[str]) -> list[str]:
+    """The files of images among the sources and in their folders; `ValueError` if there are none."""
+    files = []
+    for source in sources:
+        path = Path(user_path(source, "images"))
+        if not path.exists():
+            raise ValueError(f"images={source} does not exist. Give files or folders of images.")
+        found = find_images(path)[0] if path.is_dir() else [str(path)]
+        if not found:
+            raise ValueError(f"images={source} holds no image that Pillow opens.")
+        files += found
+    if not files:
+        raise ValueError("There is nothing to predict. Give files or folders of images.")
+    return files
+
+
+def predict_files(model, processor, files: list[str], batch_size: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """(file, probabilities (C,)) of each file that can be read."""
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    model = model.to(device).eval()
+    for start in range(0, len(files), batch_size):
+        readable = []
+
+        def images(batch=files[start : start + batch_size], readable=readable):
+            for file in batch:
+                try:
+                    image = decode_image({"bytes": None, "path": file})
+                except ValueError as error:
+                    logger.warning("%s", error)
+                else:
+                    readable.append(file)
+                    yield image
+
+        values = pixel_values(images(), {"": processor})
+        if readable:
+            with torch.inference_mode():
+                logits = model(pixel_values=values[""].to(device, model.dtype)).logits
+            yield from zip(readable, logits.float().softmax(-1).cpu())
+
+
+def main(arguments):
+    (prediction,) = parse("predict", __doc__, arguments, PredictionArguments, bare="images")
+    files = list_files(prediction.images)
+    check_numbers(1, whole=True, batch_size=prediction.batch_size)
+    trust = {"trust_remote_code": prediction.trust_remote_code}
+    model = load_classifier(prediction.model, **trust)
+    names = config_class_names(model.config)
+    check_numbers(1, len(names), whole=True, top_k=prediction.top_k)
+    processor = AutoImageProcessor.from_pretrained(prediction.model, **trust)
+    numbers = ["", *(f"_{number}" for number in range(2, prediction.top_k + 1))]
+    rows = [["file", *(f"{column}{number}" for number in numbers for column in ("class", "probability"))]]
+    for file, probabilities in predict_files(model, processor, files, prediction.batch_size):
+        best = [
+            (names[i], f"{p:.4f}") for p, i in zip(*(part.tolist() for part in probabilities.topk(prediction.top_k)))
+        ]
+        print(f"{file}: {', '.join(f'{name} {100 * float(p):.1f} %' for name, p in best)}")
+        rows.append([file, *(value for pair in best for value in pair)])
+    if len(rows) == 1:
+        raise ValueError(f"None of {len(files)} files can be read as an image.")
+    if prediction.csv is not None:
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows(rows)
+        write_text(user_path(prediction.csv, "csv"), text.getvalue())
+
+
+if __name__ == "__main__":
+    run("predict", main)
