@@ -170,4 +170,9 @@ def _find(kind: str, given: str | None, candidates: Sequence[str], features: Fea
         raise ValueError(
             f"Several columns could be the {kind} column: {', '.join(candidates)}. Choose one with {kind}_column."
         )
+    if kind == "image" and "row_key" in features:
+        raise ValueError(
+            f"The table holds logits without images; the columns are {columns}. Open the images, and join the logits to them: "
+            "attach_teacher_logits(images, table), on the command line --logits TABLE."
+        )
     raise ValueError(f"There is no {kind} column; the columns are {columns}. Name it with {kind}_column.")

@@ -239,7 +239,8 @@ def finish(folder: Path, info: DatasetInfo, split: NamedSplit | None, record: di
     with explain_full_disk(folder, _FULL_DISK):
         write_text(folder / CHECKSUMS, json.dumps(sums, indent=2))
         _write_description(folder, info, split, record, filled, sums)
-    for path in {*shards} - {*filled}:
+    # Shards without rows, and those behind the end of a stream that has become shorter.
+    for path in {*folder.glob("data-*.arrow")} - {*filled}:
         path.unlink()
     _remove_scaffolding(folder)
 

@@ -57,6 +57,8 @@ def test_logits_without_images_teach_the_same_student(outputs, tmp_path):
         "record", "--dataset", outputs.images, *teachers, "--with_images", "false", "--output_dir", tmp_path / "logits"
     )
     assert "image" not in load_from_disk(tmp_path / "logits")["train"].column_names
+    with pytest.raises(SystemExit, match="holds logits without images.*--logits TABLE"):
+        run("distill", "--dataset", tmp_path / "logits", *QUICK, "--output_dir", tmp_path / "student")
     given = ["--dataset", outputs.images, "--logits", tmp_path / "logits", *QUICK]
     run("distill", *given, "--output_dir", tmp_path / "student")
     first, second = (load_file(folder / "model.safetensors") for folder in (outputs.student, tmp_path / "student"))
