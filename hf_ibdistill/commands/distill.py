@@ -9,8 +9,7 @@ hf-ibdistill distill --student_config mobilenet_v2 depth_multiplier=0.5 --image_
     --dataset outputs/table --output_dir outputs/mobilenet
 
 The third trains the same student on labels alone. The fourth reads logits that are stored without
-their images. The last two teach any image classifier: a saved
-one, or one from nothing.
+their images. The last two teach any image classifier: a saved one, or one from nothing.
 """
 
 import json

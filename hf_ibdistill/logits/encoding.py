@@ -26,7 +26,8 @@ class LogitsEncoding:
     of all others (top-k).
 
     Top-k stores differences from the largest logit. A softmax depends on differences only, and differences keep more
-    digits. Dense rows with a number that float16 cannot hold are stored in the same way. The stored classes have exact probabilities; the others share the rest evenly.
+    digits. Dense rows with a number that float16 cannot hold are stored in the same way. The stored classes have exact
+    probabilities; the others share the rest evenly.
 
     How much is left for the others depends on the temperature τ. Let m others have mean logit μ and log-sum-exp L. The
     cumulant expansion to second order is log Σ exp(l/τ) ≈ log m + μ/τ + g/τ². It is exact at τ = 1 for

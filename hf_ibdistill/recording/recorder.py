@@ -106,9 +106,9 @@ def record_teacher_logits(
     new is computed.
 
     Args:
-        dataset: a table or a stream with an image and a `ClassLabel` column, or several splits, all of which are recorded. Rows
-            may have no label (null or −1), or the table no label column; the classes then are those of the first teacher.
-            Of several splits, only "train" gets views. The others, which measure agreement with the teachers, get none.
+        dataset: a table or a stream with an image and a `ClassLabel` column, or several splits, all of which are recorded.
+            Rows may have no label (null or −1), or the table no label column; the classes then are those of the first
+            teacher. Of several splits, only "train" gets views. The others, which measure agreement with the teachers, get none.
         teachers: name → Hub id, folder, model loaded by `from_pretrained`, or (model, image processor). Logits are put into
             the order of the classes of the dataset, by name. A teacher may have further classes, which are dropped.
         output_dir: folder of the finished table, which `datasets.load_from_disk` reads.

@@ -1,7 +1,7 @@
 """The folder of a recording: begin or continue it, write and check its shards, and make them one table.
 
-A shard is a run of consecutive rows, and a data file of the finished table. It is written under a temporary name and renamed when it is complete, so an
-interrupted recording keeps every finished shard and continues with the next.
+A shard is a run of consecutive rows, and a data file of the finished table. It is written under a temporary name and renamed
+when it is complete, so an interrupted recording keeps every finished shard and continues with the next.
 """
 
 import hashlib

@@ -9,7 +9,6 @@ import re
 import shutil
 import signal
 import subprocess
-import threading
 import time
 from pathlib import Path
 
@@ -22,8 +21,7 @@ import tqdm.std
 from accelerate.state import AcceleratorState, PartialState
 from comparing import same_bytes
 from datasets import Dataset, DatasetDict, Image, concatenate_datasets, load_from_disk
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from interrupting import before_each_batch, file_times, give_own_lock, launch_two_processes
 
 from hf_ibdistill import ViewRecipe, logits_metrics, record_teacher_logits
 from hf_ibdistill.logits.provenance import read_records
@@ -58,19 +56,6 @@ def batches(loaded):
     hook = before_each_batch(loaded, sizes.append)
     yield sizes
     hook.remove()
-
-
-def before_each_batch(loaded, call):
-    def pass_size(_, arguments, keywords):
-        # Not the trial on one image, before the first shard.
-        if len(keywords["pixel_values"]) > 1:
-            call(len(keywords["pixel_values"]))
-
-    return loaded["conv"][0].register_forward_pre_hook(pass_size, with_kwargs=True)
-
-
-def file_times(folder, pattern="*"):
-    return {path.name: path.stat().st_mtime_ns for path in Path(folder).glob(pattern)}
 
 
 # A finished recording
@@ -278,13 +263,6 @@ def test_a_second_recorder_is_refused_and_a_killed_one_is_taken_over(
 # Killed processes
 
 
-def give_own_lock(progress_bars):
-    """Processes share the lock of the progress bars, and a killed one never returns it."""
-    progress_bars.set_lock(threading.RLock())
-    for kind in progress_bars.__subclasses__():
-        give_own_lock(kind)
-
-
 def test_killed_at_any_instant_it_continues_to_the_same_table(finished, dataset, loaded, tmp_path):
     folder = tmp_path / "killed"
 
@@ -337,23 +315,6 @@ def record_twice(dataset, teachers, folder):
     report = {"pid": os.getpid(), "rows": len(table), "batches": sizes}
     (folder / f"{state.process_index} of {state.num_processes}").write_text(json.dumps(report))
     record_teacher_logits(dataset, teachers, output_dir=folder / "killed", **SETTINGS)
-
-
-def launch_two_processes(run, dataset, teachers, folder):
-    """torchrun, except that it forks its processes, so that they need not import everything again."""
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=2,
-        run_id="two processes",
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        local_addr="localhost",
-        start_method="fork",
-        max_restarts=0,
-        logs_specs=DefaultLogsSpecs(log_dir=str(folder / "logs")),
-    )
-    elastic_launch(config, run)(dataset, teachers, folder)
 
 
 def test_two_processes_record_the_table_of_one_and_a_killed_one_leaves_its_shards(

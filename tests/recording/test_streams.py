@@ -24,8 +24,8 @@ from datasets import (
     load_from_disk,
 )
 from datasets.distributed import split_dataset_by_node
+from interrupting import before_each_batch, file_times, give_own_lock, launch_two_processes
 from small import NAMES, image_bytes
-from test_shards import before_each_batch, file_times, give_own_lock, launch_two_processes
 from tqdm.std import tqdm
 
 from hf_ibdistill import ViewRecipe, attach_teacher_logits, read_records, record_teacher_logits
