@@ -45,6 +45,7 @@ setup(
         "matplotlib>=3.8,<4",
         "pyyaml>=6,<7",
         "filelock>=3.12,<5",
+        "fsspec>=2023.10",
         "psutil>=5.9",
         "jinja2>=3,<4",
         "tqdm>=4.66,<5",

@@ -154,6 +154,7 @@ _WITHOUT_EFFECT = [
     ("model", lambda value: not value, ("linear_probe", "layer_decay", "freeze_layers")),
     ("teachers", lambda value: not value, ("teacher_classes",)),
     ("teachers", bool, ("logits",)),
+    ("streaming", bool, ("validation_fraction", "split_seed")),
     ("images_per_class", lambda value: not value, ("keep_rest",)),
     ("unlabelled_target", lambda value: value != "pseudo_labels", ("min_confidence",)),
     ("without_teachers", bool, _TEACHING),

@@ -51,7 +51,7 @@ def list_files(sources: list[str]) -> list[str]:
             raise ValueError(f"images={source} does not exist. Give files or folders of images.")
         found = find_images(path)[0] if path.is_dir() else [str(path)]
         if not found:
-            raise ValueError(f"images={source} holds no image that Pillow opens.")
+            raise ValueError(f"images={source} holds no image that Pillow opens. Give another folder.")
         files += found
     if not files:
         raise ValueError("There is nothing to predict. Give files or folders of images.")
@@ -78,7 +78,8 @@ def predict_files(model, processor, files: list[str], batch_size: int) -> Iterat
         values = pixel_values(images(), {"": processor})
         if readable:
             with torch.inference_mode():
-                logits = model(pixel_values=values[""].to(device, model.dtype)).logits
+                # Logits come first, also in the tuples of a model with `return_dict=False`.
+                logits = model(pixel_values=values[""].to(device, model.dtype))[0]
             yield from zip(readable, logits.float().softmax(-1).cpu())
 
 
@@ -100,7 +101,7 @@ def main(arguments):
         print(f"{file}: {', '.join(f'{name} {100 * float(p):.1f} %' for name, p in best)}")
         rows.append([file, *(value for pair in best for value in pair)])
     if len(rows) == 1:
-        raise ValueError(f"None of {len(files)} files can be read as an image.")
+        raise ValueError(f"None of {len(files)} files can be read as an image. Give image files.")
     if prediction.csv is not None:
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows(rows)

@@ -76,6 +76,8 @@ def test_parquet_files_are_recorded_as_a_stream(outputs, tmp_path):
     for split, table in load_from_disk(outputs.table).items():
         streamed = load_from_disk(tmp_path / "table")[split]
         assert streamed.with_format("arrow")[:].to_pylist() == table.with_format("arrow")[:].to_pylist()
+    with pytest.raises(SystemExit, match="validation_fraction=0.2 has no effect with streaming=True"):
+        run("record", *given, "--validation_fraction", "0.2", "--output_dir", tmp_path / "other")
     with pytest.raises(SystemExit, match="images_per_class=3 needs the whole table"):
         run("record", *given, "--images_per_class", "3", "--output_dir", tmp_path / "other")
 

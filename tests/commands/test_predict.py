@@ -1,6 +1,8 @@
 """`hf-ibdistill predict`: the classes of files, as transformers' pipeline predicts them."""
 
 import csv
+import json
+import shutil
 
 import pytest
 from running import run
@@ -51,6 +53,16 @@ def test_files_that_cannot_be_read_are_named(outputs, photos, caplog, capsys):
     (photos / "b.png").write_bytes(b"damaged")
     run("predict", "--model", outputs.conv, photos)
     assert len(capsys.readouterr().out.splitlines()) == 2 and str(photos / "b.png") in caplog.text
+
+
+def test_a_model_that_returns_tuples(outputs, photos, tmp_path, capsys):
+    run("predict", "--model", outputs.student, photos)
+    expected = capsys.readouterr().out
+    folder = shutil.copytree(outputs.student, tmp_path / "tuples")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "return_dict": False}))
+    run("predict", "--model", folder, photos)
+    assert capsys.readouterr().out == expected
 
 
 def test_mistakes_are_named(outputs, photos, tmp_path):
