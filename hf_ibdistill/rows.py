@@ -82,6 +82,7 @@ class _RowDecoder:
 
     def _decode(self, rows: Iterable[dict], numbers: Iterable[int]) -> Iterator[dict]:
         """One row at a time, so that a caller decides how many decoded images are held."""
+        view = self._view
         for number, row in zip(numbers, rows):
             # A new dict, because the rows that are to come hold no decoded image yet, and those that came no longer.
             row = dict(row)
@@ -91,7 +92,7 @@ class _RowDecoder:
                 raise ValueError(f"Row {number}: {error}") from error
             if self.views is not None:
                 key = row.pop(ROW_KEY, None)
-                row[IMAGE] = make_view(row[IMAGE], self.views, row_key(row[IMAGE]) if key is None else key, self._view)
+                row[IMAGE] = make_view(row[IMAGE], self.views, row_key(row[IMAGE]) if key is None else key, view)
             yield row
 
 

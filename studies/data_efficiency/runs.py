@@ -71,6 +71,12 @@ class Study:
     # Other steps than those of the study, to try it out.
     teacher_steps: int | None = None
     student_steps: int | None = None
+    # Under bf16 or not; by default on hardware with bf16 units.
+    bf16: bool | None = None
+
+    def __post_init__(self):
+        if self.bf16 is None:
+            self.bf16 = has_bf16_units(use_cpu=not torch.accelerator.is_available())
 
     @property
     def data(self) -> DataSet:
@@ -264,8 +270,7 @@ class Study:
         folder = self.folder(recipe) / "tables" / "_".join([*teachers, kind])
         path = folder.with_suffix(".json")
         seconds = stopwatch()
-        bf16 = has_bf16_units(use_cpu=not torch.accelerator.is_available())
-        table = record_teacher_logits(train, teachers, output_dir=folder, views=views, bf16=bf16)
+        table = record_teacher_logits(train, teachers, output_dir=folder, views=views, bf16=self.bf16)
         if not path.exists():
             write(path, seconds())
         return table, json.loads(path.read_text())
@@ -283,6 +288,7 @@ class Study:
             logging_strategy="steps",
             logging_steps=max(1, recipe.steps // 10),
             disable_tqdm=True,
+            bf16=self.bf16,
             **recipe.pick("seed", "learning_rate", "weight_decay"),
             **loss,
         )

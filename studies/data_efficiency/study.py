@@ -16,6 +16,7 @@ run. `--stage grid` trains on the whole subset by these recipes, and only then o
 """
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -41,6 +42,7 @@ class StudyArguments:
     seeds: list[int] = HfArg(default_factory=lambda: [0, 1, 2], help="One cell each.")
     teacher_steps: int | None = HfArg(default=None, help="Other steps than the study's, to try it out.")
     student_steps: int | None = HfArg(default=None, help="Other steps than the study's, to try it out.")
+    bf16: bool | None = HfArg(default=None, help="Train and record under bf16; by default on hardware with bf16 units.")
     results_dir: str | None = HfArg(default=None, help="Folder of the cells; by default results/data_efficiency/NAME.")
     work_dir: str | None = HfArg(
         default=None, help="Folder of models and tables; by default outputs/data_efficiency/NAME."
@@ -64,27 +66,35 @@ class StudyArguments:
         self.dataset = self.dataset or DATASETS[self.name].source
 
 
-def trial_paths(study: Study, method: str, variation: str) -> list[Path]:
-    """The cells of a trial, one a seed."""
-    return sorted((study.results_dir / "search").glob(f"*[0-9]_{method}_{variation}_[0-9].json"))
+def trial_paths(study: Study, method: str, variation: str) -> dict[tuple[str, str], Path]:
+    """The cells of a trial, by number of images and seed."""
+    name = f"_{method}_{variation}_"
+    paths = (study.results_dir / "search").glob(f"*[0-9]{name}[0-9].json")
+    return {tuple(path.stem.split(name)): path for path in paths}
 
 
-def search_accuracy(study: Study, method: str, variation: str) -> float:
-    """Accuracy on held-out images, mean over the seeds.
+def search_accuracies(study: Study, method: str, variations: Iterable[str]) -> dict[str, float]:
+    """Accuracy of each trial on held-out images: the mean over the sizes and seeds that every one of them has.
 
     Raises:
-        ValueError: there is no such cell.
+        ValueError: there is no cell that all have.
     """
-    paths = trial_paths(study, method, variation)
-    values = [json.loads(path.read_text())["metrics"]["accuracy"] for path in paths]
-    if not values:
-        raise ValueError(f'The method {method} has no cell of the trial "{variation}". Run --stage search first.')
-    return sum(values) / len(values)
+    paths = {variation: trial_paths(study, method, variation) for variation in variations}
+    common = set.intersection(*map(set, paths.values()))
+    if not common:
+        missing = ", ".join(f'"{name}"' for name, found in paths.items() if not found) or "of one size and seed"
+        raise ValueError(f"The method {method} has no cells of the trials {missing}. Run --stage search first.")
+    accuracies = {
+        variation: [json.loads(found[key].read_text())["metrics"]["accuracy"] for key in common]
+        for variation, found in paths.items()
+    }
+    return {variation: sum(values) / len(values) for variation, values in accuracies.items()}
 
 
 def finalists(study: Study, method: str) -> list[str]:
     """The trials of the second round: the best two of the first, with twice the steps."""
-    ranking = sorted(TRIALS[method], key=lambda variation: search_accuracy(study, method, variation), reverse=True)
+    accuracies = search_accuracies(study, method, TRIALS[method])
+    ranking = sorted(accuracies, key=accuracies.get, reverse=True)
     return [f"{variation}+patience_2" for variation in ranking[:2]]
 
 
@@ -96,7 +106,7 @@ def choose(study: Study, methods: list[str]) -> None:
         names = finalists(study, method)
         if not any(trial_paths(study, method, name) for name in names):
             names = TRIALS[method]
-        accuracies = {name: search_accuracy(study, method, name) for name in names}
+        accuracies = search_accuracies(study, method, names)
         best = max(accuracies, key=accuracies.get)
         recipes[method] = combine(best.removesuffix("+patience_2"))
         print(method, {name: round(100 * value, 2) for name, value in accuracies.items()}, recipes[method])
@@ -108,7 +118,8 @@ def main(arguments=None):
     parser = HfArgumentParser(StudyArguments, description=__doc__.splitlines()[0])
     (args,) = parser.parse_args_into_dataclasses(arguments)
     folders = study_folders(args.name, args.results_dir, args.work_dir)
-    study = Study(args.name, args.dataset, *folders, args.stage == "search", args.teacher_steps, args.student_steps)
+    steps = args.teacher_steps, args.student_steps
+    study = Study(args.name, args.dataset, *folders, args.stage == "search", *steps, args.bf16)
     if args.stage == "choose":
         return choose(study, args.methods)
     for images, seed, method in product(args.images, args.seeds, args.methods):
