@@ -42,7 +42,9 @@ class StudyArguments:
     seeds: list[int] = HfArg(default_factory=lambda: [0, 1, 2], help="One cell each.")
     teacher_steps: int | None = HfArg(default=None, help="Other steps than the study's, to try it out.")
     student_steps: int | None = HfArg(default=None, help="Other steps than the study's, to try it out.")
-    bf16: bool | None = HfArg(default=None, help="Train and record under bf16; by default on hardware with bf16 units.")
+    bf16: bool | None = HfArg(
+        default=None, help="Train and record under bf16; by default on hardware with bf16 units."
+    )
     results_dir: str | None = HfArg(default=None, help="Folder of the cells; by default results/data_efficiency/NAME.")
     work_dir: str | None = HfArg(
         default=None, help="Folder of models and tables; by default outputs/data_efficiency/NAME."

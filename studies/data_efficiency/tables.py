@@ -224,7 +224,7 @@ def on_one_machine(cells: dict) -> dict:
 
 
 def _machine(cell):
-    return tuple(cell["machine"].get(key) for key in ("cpu", "vectors", "cores", "threads"))
+    return tuple(str(cell["machine"].get(key)) for key in ("cpu", "vectors", "accelerators", "cores", "threads"))
 
 
 def seconds(cells: dict, method: str, images: int, seed: int) -> dict[str, float]:

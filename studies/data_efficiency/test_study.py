@@ -55,7 +55,7 @@ def test_a_cell_runs_once_and_keeps_its_recipe(tmp_path):
 def test_the_search_decides_and_the_test_images_stay_closed_before(tmp_path):
     with pytest.raises(ValueError, match="no .*recipes.json.* --stage search"):
         run_study(tmp_path, "--methods", "undistilled")
-    with pytest.raises(ValueError, match='undistilled has no cell of the trial "base"'):
+    with pytest.raises(ValueError, match='undistilled has no cells of the trials "base"'):
         run_study(tmp_path, "--stage", "choose")
     with pytest.raises(ValueError, match="variations=trials .* base, "):
         run_study(tmp_path, "--variations", "trials")
