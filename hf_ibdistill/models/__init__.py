@@ -1,6 +1,7 @@
 """The models that `from_pretrained` loads, registered with the Auto classes of transformers.
 
-These files import only torch, transformers and each other, so that a Hub repository can carry them as remote code.
+These files import only torch, transformers and each other, so that a Hub repository can carry them as remote code. On a
+GPU, they use Triton if it is there.
 """
 
 from transformers import (

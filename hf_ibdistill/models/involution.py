@@ -13,11 +13,15 @@ two ways:
   memory, however small the image is. A stride s splits the input into s² such layouts, one per phase.
 - by matrices: an image of few positions is a vector, and the kernels of all its positions are one matrix. Most of the
   matrix lies inside the image, so a batched matrix product wastes little.
+
+On a CUDA device, one kernel for each result does the same without scratch memory (`involution_triton.py`), if Triton is there.
 """
 
 import math
+import warnings
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from importlib.util import find_spec
 
 import torch
 from torch import nn
@@ -79,6 +83,17 @@ def _check_shapes(input, kernel, stride):
 def _involution(input: torch.Tensor, kernel: torch.Tensor, stride: int) -> torch.Tensor:
     # Checked here, because torch.compile does not look inside an operator: every check outside would be a guard.
     _check_shapes(input, kernel, stride)
+    return _generic_forward(input, kernel, stride)
+
+
+@torch.library.custom_op("hf_ibdistill::involution2d_backward", mutates_args=())
+def _involution_backward(
+    grad_output: torch.Tensor, input: torch.Tensor, kernel: torch.Tensor, stride: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _generic_backward(grad_output, input, kernel, stride)
+
+
+def _generic_forward(input, kernel, stride):
     batch, groups, taps, *size = kernel.shape
     dtype = torch.promote_types(input.dtype, kernel.dtype)
     way = _way(*input.shape[2:], math.isqrt(taps), stride, input.device, dtype)
@@ -90,10 +105,7 @@ def _involution(input: torch.Tensor, kernel: torch.Tensor, stride: int) -> torch
     return output.view(input.shape[:2] + output.shape[2:])
 
 
-@torch.library.custom_op("hf_ibdistill::involution2d_backward", mutates_args=())
-def _involution_backward(
-    grad_output: torch.Tensor, input: torch.Tensor, kernel: torch.Tensor, stride: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _generic_backward(grad_output, input, kernel, stride):
     groups, taps = kernel.shape[1:3]
     way = _way(*input.shape[2:], math.isqrt(taps), stride, input.device, grad_output.dtype)
     inputs, kernels, grads = _group(input, groups), kernel.flatten(0, 1), _group(grad_output, groups)
@@ -103,6 +115,53 @@ def _involution_backward(
         for chunk in _chunks(inputs, taps, way):
             grad_inputs[chunk], grad_kernels[chunk] = way.backward(grads[chunk], inputs[chunk], kernels[chunk])
     return grad_inputs.view(input.shape), grad_kernels.view(kernel.shape)
+
+
+if find_spec("triton"):
+
+    @_involution.register_kernel("cuda")
+    def _(input, kernel, stride):
+        _check_shapes(input, kernel, stride)
+        if not _runs_triton(input, kernel):
+            return _generic_forward(input, kernel, stride)
+        from .involution_triton import forward
+
+        with torch.cuda.device(input.device):
+            return forward(input, kernel, stride)
+
+    @_involution_backward.register_kernel("cuda")
+    def _(grad_output, input, kernel, stride):
+        if not _runs_triton(input, kernel):
+            return _generic_backward(grad_output, input, kernel, stride)
+        from .involution_triton import backward
+
+        with torch.cuda.device(input.device):
+            return backward(grad_output, input, kernel, stride)
+
+
+def _runs_triton(input, kernel):
+    if input.device != kernel.device:
+        raise ValueError(f"input is on {input.device} and kernel on {kernel.device}. Move them to one device.")
+    # Within a plane of an image, the kernels count in 32 bits.
+    return math.prod(input.shape[2:]) < 2**30 and _has_triton(input.device)
+
+
+@lru_cache
+def _has_triton(device):
+    """Whether Triton can start kernels on a device. If not, the reason is a warning, since the generic way is slow."""
+    # Imported at the first call, because most machines that import this package have no GPU. transformers does not require
+    # what remote code imports in a `try`.
+    try:
+        import triton
+
+        with torch.cuda.device(device):
+            # Builds a library, for which some machines lack a compiler or the headers of Python.
+            triton.runtime.driver.active.get_current_device()
+    except Exception as error:
+        warnings.warn(f"involution2d on {device} runs without Triton, so it is slow: {error!r}", stacklevel=2)
+        return False
+    # Triton does not support older GPUs.
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @_involution.register_fake
