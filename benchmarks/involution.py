@@ -3,6 +3,7 @@
     python benchmarks/involution.py
     OMP_NUM_THREADS=1 python benchmarks/involution.py    # on a shared machine, where threads wait for each other
     python benchmarks/involution.py --repetitions 1    # a quick look
+    python benchmarks/involution.py --device cuda    # on a GPU, as involution_gpu.py describes; only `--output_file` applies
 
 The shapes are those of all involutions in RedNet-26 and in the small involution teacher, found by running the networks
 without data. Each is computed forward, and forward and backward, in float32 and in bfloat16, in three ways:
@@ -30,6 +31,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import geometric_mean
 
+import involution_gpu
 import numpy as np
 import torch
 from timing import Case, check, check_table, parse, quartiles, spread, time_in_turn, write_results
@@ -50,6 +52,10 @@ RUN_SECONDS = 0.05  # A shorter run would measure the clock and the caller.
 @dataclass
 class InvolutionArguments:
     output_file: str = HfArg(default="outputs/benchmark_involution.json", help="Where the results go.")
+    device: str = HfArg(
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu or cuda; cuda measures other shapes and ways.",
+    )
     large_size: int = HfArg(default=224, help="Side of RedNet-26's images.")
     large_batch_size: int = HfArg(default=8, help="Images in a batch of RedNet-26.")
     small_sizes: list[int] = HfArg(default_factory=lambda: [8, 28], help="Sides of the small teachers' images.")
@@ -286,6 +292,12 @@ def report(entries, means, compiling, limits, steps, checks) -> str:
 
 def main():
     bench = parse(InvolutionArguments, __doc__)
+    if bench.device == "cuda":
+        measured = involution_gpu.measure()
+        write_results(bench, **measured)
+        header, *rows = involution_gpu.rows(measured)
+        print(f"\n{markdown_table(header, rows)}\n\nA copy: {measured['copy_bytes_per_second'] / 1e9:,.0f} GB/s.")
+        return
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # The profiler's library prints lines for each profile.
     begin = time.perf_counter()
     torch.manual_seed(bench.seed)
