@@ -95,6 +95,16 @@ class Batch:
     inputs: dict[str, torch.Tensor]  # teacher → pixel values, in which the views of a row follow one another
     state: dict | None = None  # where a stream continues behind this batch
 
+    # A worker process sends it. Pickle would send all rows of the record batches that these are a slice of.
+    def __getstate__(self) -> dict:
+        with pa.BufferOutputStream() as file:
+            with pa.ipc.new_stream(file, self.rows.schema) as writer:
+                writer.write_table(self.rows)
+            return {**vars(self), "rows": file.getvalue()}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state, rows=pa.ipc.open_stream(state["rows"]).read_all())
+
     def pin_memory(self) -> "Batch":
         """Called by data loaders, before the tensors go to an accelerator."""
         self.inputs = {name: tensor.pin_memory() for name, tensor in self.inputs.items()}

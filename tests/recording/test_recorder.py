@@ -3,8 +3,10 @@
 import copy
 import pickle
 import re
+from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import scipy.special
 import torch
@@ -544,3 +546,29 @@ def test_what_workers_get_can_be_sent_to_a_new_process(loaded, images):
     found = prepare(rows.__getitems__(range(1, 3)))
     assert [*found.numbers] == [1, 2] and found.rows.equals(expected.rows)
     assert all(torch.equal(found.inputs[name], expected.inputs[name]) for name in processors)
+
+
+def test_a_worker_sends_its_rows_and_not_those_beside_them(viewed, loaded):
+    # Each row has views and logits; all 4,000 are in one record batch.
+    table = Dataset(pa.concat_tables([viewed.data.table] * 500).combine_chunks(), info=viewed.info)
+    processors = {name: processor for name, (_, processor) in loaded.items()}
+    prepare = Preparation(processors, FIVE_VIEWS, range(5, 6), None, False, embeds_files=False, keeps_keys=True)
+    rows = EncodedRows(table)
+    batch = prepare(rows.__getitems__(range(1001, 1004)))
+    sent = pickle.dumps(batch)
+    size = sum(tensor.nbytes for tensor in batch.inputs.values()) + batch.rows.nbytes
+    assert len(sent) < 2 * size + 20_000 < table.data.nbytes / 10
+    received = pickle.loads(sent)
+    assert received.rows.equals(batch.rows)
+    for column in ("row_key", "conv_logits", "inv_logits"):
+        expected = viewed.with_format("arrow")[:][column].to_pylist()
+        assert received.rows[column].to_pylist() == [expected[row % 8] for row in range(1001, 1004)]
+
+
+def test_workers_add_views_to_those_that_were_recorded(loaded, viewed, tmp_path, images):
+    two = record_teacher_logits(images(8), loaded, output_dir=tmp_path / "two", views=replace(FIVE_VIEWS, num_views=2))
+    more = record_teacher_logits(
+        two, loaded, output_dir=tmp_path / "five", views=FIVE_VIEWS, batch_size=6, num_workers=2
+    )
+    for name, values in columns(more).items():
+        np.testing.assert_allclose(values, columns(viewed)[name], rtol=2e-3, atol=2e-3)
