@@ -35,21 +35,31 @@ class DataSet:
     recipe: dict = field(default_factory=dict)
 
 
+_FASHION = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 DATASETS = {
     "fashion_mnist": DataSet(
         "Fashion-MNIST",
         "zalando-datasets/fashion_mnist",
-        ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"),
+        _FASHION,
         steps={1000: 2000, 3000: 3000, 10000: 10000, 60000: 9000},
         teacher_steps={1000: 800, 3000: 1200, 10000: 4700, 60000: 6000},
         search_steps=1200,
         validates_on_split=False,
     ),
+    # Other steps and another validation split than in the study of labelled images above.
+    "fashion_mnist_unlabelled": DataSet(
+        "Fashion-MNIST",
+        "zalando-datasets/fashion_mnist",
+        _FASHION,
+        steps={1000: 4000},
+        teacher_steps={1000: 800},
+        search_steps=1200,
+    ),
     "cifar10": DataSet(
         "CIFAR-10 (as JPEG)",
         "uoft-cs/cifar10",
         ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
-        steps={1000: 3000, 5000: 3000},
+        steps={1000: 4000, 5000: 5000},
         teacher_steps={1000: 600, 5000: 1500},
         search_steps=600,
         max_stored_views=8,

@@ -270,7 +270,7 @@ class Study:
         folder = self.folder(recipe) / "tables" / "_".join([*teachers, kind])
         path = folder.with_suffix(".json")
         seconds = stopwatch()
-        table = record_teacher_logits(train, teachers, output_dir=folder, views=views, bf16=self.bf16)
+        table = record_teacher_logits(train, teachers, output_dir=folder, views=views, bf16=self.bf16, batch_size=256)
         if not path.exists():
             write(path, seconds())
         return table, json.loads(path.read_text())
