@@ -198,7 +198,7 @@ class Study:
     def _train_and_measure(self, recipe, train, measured, folder):
         method = METHODS[recipe.method]
         if method.preset == "efficientnet-lite0":
-            model, processor = build_pretrained(recipe, self.work_dir / "efficientnet", class_config(train))
+            model, processor = build_pretrained(recipe, self.folder(recipe) / "efficientnet", class_config(train))
         else:
             processor = build_image_processor(train)
             model = build_model(recipe, class_config(train), processor.size["height"])

@@ -176,6 +176,14 @@ def test_labels_alone_accumulate_alike(smoothing, plain_table, tmp_path):
     np.testing.assert_allclose(logged(parts, ["loss"]), logged(whole, ["loss"]), rtol=1e-4)
 
 
+def test_a_loss_that_is_nan_is_logged_as_it_is(table, tmp_path):
+    student = small_student()
+    with torch.no_grad():
+        student.class_head.weight[0, 0] = torch.nan
+    # transformers would log 0 by default.
+    assert np.isnan(logged(distill(tmp_path, table, student), ["loss"])).all()
+
+
 def test_stored_logits_and_online_teachers_take_the_same_steps(plain_table, table, teachers, tmp_path):
     weights_before = {name: copy.deepcopy(model.state_dict()) for name, (model, _) in teachers.items()}
     settings = {"per_device_train_batch_size": 4, "num_train_epochs": 2, "learning_rate": 0.1}
