@@ -226,7 +226,7 @@ SAME_RECIPE = {
     "inv_row": "both_row",
     "conv_views": "both_views",
     "inv_views": "both_views",
-    "pretrained_row": "both_row",
+    "pretrained_row": "both_views",
     "pretrained_all": "both_all",
     "pretrained_pseudo_labels": "pseudo_labels",
 }
