@@ -17,7 +17,7 @@ from .data.classes import check_streamed_labels
 from .data.columns import IMAGE, LABEL
 from .images.decoding import decode_image
 from .images.preprocessing import pixel_values
-from .images.views import ViewRecipe, make_view, row_key
+from .images.views import ViewRecipe, make_views, row_key
 from .logits.encoding import ROW_KEY, StoredLogits, column_name, decode, describe_column
 
 
@@ -36,10 +36,21 @@ class _RowDecoder:
         num_classes: int | None = None,
         views: ViewRecipe | None = None,
         temperatures: Sequence[float] | None = None,
+        views_per_image: int = 1,
     ):
         self.table = table
         self.columns, self.logits_columns = list(columns), list(logits_columns)
-        self.num_classes, self.views = num_classes, views
+        self.num_classes, self.views, self.views_per_image = num_classes, views, views_per_image
+        if views_per_image > (1 if views is None else views.num_views):
+            raise ValueError(
+                f"views_per_image={views_per_image}, but "
+                + (
+                    "there are no views. Leave it out"
+                    if views is None
+                    else f"there are {views.num_views} views of an image"
+                )
+                + ", or make more views."
+            )
         self.temperatures = dict(zip(self.logits_columns, temperatures or [1.0] * len(self.logits_columns)))
         stored_key = [ROW_KEY] if views is not None and ROW_KEY in table.column_names else []
         # Those of a table are read apart.
@@ -63,13 +74,25 @@ class _RowDecoder:
         self._epoch.fill_(epoch)
 
     @property
-    def _view(self) -> int | None:
-        return None if self.views is None else int(self._epoch) % self.views.num_views
+    def epoch(self) -> int:
+        return int(self._epoch)
+
+    def views_of_pass(self, number: int) -> list[int | None]:
+        """The views of each image that this pass over the images uses."""
+        if self.views is None:
+            return [None]
+        first = number * self.views_per_image
+        return [(first + offset) % self.views.num_views for offset in range(self.views_per_image)]
 
     def _decode_logits(
-        self, read: Callable[..., np.ndarray], column: str, source, numbers: Sequence[int]
+        self,
+        read: Callable[..., np.ndarray],
+        column: str,
+        source,
+        numbers: Sequence[int],
+        view: int | Sequence[int] | None,
     ) -> np.ndarray:
-        view = self._view if self._has_views[column] else None
+        view = np.asarray(view) if self._has_views[column] and self.views is not None else None
         logits = read(source, self.num_classes, view, self.temperatures[column])
         # Before training, only a sample is checked.
         bad = np.flatnonzero(~np.isfinite(logits).all(axis=1))
@@ -80,25 +103,37 @@ class _RowDecoder:
             )
         return logits
 
-    def _decode(self, rows: Iterable[dict], numbers: Iterable[int]) -> Iterator[dict]:
-        """One row at a time, so that a caller decides how many decoded images are held."""
-        view = self._view
-        for number, row in zip(numbers, rows):
-            # A new dict, because the rows that are to come hold no decoded image yet, and those that came no longer.
-            row = dict(row)
+    def _decode(self, rows: Iterable[dict], numbers: Iterable[int], views: Iterable[int | None]) -> Iterator[dict]:
+        """One image at a time, so that a caller decides how many decoded images are held. Views of one image that follow
+        one another are made together."""
+        for number, same in itertools.groupby(zip(numbers, rows, views), key=lambda entry: entry[0]):
+            _, rows_of_image, views_of_image = zip(*same)
+            first, count = rows_of_image[0], len(rows_of_image)
             try:
-                row[IMAGE] = decode_image(row[IMAGE], self._mode)
+                image = decode_image(first[IMAGE], self._mode)
             except ValueError as error:
                 raise ValueError(f"Row {number}: {error}") from error
+            images = [image] * count
             if self.views is not None:
-                key = row.pop(ROW_KEY, None)
-                row[IMAGE] = make_view(row[IMAGE], self.views, row_key(row[IMAGE]) if key is None else key, view)
-            yield row
+                key = first.get(ROW_KEY)
+                key = row_key(image) if key is None else key
+                images = make_views(images, self.views, [key] * count, views_of_image)
+            # Otherwise it would be held while the next is decoded.
+            del image
+            for row in rows_of_image:
+                row = dict(row)
+                if self.views is not None:
+                    row.pop(ROW_KEY, None)
+                yield {**row, IMAGE: images.pop(0)}
 
 
-def _as_rows(table: pa.Table, logits: Mapping[str, np.ndarray]) -> list[dict]:
-    values = {name: table[name].to_pylist() for name in table.column_names if name not in logits} | logits
-    return [dict(zip(values, row)) for row in zip(*values.values(), strict=True)]
+def _as_rows(table: pa.Table) -> list[dict]:
+    return [dict(zip(table.column_names, row)) for row in zip(*(column.to_pylist() for column in table.columns))]
+
+
+def _with_logits(rows: Iterable[dict], logits: Mapping[str, np.ndarray]) -> Iterator[dict]:
+    """The rows with the logits of each column. An array is (rows, …)."""
+    return (row | {name: values[place] for name, values in logits.items()} for place, row in enumerate(rows))
 
 
 class ImageRows(_RowDecoder, torch.utils.data.Dataset):
@@ -106,6 +141,7 @@ class ImageRows(_RowDecoder, torch.utils.data.Dataset):
 
     With a view recipe, the image is a view of it: (3, height, width), uint8. Its number is the epoch modulo the number of
     views, so that training uses them in turn. `start_epoch` sets the epoch, even in data loader workers that already run.
+    An index (row, view) asks for another view.
 
     Args:
         table: a table that passed the door ([`as_image_table`]); its rows keep their numbers.
@@ -114,9 +150,11 @@ class ImageRows(_RowDecoder, torch.utils.data.Dataset):
         num_classes: number of classes of the logits columns.
         views: recipe of the views to make; `None` returns the images as they are.
         temperatures: for each logits column, the temperature that it will be used at; top-k columns depend on it.
+        views_per_image: views of an image that [`SeveralViews`] puts into a batch.
 
     Raises:
-        ValueError: on reading a row whose image cannot be decoded; the message names the row.
+        ValueError: there are fewer views than `views_per_image`. On reading a row whose image cannot be decoded; the
+            message names the row.
     """
 
     def __init__(self, table: Dataset, *args, **kwargs):
@@ -126,20 +164,58 @@ class ImageRows(_RowDecoder, torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self._encoded)
 
-    def __getitem__(self, index: int) -> dict:
+    def __getitem__(self, index: int | tuple[int, int]) -> dict:
         return next(self.read([index]))
 
-    def __getitems__(self, indices: Sequence[int]) -> Sequence[dict]:
+    def __getitems__(self, indices: Sequence[int] | Sequence[tuple[int, int]]) -> Sequence[dict]:
         return _LazyRows(self, indices)
 
-    def read(self, indices: Sequence[int]) -> Iterator[dict]:
+    def read(self, indices: Iterable[int] | Iterable[tuple[int, int]]) -> Iterator[dict]:
         """The rows of these indices, with one decoded image at a time."""
-        indices = list(indices)
+        current = self.views_of_pass(self.epoch)[0]
+        pairs = [index if isinstance(index, tuple) else (index, current) for index in indices]
+        numbers, views = zip(*pairs) if pairs else ((), ())
         logits = {
-            name: self._decode_logits(stored.read, name, indices, indices)
+            name: self._decode_logits(stored.read, name, numbers, numbers, views)
             for name, stored in self._stored_logits.items()
         }
-        return self._decode(_as_rows(self._encoded[indices], logits), indices)
+        distinct = {number: place for place, number in enumerate(dict.fromkeys(numbers))}
+        rows = _as_rows(self._encoded[list(distinct)])
+        return self._decode(_with_logits([rows[distinct[number]] for number in numbers], logits), numbers, views)
+
+
+class SeveralViews(torch.utils.data.Sampler):
+    """Indices (row, view) of an epoch with several views of each image, one after another.
+
+    A pass over the images uses the next `views_per_image` views of each. Passes follow one another without a gap. An epoch
+    takes as many views from them as there are rows, rounded up to whole images. So each epoch is as long as with one view,
+    has fewer images to decode, and is a function of seed and epoch.
+
+    Args:
+        rows: what is indexed; it knows the epoch.
+        seed: seed of the order of the images in a pass; `None` keeps the order of the rows.
+    """
+
+    def __init__(self, rows: ImageRows, seed: int | None):
+        self.rows, self.seed = rows, seed
+
+    @property
+    def _num_images(self) -> int:
+        return -(-len(self.rows) // self.rows.views_per_image)
+
+    def __len__(self) -> int:
+        return self._num_images * self.rows.views_per_image
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        size, first = len(self.rows), self.rows.epoch * self._num_images
+        number = order = None
+        for place in range(first, first + self._num_images):
+            if place // size != number:
+                number = place // size
+                random = np.random.default_rng((self.seed or 0, number))
+                order = np.arange(size) if self.seed is None else random.permutation(size)
+            for view in self.rows.views_of_pass(number):
+                yield int(order[place % size]), view
 
 
 class _LazyRows(Sequence):
@@ -167,6 +243,7 @@ class StreamedImageRows(_RowDecoder, torch.utils.data.IterableDataset):
         buffer_size: rows that are held; the next row is drawn from them at random. 0 keeps the order of the stream.
         seed: seed of the draws, with the epoch.
         labelled_only: skip rows without a label, which is null or −1.
+        views_per_image: views of an image that follow one another. A pass over the stream is as many times as long.
         args, kwargs: as for [`ImageRows`].
 
     Raises:
@@ -198,13 +275,19 @@ class StreamedImageRows(_RowDecoder, torch.utils.data.IterableDataset):
         self._encoded.set_epoch(epoch)
 
     def __iter__(self):
-        rows = self._shuffle(self._read())
+        views = self.views_of_pass(self.epoch)
+        rows = self._shuffle(self._read(views))
         while group := list(itertools.islice(rows, 64)):
-            numbers, rows_of_group = zip(*group)
-            yield from self._decode(list(rows_of_group), numbers)
+            numbers = [number for number, _ in group for _ in views]
+            every = (
+                row | {name: row[name][place] for name in self.logits_columns}
+                for _, row in group
+                for place in range(len(views))
+            )
+            yield from self._decode(every, numbers, itertools.cycle(views))
 
-    def _read(self) -> Iterator[tuple[int, dict]]:
-        """(number, row with an encoded image), in the order of the stream."""
+    def _read(self, views: Sequence[int | None]) -> Iterator[tuple[int, dict]]:
+        """(number, row with an encoded image and the logits of these views), in the order of the stream."""
         worker = torch.utils.data.get_worker_info()
         table = self._encoded
         if worker is not None:
@@ -212,10 +295,15 @@ class StreamedImageRows(_RowDecoder, torch.utils.data.IterableDataset):
         first = count = 0
         for batch in table.iter(batch_size=64):
             numbers = range(first, first + len(batch))
-            logits = {name: self._decode_logits(decode, name, batch[name], numbers) for name in self.logits_columns}
+            # (rows, views, classes)
+            logits = {
+                name: np.stack([self._decode_logits(decode, name, batch[name], numbers, view) for view in views], 1)
+                for name in self.logits_columns
+            }
             if self.num_classes is not None and LABEL in batch.column_names:
                 check_streamed_labels(batch[LABEL].to_pylist(), self.num_classes, first)
-            for number, row in zip(numbers, _as_rows(batch, logits)):
+            rows = _with_logits(_as_rows(batch.drop_columns(self.logits_columns)), logits)
+            for number, row in zip(numbers, rows):
                 if self.labelled_only and row.get(LABEL) in (None, -1):
                     continue
                 count += 1
@@ -226,7 +314,7 @@ class StreamedImageRows(_RowDecoder, torch.utils.data.IterableDataset):
             raise ValueError(f"None of {first} rows of the stream has a label. Add labelled images of every class.")
 
     def _shuffle(self, rows: Iterator) -> Iterator:
-        random, held = np.random.default_rng((self.seed, int(self._epoch))), []
+        random, held = np.random.default_rng((self.seed, self.epoch)), []
         for row in rows:
             if len(held) < self.buffer_size:
                 held.append(row)

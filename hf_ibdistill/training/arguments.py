@@ -48,6 +48,11 @@ class ImageTrainingArguments(TrainingArguments):
     eval_strategy: str = _default("epoch", 'When to evaluate on the validation split: "epoch", "steps" or "no".')
     save_strategy: str = _default("no", 'When to save a checkpoint to resume from: "epoch", "steps" or "no".')
     logging_strategy: str = _default("epoch", 'When to log the loss: "epoch", "steps" or "no".')
+    views_per_image: int = _default(
+        1,
+        "Views of an image that a batch holds. With more than one, fewer images are decoded; a batch then has fewer different "
+        "images.",
+    )
     logging_nan_inf_filter: bool = _default(
         False,
         "Leave a loss that is NaN or infinite out of the log. A look at every loss makes each step wait for the device.",
@@ -86,6 +91,12 @@ class ImageTrainingArguments(TrainingArguments):
             self.greater_is_better = False
         batches = ("gradient_accumulation_steps", "per_device_train_batch_size", "per_device_eval_batch_size")
         check_numbers(1, whole=True, **{name: getattr(self, name) for name in batches})
+        check_numbers(1, whole=True, views_per_image=self.views_per_image)
+        if self.per_device_train_batch_size % self.views_per_image:
+            raise ValueError(
+                f"views_per_image={self.views_per_image} does not divide "
+                f"per_device_train_batch_size={self.per_device_train_batch_size}, so batches would end within an image."
+            )
         check_numbers(0, 1, label_smoothing_factor=self.label_smoothing_factor)
         check_numbers(0, weight_decay=self.weight_decay, max_grad_norm=self.max_grad_norm or 0)
         if not self.save_steps > 0:

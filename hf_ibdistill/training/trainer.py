@@ -17,7 +17,7 @@ from ..evaluation import RunningMetrics
 from ..images.views import ViewRecipe
 from ..logits.encoding import check_teacher_names, column_name, describe_column, recorded_teachers
 from ..logits.provenance import check_columns, check_files, stored_views
-from ..rows import DistillationCollator, ImageRows, StreamedImageRows
+from ..rows import DistillationCollator, ImageRows, SeveralViews, StreamedImageRows
 from ..teachers import ClassMapping, TeacherLike, load_teachers, require_model
 from .arguments import DistillationArguments, ImageTrainingArguments
 from .checkpoints import checkpoint_to_resume, saved_names
@@ -160,7 +160,7 @@ class ImageClassificationTrainer(PublishingTrainer):
         self.args.remove_unused_columns = False
         self.image_column, self.label_column = image_column, label_column
         self.views = self._given_views = views
-        self._wrapped: dict[str, tuple[ImageRows | StreamedImageRows, Sequence[float] | None]] = {}
+        self._wrapped: dict[str, tuple[ImageRows | StreamedImageRows, tuple]] = {}
         self.add_callback(_StartEpoch())
         self._refuse_arguments_without_effect()
         # `Trainer` looks for them in the signature, which a compiled model does not have.
@@ -313,8 +313,22 @@ class ImageClassificationTrainer(PublishingTrainer):
             )
         return self._with_own_generator(loader)
 
+    # `Trainer` offers no other place to choose the order of the rows.
+    def _get_train_sampler(self, train_dataset=None):
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        if self._views_per_image == 1 or not isinstance(rows, ImageRows):
+            return super()._get_train_sampler(train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return SeveralViews(rows, None if self.args.train_sampling_strategy == "sequential" else seed)
+
+    @property
+    def _views_per_image(self) -> int:
+        return getattr(self.args, "views_per_image", 1)
+
     def _last_batch_has_one_row(self) -> bool:
         if isinstance(self.train_dataset, StreamedImageRows) or self.args.dataloader_drop_last:
+            return False
+        if self._views_per_image > 1:
             return False
         return self.args.train_batch_size > 1 and len(self.train_dataset) % self.args.train_batch_size == 1
 
@@ -370,11 +384,11 @@ class ImageClassificationTrainer(PublishingTrainer):
 
     def _wrap(self, table, what: str, is_training: bool = False) -> ImageRows | StreamedImageRows:
         """The rows of a table that the trainer keeps; made once for each table."""
-        rows, temperatures = self._wrapped.get(what, (None, None))
+        rows, settings = self._wrapped.get(what, (None, None))
         # A hyperparameter search may change the temperatures, at which rows decode top-k logits.
-        if table is not rows or temperatures != self._temperatures:
+        if table is not rows or settings != (self._temperatures, self._views_per_image):
             rows = self._rows(table, what, is_training)
-            self._wrapped[what] = rows, self._temperatures
+            self._wrapped[what] = rows, (self._temperatures, self._views_per_image)
             # `Trainer` keeps loaders with persistent workers, which would go on with the rows before.
             getattr(self, "_eval_dataloaders", {}).clear()
         return rows
@@ -411,13 +425,13 @@ class ImageClassificationTrainer(PublishingTrainer):
             raise ValueError(f"The {what}: {error}") from error
         views = self.views if is_training else None
         given = (table, [LABEL] if has_labels else [], logits, self.model.config.num_labels, views)
+        given += (self._temperatures, self._views_per_image if is_training else 1)
         if not is_streamed:
-            return ImageRows(*given, temperatures=self._temperatures)
+            return ImageRows(*given)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         buffer_size = getattr(self.args, "shuffle_buffer_size", 0)
         return StreamedImageRows(
             *given,
-            temperatures=self._temperatures,
             buffer_size=buffer_size,
             seed=seed,
             labelled_only=not takes_unlabelled,

@@ -1,5 +1,7 @@
 """Training on stored views, from a table or a stream, takes the steps of training with the teachers."""
 
+from collections import Counter
+
 import numpy as np
 import PIL.Image
 import pyarrow as pa
@@ -21,6 +23,7 @@ from hf_ibdistill import (
     open_logits_table,
     record_teacher_logits,
 )
+from hf_ibdistill.images.views import make_view, row_key
 from hf_ibdistill.logits.provenance import attach_record, read_records, stored_views
 from hf_ibdistill.rows import StreamedImageRows
 
@@ -167,10 +170,11 @@ def test_resuming_within_an_epoch_goes_on_with_its_view(table, whole, tmp_path):
     assert_same(resumed, weights, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_resuming_with_dropout_and_workers_ends_bit_identical(workers, table, tmp_path):
+@pytest.mark.parametrize(("workers", "views_per_image"), [(0, 1), (2, 1), (0, 2), (2, 2)])
+def test_resuming_with_dropout_and_workers_ends_bit_identical(workers, views_per_image, table, tmp_path):
     # Evaluation must not draw from the generator of dropout either.
     settings = {"dropout": 0.3, "dataloader_num_workers": workers, "eval_strategy": "steps", "eval_steps": 2}
+    settings["views_per_image"] = views_per_image
     whole = trained(tmp_path, table, save_strategy="steps", save_steps=1, **settings)
     for step in (3, 5):  # at the end of an epoch, and within one
         checkpoint = str(tmp_path / f"checkpoint-{step}")
@@ -202,14 +206,22 @@ def test_a_table_streamed_from_parquet_takes_the_same_steps(table, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("accumulation", "workers", "steps"),
-    [(1, 0, range(1, 9)), (1, 2, (4, 6)), (2, 0, (2, 3)), (3, 0, (1, 2))],
+    ("accumulation", "workers", "steps", "views_per_image"),
+    [
+        (1, 0, range(1, 9), 1),
+        (1, 2, (4, 6), 1),
+        (2, 0, (2, 3), 1),
+        (3, 0, (1, 2), 1),
+        (1, 2, (4, 7), 2),
+        (2, 0, (2,), 3),
+    ],
     ids=str,
 )
-def test_a_resumed_stream_ends_bit_identical(accumulation, workers, steps, table, tmp_path):
-    # Passes of four batches, the last of which is small, or does not fill a step.
+def test_a_resumed_stream_ends_bit_identical(accumulation, workers, steps, views_per_image, table, tmp_path):
+    # Passes of four batches or more, the last of which is small, or does not fill a step.
     rows = table.select(range(23 if accumulation == 1 else 24))
     settings = {
+        "views_per_image": views_per_image,
         "per_device_train_batch_size": 6, "gradient_accumulation_steps": accumulation, "max_steps": 9 // accumulation,
         "dataloader_num_workers": workers, "dropout": 0.3, "shuffle_buffer_size": 8, "save_strategy": "steps", "save_steps": 1,
     }  # fmt: skip
@@ -297,3 +309,90 @@ def test_standardized_logits_need_all_of_them(images, teachers, tmp_path):
     table = record_teacher_logits(images, teachers, output_dir=tmp_path / "table", top_k=2)
     with pytest.raises(ValueError, match='standardize_logits=True.*"conv_logits".*top_k=None'):
         trained(tmp_path, table, standardize_logits=True)
+
+
+# Several views of an image in a batch
+
+
+def pixels_of_views(row):
+    """What a student gets of each view of a row, as bytes."""
+    image = row["image"].convert("RGB")
+    views = [make_view(image, RECIPE, row_key(image), number) for number in range(RECIPE.num_views)]
+    return [pixels.numpy().tobytes() for pixels in PROCESSOR(views, return_tensors="pt")["pixel_values"]]
+
+
+def samples(loader, table):
+    """The batches as (row, view), found by their pixels; their logits are those of the table."""
+    stored = {}
+    of_pixels = {
+        pixels: (number, view) for number, row in enumerate(table) for view, pixels in enumerate(pixels_of_views(row))
+    }
+    for name in ("conv", "inv"):
+        stored[name] = np.array(table[f"{name}_logits"][:])
+    found = []
+    for batch in loader:
+        found.append([of_pixels[pixels.numpy().tobytes()] for pixels in batch["pixel_values"]])
+        expected = [[stored[name][row, view] for name in ("conv", "inv")] for row, view in found[-1]]
+        np.testing.assert_array_equal(batch["teacher_logits"].numpy(), expected)
+        assert batch["labels"].tolist() == [table["label"][row] for row, _ in found[-1]]
+    return found
+
+
+@pytest.mark.parametrize(("num_rows", "views_per_image", "workers"), [(14, 2, 0), (15, 2, 2), (14, 3, 0), (5, 3, 0)])
+def test_every_pass_takes_the_next_views_of_each_image_once(num_rows, views_per_image, workers, table, tmp_path):
+    # Small images have equal views by chance.
+    distinct = [number for number, row in enumerate(table) if len(set(pixels_of_views(row))) == 3]
+    rows = table.select(distinct[:num_rows])
+    trainer = EnsembleDistillationTrainer(
+        student(),
+        DistillationArguments(
+            str(tmp_path), per_device_train_batch_size=6, eval_strategy="no", use_cpu=True, bf16=False,
+            views_per_image=views_per_image, dataloader_num_workers=workers,
+        ),
+        train_dataset=rows,
+        processing_class=PROCESSOR,
+    )  # fmt: skip
+    loader, walk, num_epochs = trainer.get_train_dataloader(), [], 4 * views_per_image
+    images_of_epoch = -(-num_rows // views_per_image)
+    for epoch in range(num_epochs):
+        trainer.train_dataset.start_epoch(epoch)
+        batches = samples(loader, rows)
+        assert len(batches) == len(loader) == -(-images_of_epoch * views_per_image // 6)
+        # Whole images in every batch, each of them once.
+        assert all(len(batch) == views_per_image * len({row for row, _ in batch}) for batch in batches)
+        walk += [sample for batch in batches for sample in batch]
+    assert len(walk) == num_epochs * images_of_epoch * views_per_image
+    orders = []
+    for number in range(len(walk) // (num_rows * views_per_image)):
+        of_pass = walk[number * num_rows * views_per_image :][: num_rows * views_per_image]
+        views = [(number * views_per_image + offset) % 3 for offset in range(views_per_image)]
+        orders.append([row for row, _ in of_pass[::views_per_image]])
+        assert sorted(orders[-1]) == list(range(num_rows))
+        assert of_pass == [(row, view) for row in orders[-1] for view in views]
+    assert len(orders) >= 4 and len({tuple(order) for order in orders}) == len(orders)
+    # After as many passes as there are views, every view of every image was used equally often.
+    counts = Counter(walk[: 3 * num_rows * views_per_image])
+    assert len(counts) == 3 * num_rows and set(counts.values()) == {views_per_image}
+
+
+def test_several_views_take_the_steps_of_online_teachers_and_of_a_stream(images, teachers, table, tmp_path):
+    several = {"views_per_image": 2, "train_sampling_strategy": "sequential"}
+    stored = trained(tmp_path, table, **several)
+    online = trained(tmp_path, images, views=RECIPE, teachers=teachers, **several)
+    assert_same(stored, online, rtol=1e-4, atol=1e-5)
+    streamed = trained(tmp_path, stream(table), max_steps=9, views_per_image=2)
+    assert_same(streamed, stored, rtol=0, atol=0)
+    other = trained(tmp_path, table, train_sampling_strategy="sequential")
+    assert any((stored[name] - other[name]).abs().max() > 1e-3 for name in stored)
+
+
+def test_several_views_that_do_not_fit_are_refused(images, table, tmp_path):
+    for settings, message in (
+        ({"views_per_image": 4}, "views_per_image=4.*3 views"),
+        ({"views_per_image": 3}, "views_per_image=3.*per_device_train_batch_size=8"),
+        ({"views_per_image": 0}, "views_per_image=0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            trained(tmp_path, table, **settings)
+    with pytest.raises(ValueError, match="views_per_image=2.*no views"):
+        trained(tmp_path, images, ImageClassificationTrainer, views_per_image=2)

@@ -26,7 +26,13 @@ from distilling import (
 from running import ENVIRONMENT, ROOT
 from transformers import AutoModelForImageClassification
 
-from hf_ibdistill import IBResNetForImageClassification, IBViTForImageClassification, evaluate_and_save, evaluate_model
+from hf_ibdistill import (
+    IBResNetForImageClassification,
+    IBViTForImageClassification,
+    ViewRecipe,
+    evaluate_and_save,
+    evaluate_model,
+)
 
 
 # Settings of one process of two; both together have 8 rows a step.
@@ -40,6 +46,7 @@ SCENARIOS = {
     "few labels": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "hidden": 11},
     "few labels, no tokens": {"per_device_train_batch_size": 4, "hidden": 11, "unlabelled_target": "teachers",
                               "student": "plain student"},
+    "several views": {"per_device_train_batch_size": 4, "views_per_image": 2, "views": ViewRecipe(4, horizontal_flip=0.5)},
 }  # fmt: skip
 
 
