@@ -27,6 +27,10 @@ FLAGS = {
         "--teacher_images", "32", "--batch_size", "16",
     ],
     "streaming": [*ONCE, "--rows", "40", "--files", "2", "--num_workers", "0"],
+    "views_per_image": [
+        *ONCE, "--photo_size", "40", "30", "--image_size", "16", "--num_photos", "8", "--epochs", "1", "--num_views", "4",
+        "--batch_size", "4",
+    ],
     "training": [*ONCE, "--image_size", "8", "--num_rows", "16", "--batch_size", "8", "--steps", "1"],
 }  # fmt: skip
 

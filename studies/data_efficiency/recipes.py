@@ -157,6 +157,7 @@ class Recipe:
     num_attention_heads: int = 4
     patch_size: int = 4
     student: str = "ibvit"
+    views_per_image: int = 1
 
     def views(self) -> ViewRecipe:
         same = self.pick("num_views", "crop", "padding", "horizontal_flip", "erasing", "seed")
@@ -204,6 +205,8 @@ VARIATIONS = {
     "views_1": {"num_views": 1},
     "views_32": {"num_views": 32},
     "views_64": {"num_views": 64},
+    "views_per_image_2": {"views_per_image": 2},
+    "views_per_image_4": {"views_per_image": 4},
     "patience_0.5": {"patience": 0.5},
     "patience_2": {"patience": 2},
     "erasing": {"erasing": 0.25},

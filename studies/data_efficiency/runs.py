@@ -289,7 +289,7 @@ class Study:
             logging_steps=max(1, recipe.steps // 10),
             disable_tqdm=True,
             bf16=self.bf16,
-            **recipe.pick("seed", "learning_rate", "weight_decay"),
+            **recipe.pick("seed", "learning_rate", "weight_decay", "views_per_image"),
             **loss,
         )
         kwargs |= {"train_dataset": train, "processing_class": processor, "views": recipe.views()}
