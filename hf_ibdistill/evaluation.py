@@ -22,7 +22,7 @@ from .data.columns import LABEL, as_image_table, require_table
 from .logits.encoding import column_name, describe_column
 from .models.modeling_ibvit import IBViTForImageClassification
 from .rows import DistillationCollator, ImageRows
-from .teachers import require_model, without_autocast
+from .teachers import on_device, require_model, without_autocast
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -320,9 +320,9 @@ def _predict(
     # Without `cpu`, processes that torchrun starts on a CPU would not share the rows.
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     # Only the loader is prepared, because preparing a model wraps its forward for good.
-    loader, network = accelerator.prepare(loader), without_autocast(model).to(accelerator.device)
+    loader, network = accelerator.prepare(loader), without_autocast(model)
     names = ("logits", "class_logits", "teacher_token_logits") if hasattr(config, "teacher_names") else ("logits",)
-    with _evaluation_mode(network):
+    with on_device(network, accelerator.device), _evaluation_mode(network):
         for batch in tqdm(loader, desc="Predicting", disable=not accelerator.is_local_main_process):
             with torch.no_grad():
                 outputs = network(pixel_values=batch["pixel_values"].to(network.dtype))

@@ -229,6 +229,16 @@ def without_autocast(model: PreTrainedModel) -> PreTrainedModel:
     return extract_model_from_parallel(copy.copy(model), keep_fp32_wrapper=False)
 
 
+@contextmanager
+def on_device(model: PreTrainedModel, device: torch.device) -> Iterator[PreTrainedModel]:
+    """The model on a device for a while; then it is where it was."""
+    before = model.device
+    try:
+        yield model.to(device)
+    finally:
+        model.to(before)
+
+
 def load_teachers(
     teachers: Mapping[str, TeacherLike],
     *,

@@ -21,7 +21,7 @@ from transformers import (
 
 from hf_ibdistill import IBResNetConfig, IBResNetForImageClassification, Teacher, load_teachers
 from hf_ibdistill.logits.encoding import LogitsEncoding
-from hf_ibdistill.teachers import require_model
+from hf_ibdistill.teachers import on_device, require_model
 
 
 LABELS = {0: "cat", 1: "dog", 2: "owl"}
@@ -407,3 +407,20 @@ def test_weights_on_the_meta_device_are_named():
         model = small_model("convolution")
     with pytest.raises(ValueError, match='teacher "conv" .*with its weights loaded'):
         Teacher("conv", model, PROCESSOR).weights_sha256()
+
+
+def test_a_model_goes_back_to_its_device_even_after_an_error():
+    class Model:
+        device = "here"
+
+        def to(self, device):
+            self.device = device
+            return self
+
+    model = Model()
+    with on_device(model, "there") as moved:
+        assert moved is model and model.device == "there"
+    assert model.device == "here"
+    with pytest.raises(KeyError), on_device(model, "there"):
+        raise KeyError
+    assert model.device == "here"

@@ -9,7 +9,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import chain, islice
@@ -55,7 +55,7 @@ from ..logits.provenance import (
     teacher_differences,
 )
 from ..rows import SHUFFLE_BUFFER, default_num_workers, stream_steps
-from ..teachers import ClassMapping, Teacher, TeacherLike, load_teachers
+from ..teachers import ClassMapping, Teacher, TeacherLike, load_teachers, on_device
 from .batches import Preparation, sample_images, stream_batches, table_batches
 from .shards import (
     check_folder_of_splits,
@@ -171,14 +171,15 @@ def record_teacher_logits(
         cpu=not torch.accelerator.is_available(),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=30))],
     )
-    for teacher in teachers:
-        teacher.model.to(accelerator.device)
-        name = next(iter(splits))
-        _try(teacher, samples[name].image, plans[name].views)
-    recorded = {
-        name: _record_split(accelerator, split, plans[name], output_dir / (name or ""), num_workers)
-        for name, split in splits.items()
-    }
+    with ExitStack() as devices:
+        for teacher in teachers:
+            devices.enter_context(on_device(teacher.model, accelerator.device))
+            name = next(iter(splits))
+            _try(teacher, samples[name].image, plans[name].views)
+        recorded = {
+            name: _record_split(accelerator, split, plans[name], output_dir / (name or ""), num_workers)
+            for name, split in splits.items()
+        }
     if not isinstance(dataset, Mapping):
         return recorded[None]
     # This file makes `datasets.load_from_disk` see the folders as the splits of one dataset.
