@@ -23,7 +23,7 @@ _RECIPE = (
     "gradient_accumulation_steps", "label_smoothing_factor", "max_grad_norm", "optim", "adam_beta1", "adam_beta2",
     "adam_epsilon", "bf16", "fp16", "seed", "layer_decay", "freeze_layers", "linear_probe",
     "distillation_mode", "temperature", "teacher_weights", "label_weight", "standardize_logits",
-    "confidence_weighting", "unlabelled_target", "min_confidence",
+    "confidence_weighting", "unlabelled_target", "min_confidence", "views_per_image",
 )  # fmt: skip
 # Fields of a configuration that do not describe the shape of the model.
 _NO_SHAPE = {"id2label", "label2id", "auto_map", "architectures", "transformers_version", "dtype", "problem_type"}
