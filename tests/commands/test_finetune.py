@@ -231,7 +231,7 @@ def test_transformers_alone_fine_tunes_a_saved_student(student, images, tmp_path
     monkeypatch.setitem(ENVIRONMENT, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     printed = run_process("-c", STOCK, student, images, tmp_path / "tuned").splitlines()
     assert printed[-3:] == ["1.0", str(COLORS), "False"]
-    code = {"configuration_ibvit.py", "modeling_ibvit.py", "involution.py"}
+    code = {"configuration_ibvit.py", "modeling_ibvit.py", "involution.py", "involution_triton.py"}
     assert code <= {path.name for path in (tmp_path / "tuned").iterdir()}
 
 

@@ -39,8 +39,14 @@ ROOT = Path(hf_ibdistill.__file__).parents[1]
 # Unlike any other text, so that a search finds it.
 SECRET = "hf_OnlyAliceKnowsThisOne"
 CODE = {
-    "ibvit": {"configuration_ibvit.py", "modeling_ibvit.py", "conversion_vit.py", "involution.py"},
-    "ibresnet": {"configuration_ibresnet.py", "modeling_ibresnet.py", "involution.py"},
+    "ibvit": {
+        "configuration_ibvit.py",
+        "modeling_ibvit.py",
+        "conversion_vit.py",
+        "involution.py",
+        "involution_triton.py",
+    },
+    "ibresnet": {"configuration_ibresnet.py", "modeling_ibresnet.py", "involution.py", "involution_triton.py"},
 }
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 FILES = {

@@ -131,7 +131,7 @@ def test_the_folder_holds_what_from_pretrained_needs_and_no_pickle(finished):
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     # Its code as well, for those who have transformers alone.
     family = "ibvit" if kind == "student" else "ibresnet"
-    code = {f"configuration_{family}.py", f"modeling_{family}.py", "involution.py"}
+    code = {f"configuration_{family}.py", f"modeling_{family}.py", "involution.py", "involution_triton.py"}
     code |= {"conversion_vit.py"} if kind == "student" else set()
     expected = {"config.json", "model.safetensors", "preprocessor_config.json", "results.json", "README.md"} | code
     assert expected == files
