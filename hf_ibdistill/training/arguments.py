@@ -48,15 +48,9 @@ class ImageTrainingArguments(TrainingArguments):
     eval_strategy: str = _default("epoch", 'When to evaluate on the validation split: "epoch", "steps" or "no".')
     save_strategy: str = _default("no", 'When to save a checkpoint to resume from: "epoch", "steps" or "no".')
     logging_strategy: str = _default("epoch", 'When to log the loss: "epoch", "steps" or "no".')
-    views_per_image: int = _default(
-        1,
-        "Views of an image that a batch holds. With more than one, fewer images are decoded; a batch then has fewer different "
-        "images.",
-    )
-    logging_nan_inf_filter: bool = _default(
-        False,
-        "Leave a loss that is NaN or infinite out of the log. A look at every loss makes each step wait for the device.",
-    )
+    views_per_image: int = _default(1, "Views of an image in a batch. More save decoding.")
+    # A look at every loss would also make each step wait for the device.
+    logging_nan_inf_filter: bool = _default(False, "Leave a NaN or infinite loss out of the log.")
     shuffle_buffer_size: int = _default(
         0, "Rows of a stream that are held and drawn from at random; 0 keeps the order of the stream."
     )
