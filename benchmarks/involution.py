@@ -99,14 +99,6 @@ def build(preset: str) -> IBResNetForImageClassification:
     return IBResNetForImageClassification(IBResNetConfig.from_preset(preset, num_labels=10))
 
 
-def unfold_formulation(input: torch.Tensor, kernel: torch.Tensor, stride: int) -> torch.Tensor:
-    """Involution as its paper writes it."""
-    batch, groups, taps, *size = kernel.shape
-    kernel_size = math.isqrt(taps)
-    columns = torch.nn.functional.unfold(input, kernel_size, padding=kernel_size // 2, stride=stride)
-    return (kernel.unsqueeze(2) * columns.view(batch, groups, -1, taps, *size)).sum(3).view(batch, -1, *size)
-
-
 def forward(operator: Callable, input, kernel, grad_output, stride) -> tuple[torch.Tensor, ...]:
     with torch.no_grad():
         return (operator(input, kernel, stride),)
@@ -307,7 +299,7 @@ def main():
     dtypes = (torch.float32, torch.bfloat16)
     limits = measure_limits(bench)
     counters.clear()
-    operators = dict(zip(WAYS, (unfold_formulation, involution2d, torch.compile(involution2d))))
+    operators = dict(zip(WAYS, (involution_gpu.unfold_formulation, involution2d, torch.compile(involution2d))))
     entries = [measure_shape(shape, dtype, operators, limits, bench) for shape in shapes for dtype in dtypes]
     compiling = {
         "compilations": counters["stats"]["unique_graphs"],

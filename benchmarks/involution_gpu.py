@@ -47,10 +47,11 @@ class _Generic(torch.autograd.Function):
         return involution._generic_backward(grad_output, *ctx.saved_tensors, 1)
 
 
-def unfold(input: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
+def unfold_formulation(input: torch.Tensor, kernel: torch.Tensor, stride: int = 1) -> torch.Tensor:
+    """Involution as its paper writes it."""
     batch, groups, taps, *size = kernel.shape
     kernel_size = math.isqrt(taps)
-    columns = torch.nn.functional.unfold(input, kernel_size, padding=kernel_size // 2)
+    columns = torch.nn.functional.unfold(input, kernel_size, padding=kernel_size // 2, stride=stride)
     return (kernel.unsqueeze(2) * columns.view(batch, groups, -1, taps, *size)).sum(3).view(batch, -1, *size)
 
 
@@ -92,7 +93,7 @@ def measure_shape(shape: tuple[int, ...], dtype: torch.dtype, cache: torch.Tenso
     kernel = torch.randn(batch, groups, kernel_size**2, height, width, **options).requires_grad_()
     weight = torch.randn(channels, 1, kernel_size, kernel_size, **options).requires_grad_()
     grad_output = torch.randn_like(input)
-    operators = dict(zip(WAYS, (involution2d, _Generic.apply, unfold, depthwise)))
+    operators = dict(zip(WAYS, (involution2d, _Generic.apply, unfold_formulation, depthwise)))
     entry = {"shape": list(shape), "groups": groups, "dtype": str(dtype).removeprefix("torch.")}
 
     def both(operator, operands):

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from datasets import ClassLabel, Dataset, Features, Image, load_from_disk
 from loading import make_columns
 from PIL.Image import fromarray
@@ -146,11 +145,7 @@ def main():
         baseline = cases[f"reading, {bench.views_per_image[0]}" if name.startswith("reading") else PLAIN]
         ratios = case.ratios(baseline)
         rows.append([name, spread(case.rate, 1), *(spread(ratios[clock], 2) for clock in ("wall", "cpu"))])
-    write_results(
-        bench,
-        device=str(torch.accelerator.current_accelerator() or "cpu"),
-        cases={name: case.measured for name, case in cases.items()},
-    )
+    write_results(bench, cases={name: case.measured for name, case in cases.items()})
     print(markdown_table(["case, views of an image", "views/s", "× its baseline", "by processor time"], rows))
 
 

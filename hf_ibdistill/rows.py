@@ -42,15 +42,12 @@ class _RowDecoder:
         self.columns, self.logits_columns = list(columns), list(logits_columns)
         self.num_classes, self.views, self.views_per_image = num_classes, views, views_per_image
         if views_per_image > (1 if views is None else views.num_views):
-            raise ValueError(
-                f"views_per_image={views_per_image}, but "
-                + (
-                    "there are no views. Leave it out"
-                    if views is None
-                    else f"there are {views.num_views} views of an image"
-                )
-                + ", or make more views."
+            problem = (
+                "there are no views. Leave it out, or train on views: views=ViewRecipe(…), on the command line --num_views."
+                if views is None
+                else f"there are {views.num_views} views of an image. Choose at most that many, or make more views."
             )
+            raise ValueError(f"views_per_image={views_per_image}, but {problem}")
         self.temperatures = dict(zip(self.logits_columns, temperatures or [1.0] * len(self.logits_columns)))
         stored_key = [ROW_KEY] if views is not None and ROW_KEY in table.column_names else []
         # Those of a table are read apart.

@@ -326,9 +326,8 @@ class ImageClassificationTrainer(PublishingTrainer):
         return getattr(self.args, "views_per_image", 1)
 
     def _last_batch_has_one_row(self) -> bool:
-        if isinstance(self.train_dataset, StreamedImageRows) or self.args.dataloader_drop_last:
-            return False
-        if self._views_per_image > 1:
+        is_streamed = isinstance(self.train_dataset, StreamedImageRows)
+        if is_streamed or self.args.dataloader_drop_last or self._views_per_image > 1:
             return False
         return self.args.train_batch_size > 1 and len(self.train_dataset) % self.args.train_batch_size == 1
 
