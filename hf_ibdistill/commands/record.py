@@ -48,7 +48,10 @@ class RecordingArguments:
     top_k: int | None = HfArg(
         default=None, help="Store the k largest logits and the sum of the rest; all logits if not given."
     )
-    dtype: str = HfArg(default="float16", help="Type of the stored logits: float16 or float32.")
+    dtype: str = HfArg(
+        default="float16",
+        help="Type of the stored logits: float16, float32, or packed (top_k classes, 26 by default).",
+    )
     bf16: bool = HfArg(
         default=False, help="Run the teachers under bf16 autocast: faster on hardware with bf16 units, less exact."
     )

@@ -1,5 +1,6 @@
-"""Logits ↔ Arrow columns: dense, or the k largest with the log-sum-exp of the others."""
+"""Logits ↔ Arrow columns: dense, the k largest with the log-sum-exp of the others, or the same packed into few bits."""
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -9,12 +10,17 @@ import pyarrow as pa
 from datasets import Dataset, Features, List, Value
 
 from ..checks import check_numbers
+from .packing import LEVEL_BITS, join_ids, level_bounds, pack_levels, split_ids, unpack_levels
 
 
-DTYPES = ("float16", "float32")
+DTYPES = ("float16", "float32", "packed")
 ROW_KEY = "row_key"
 FILE_KEY = "file_key"
 _TOP_K_PARTS = ("class_ids", "differences", "rest", "gap")
+# The high bits of the ids are there if a class needs more than eight.
+_PACKED_PARTS = ("class_ids", "class_ids_high", "top", "levels", "scale", "rest", "gap")
+# Less loss than the ten largest logits of each view, in half the bytes (docs/benchmarks.md).
+_PACKED_CLASSES = 26
 _GAP_STEPS = 8
 # The largest number of float16.
 LARGEST = 65504.0
@@ -22,8 +28,8 @@ LARGEST = 65504.0
 
 @dataclass(frozen=True)
 class LogitsEncoding:
-    """How a row's logits are stored: every one of them (dense), or the k largest with their class ids and the log-sum-exp
-    of all others (top-k).
+    """How a row's logits are stored: every one of them (dense), the k largest with their class ids and the log-sum-exp
+    of all others (top-k), or k classes that all views of the image share, at eight levels (packed).
 
     Top-k stores differences from the largest logit. A softmax depends on differences only, and differences keep more
     digits. Dense rows with a number that float16 cannot hold are stored in the same way. The stored classes have exact
@@ -33,9 +39,14 @@ class LogitsEncoding:
     cumulant expansion to second order is log Σ exp(l/τ) ≈ log m + μ/τ + g/τ². It is exact at τ = 1 for
     g = L − log m − μ, which is never negative. g is stored in one byte, in eighths.
 
+    Packed keeps the k classes of the largest mean probability over the views of an image. Their ids, of ⌈log₂ C⌉ bits each,
+    are stored once for all views. A view has the id of its own largest logit; one of eight levels for each of the k classes,
+    of the differences from that logit, dense near 0; the largest difference in one byte; and L and g as above. That is
+    3k / 8 + 6 bytes a view, with ids of 16 bits, and k · ⌈log₂ C⌉ / 8 bytes an image.
+
     Args:
-        dtype: `"float16"` or `"float32"`.
-        top_k: k, or `None` for dense.
+        dtype: `"float16"`, `"float32"` or `"packed"`.
+        top_k: k, or `None` for dense; with `"packed"`, `None` is 26.
 
     Raises:
         ValueError: another dtype, or a `top_k` below 2.
@@ -46,9 +57,18 @@ class LogitsEncoding:
 
     def __post_init__(self):
         if self.dtype not in DTYPES:
-            raise ValueError(f'dtype="{self.dtype}" is not supported. Choose {" or ".join(DTYPES)}.')
+            raise ValueError(
+                f'dtype="{self.dtype}" is not supported. Choose {", ".join(DTYPES[:-1])} or {DTYPES[-1]}.'
+            )
+        if self.is_packed and self.top_k is None:
+            object.__setattr__(self, "top_k", _PACKED_CLASSES)
         if self.top_k is not None:
             check_numbers(2, whole=True, top_k=self.top_k)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the views of an image share their classes."""
+        return self.dtype == "packed"
 
     def to_dict(self) -> dict:
         """The encoding as a dict for JSON."""
@@ -58,12 +78,12 @@ class LogitsEncoding:
         """The type of the column: one encoding a row, or, with views, lists of `num_views`.
 
         Raises:
-            ValueError: `top_k` is not below the number of classes.
+            ValueError: `top_k` is not below the number of classes, or packed logits would take more bytes than all of them.
         """
 
-        def a_list(dtype, length):
+        def a_list(dtype, length, times=num_views):
             one = List(Value(dtype), length=length)
-            return one if num_views is None else List(one, length=num_views)
+            return one if num_views is None else List(one, length=times)
 
         if self.top_k is None:
             return a_list(self.dtype, num_classes)
@@ -71,9 +91,27 @@ class LogitsEncoding:
             raise ValueError(
                 f"top_k={self.top_k} is not below the number of classes ({num_classes}). Leave it out to store all logits."
             )
+        id_dtype = "uint16" if num_classes <= 2**16 else "uint32"
+        if self.is_packed:
+            ids = split_ids(np.zeros(self.top_k, np.uint32), num_classes)
+            levels = -(-self.top_k * LEVEL_BITS // 8)
+            num_bytes = levels + 4 + np.dtype(id_dtype).itemsize + sum(map(len, ids)) / (num_views or 1)
+            if num_bytes >= 2 * num_classes or self.top_k + 1 == num_classes:
+                raise ValueError(
+                    f'dtype="packed" with top_k={self.top_k} takes {num_bytes:.0f} bytes a view, all {num_classes} logits '
+                    f"{2 * num_classes} in float16. Leave dtype out to store all logits."
+                )
+            return {
+                **{name: a_list("uint8", len(part), 1) for name, part in zip(_PACKED_PARTS, ids)},
+                "top": a_list(id_dtype, 1),
+                "levels": a_list("uint8", levels),
+                "scale": a_list("uint8", 1),
+                "rest": a_list("float16", 1),
+                "gap": a_list("uint8", 1),
+            }
         # The difference of the largest logit from itself is 0 and not stored.
         return {
-            "class_ids": a_list("uint16" if num_classes <= 2**16 else "uint32", self.top_k),
+            "class_ids": a_list(id_dtype, self.top_k),
             "differences": a_list(self.dtype, self.top_k - 1),
             "rest": a_list(self.dtype, 1),
             "gap": a_list("uint8", 1),
@@ -97,23 +135,55 @@ class LogitsEncoding:
                 logits = np.where(is_large, _differences(logits), logits)
             return _to_arrow(logits.astype(self.dtype)).cast(arrow_type)
         logits = logits.astype(np.float32)
+        if self.is_packed:
+            parts = _pack(logits if views else logits[:, None], self.top_k)
+            parts = dict(zip(_PACKED_PARTS if len(parts) == len(_PACKED_PARTS) else _NARROW_PARTS, parts))
+            arrays = [_to_arrow(part if views else part[:, 0]) for part in parts.values()]
+            return pa.StructArray.from_arrays(arrays, names=list(parts)).cast(arrow_type)
         ids = np.argpartition(-logits, self.top_k - 1, axis=-1)[..., : self.top_k]
         # Equal logits keep the order of their classes, so that the same logits always give the same bytes.
         ids = np.take_along_axis(ids, np.lexsort((ids, -np.take_along_axis(logits, ids, -1)), axis=-1), -1)
         others = _differences(logits)
-        num_others = num_classes - self.top_k
         stored = np.take_along_axis(others, ids, -1)
-        mean = (others.sum(-1, keepdims=True) - stored.sum(-1, keepdims=True)) / num_others
-        np.put_along_axis(others, ids, -np.inf, axis=-1)
-        rest = np.logaddexp.reduce(others, axis=-1, keepdims=True)
-        gap = rest - np.log(num_others) - mean
+        is_other = np.ones(logits.shape, bool)
+        np.put_along_axis(is_other, ids, False, axis=-1)
+        rest, gap = _rest_and_gap(others, is_other)
         parts = (
             ids.astype(np.uint16 if num_classes <= 2**16 else np.uint32),
             stored[..., 1:].astype(self.dtype),
             rest.astype(self.dtype),
-            (gap * _GAP_STEPS).round().clip(0, 255).astype(np.uint8),
+            gap,
         )
         return pa.StructArray.from_arrays(map(_to_arrow, parts), names=_TOP_K_PARTS).cast(arrow_type)
+
+
+_NARROW_PARTS = tuple(name for name in _PACKED_PARTS if name != "class_ids_high")
+
+
+def _rest_and_gap(differences, is_other):
+    """(…, C) → the log-sum-exp of the other classes (…, 1), and their gap in steps (…, 1)."""
+    counts = is_other.sum(-1, keepdims=True)
+    mean = np.where(is_other, differences, 0).sum(-1, keepdims=True) / counts
+    rest = np.logaddexp.reduce(np.where(is_other, differences, -np.inf), axis=-1, keepdims=True)
+    gap = rest - np.log(counts) - mean
+    return rest, (gap * _GAP_STEPS).round().clip(0, 255).astype(np.uint8)
+
+
+def _pack(logits, k):
+    """Logits (N, V, C) → the parts of a packed column, each (N, V, ·), but the ids (N, 1, ·)."""
+    num_classes, differences = logits.shape[-1], _differences(logits)
+    weights = np.exp(differences)
+    score = (weights / weights.sum(-1, keepdims=True)).mean(1)
+    ids = np.sort(np.argpartition(-score, k - 1, axis=-1)[:, :k], axis=-1)[:, None]
+    top = logits.argmax(-1)[..., None]
+    shape = (*logits.shape[:2], k)
+    is_other = np.ones(logits.shape, bool)
+    np.put_along_axis(is_other, np.broadcast_to(ids, shape), False, axis=-1)
+    np.put_along_axis(is_other, top, False, axis=-1)
+    rest, gap = _rest_and_gap(differences, is_other)
+    levels, scale = pack_levels(np.take_along_axis(differences, np.broadcast_to(ids, shape), -1))
+    id_dtype = np.uint16 if num_classes <= 2**16 else np.uint32
+    return [*split_ids(ids, num_classes), top.astype(id_dtype), levels, scale, rest.astype(np.float16), gap]
 
 
 class NonFiniteLogitsError(ValueError):
@@ -182,13 +252,17 @@ def describe_column(feature) -> tuple[LogitsEncoding, int | None, int | None]:
     Raises:
         ValueError: the column has another type.
     """
+    is_packed = isinstance(feature, dict) and set(feature) in (set(_PACKED_PARTS), set(_NARROW_PARTS))
     is_top_k = isinstance(feature, dict) and set(feature) == set(_TOP_K_PARTS)
-    inner = feature["class_ids"] if is_top_k else feature
+    inner = feature["levels"] if is_packed else feature["class_ids"] if is_top_k else feature
     num_views = None
     if isinstance(inner, List) and isinstance(inner.feature, List):
         num_views, inner = inner.length, inner.feature
     if not isinstance(inner, List) or not isinstance(inner.feature, Value) or inner.length < 1 or num_views == -1:
         raise ValueError(f"not a list of a fixed number of logits but {feature}")
+    if is_packed:
+        ids = feature["class_ids"] if num_views is None else feature["class_ids"].feature
+        return LogitsEncoding("packed", ids.length), num_views, None
     if not is_top_k:
         return LogitsEncoding(inner.feature.dtype), num_views, inner.length
     rest = feature["rest"].feature
@@ -201,8 +275,8 @@ def decode(
     """N rows of a logits column → (N, C) in the stored type. A row without logits, or with a class that does not exist,
     becomes NaN.
 
-    Top-k logits come back in float32, as differences from the largest of the row. The classes that were not stored get
-    the value at which their probabilities sum up to the stored rest at this temperature.
+    Top-k and packed logits come back in float32, as differences from the largest of the row. The classes that were not stored
+    get the value at which their probabilities sum up to the stored rest at this temperature.
 
     Args:
         column: the rows.
@@ -212,7 +286,10 @@ def decode(
     """
     if isinstance(column, pa.ChunkedArray):
         column = column.combine_chunks()
-    parts = [part if view is None else part[:, view] for part in _to_parts(column)]
+    parts = _to_parts(column)
+    if view is not None:
+        num_views = max(part.shape[1] for part in parts)
+        parts = [part[:, _group(view, part.shape[1], num_views)] for part in parts]
     missing = missing_rows(column)
     if not len(missing):
         return _expand(parts, num_classes, temperature)
@@ -223,6 +300,11 @@ def decode(
     logits = _expand(parts, num_classes, temperature)
     logits[missing] = np.nan
     return logits
+
+
+def _group(view, num_groups, num_views):
+    """The number of the group of a view. The ids of packed logits are those of groups of views, all of the same size."""
+    return view * num_groups // num_views
 
 
 class StoredLogits:
@@ -243,6 +325,17 @@ class StoredLogits:
         Raises:
             ValueError: a row has no logits.
         """
+        return _expand(self._read_parts(rows, view), num_classes, temperature)
+
+    def nearest(self, rows: Sequence[int], logits: np.ndarray, view: int | None = None) -> np.ndarray:
+        """Other logits of these rows, (N, C), as the rows would hold them: what equals the recorded logits but for rounding
+        becomes what [`read`] returns. Errors are those of [`read`]."""
+        encoding = describe_column(self._dataset.features[self._column])[0]
+        if not encoding.is_packed:
+            return decode(encoding.encode(logits), logits.shape[1])
+        return _round_alike(self._read_parts(rows, view), logits)
+
+    def _read_parts(self, rows, view):
         if self._chunks is None:
             chunks = [chunk for chunk in self._dataset.data.column(self._column).chunks if len(chunk)]
             self._starts = np.cumsum([0, *map(len, chunks)])
@@ -259,10 +352,11 @@ class StoredLogits:
         chunks = np.searchsorted(self._starts, rows, side="right") - 1
         rows = rows - self._starts[chunks]
         parts = []
+        most_views = max(num_views for _, _, num_views in self._parts)
         for values, starts, num_views in self._parts:
-            row = rows if view is None else rows * num_views + view
+            row = rows if view is None else rows * num_views + _group(view, num_views, most_views)
             parts.append(values[starts[chunks] + row * values.shape[1]])
-        return _expand(parts, num_classes, temperature)
+        return parts
 
 
 def _as_one(arrays):
@@ -285,15 +379,61 @@ def _as_one(arrays):
 
 
 def _to_parts(column):
-    """An Arrow column → [logits (N, C)] or [class ids, differences, rest, gap], each (N, ·), or (N, V, ·) with views."""
+    """An Arrow column → [logits (N, C)] or the parts of a struct in the order of their names above, each (N, ·), or (N, V, ·)
+    with views."""
     if not pa.types.is_struct(column.type):
         return [_to_numpy(column)]
-    return [_to_numpy(column.field(name)) for name in _TOP_K_PARTS]
+    return [_to_numpy(column.field(name)) for name in _part_names(column.type)]
+
+
+def _part_names(struct):
+    names = {field.name for field in struct}
+    return next(parts for parts in (_TOP_K_PARTS, _PACKED_PARTS, _NARROW_PARTS) if names == set(parts))
+
+
+def _unpack(parts, num_classes):
+    """The parts of packed rows → ids (N, k), top (N,), the log-sum-exp of each other class if all are equal, at temperature 1
+    (N, 1), gap (N, 1), levels and scale; and whether a row names a class that does not exist (N,)."""
+    *ids, top, levels, scale, rest, gap = parts
+    ids, top = join_ids(ids, num_classes), top[:, 0].astype(np.int64)
+    is_outside = (ids >= num_classes).any(axis=1) | (top >= num_classes)
+    if is_outside.any():
+        ids, top = np.where(ids < num_classes, ids, 0), np.where(top < num_classes, top, 0)
+    num_others = num_classes - ids.shape[1] - ~(ids == top[:, None]).any(axis=1, keepdims=True)
+    even = rest.astype(np.float32) - np.log(num_others).astype(np.float32)
+    return ids, top, even, gap, levels, scale, is_outside
+
+
+def _round_alike(parts, logits):
+    ids, top, _, _, levels, scale, is_outside = _unpack(parts, logits.shape[1])
+    rows = np.arange(len(ids))
+    differences = (logits - logits[rows, top][:, None]).astype(np.float32)
+    value, low, high = level_bounds(levels, scale, ids.shape[1])
+    given = differences[rows[:, None], ids]
+    is_other = np.ones(logits.shape, bool)
+    is_other[rows[:, None], ids] = is_other[rows, top] = False
+    others = np.where(is_other, differences, -np.inf)
+    result = np.empty(logits.shape, np.float32)
+    result[:] = np.logaddexp.reduce(others, axis=1, keepdims=True) - np.log(is_other.sum(1, keepdims=True))
+    # Beyond the bounds, by as much as it is beyond them.
+    result[rows[:, None], ids] = value + np.minimum(given - low, 0) + np.maximum(given - high, 0)
+    result[rows, top] = 0
+    result[is_outside] = np.nan
+    return result
 
 
 def _expand(parts, num_classes, temperature):
     if len(parts) == 1:
         return parts[0]
+    if len(parts) > len(_TOP_K_PARTS):
+        ids, top, even, gap, levels, scale, is_outside = _unpack(parts, num_classes)
+        logits = np.empty((len(ids), num_classes), dtype=np.float32)
+        logits[:] = even - gap.astype(np.float32) * ((1 - 1 / temperature) / _GAP_STEPS)
+        rows = np.arange(len(ids))
+        logits[rows[:, None], ids] = unpack_levels(levels, scale, ids.shape[1])
+        logits[rows, top] = 0
+        logits[is_outside] = np.nan
+        return logits
     ids, differences, rest, gap = parts
     is_outside = (ids >= num_classes).any(axis=1)
     if is_outside.any():
@@ -310,13 +450,45 @@ def _expand(parts, num_classes, temperature):
     return logits
 
 
+def largest_class(column: pa.Array, num_classes: int) -> int:
+    """The largest class id in a top-k or packed column; `ValueError` if its ids are packed for another number of classes."""
+    parts = _to_parts(column)
+    if len(parts) == len(_TOP_K_PARTS):
+        return int(parts[0].max(initial=0))
+    *ids, top, _, _, _, _ = parts
+    return max(int(join_ids(ids, num_classes).max(initial=0)), int(top.max(initial=0)))
+
+
 def concatenate_views(first: pa.Array | pa.ChunkedArray, second: pa.Array) -> pa.Array:
-    """Join two columns with views of the same rows: first the views of `first`, then those of `second`, bit for bit."""
+    """Join two columns with views of the same rows: first the views of `first`, then those of `second`, bit for bit. Packed
+    logits keep the ids of each group of views."""
     if isinstance(first, pa.ChunkedArray):
         first = first.combine_chunks()
-    parts = zip(_to_parts(first), _to_parts(second))
-    joined = [_to_arrow(np.concatenate(part, axis=1)) for part in parts]
-    return joined[0] if len(joined) == 1 else pa.StructArray.from_arrays(joined, names=_TOP_K_PARTS)
+    sides = [_to_parts(first), _to_parts(second)]
+    if len(sides[0]) > len(_TOP_K_PARTS):
+        size = math.gcd(*map(_views_per_group, sides))
+        sides = [_regroup(parts, size) for parts in sides]
+    joined = [_to_arrow(np.concatenate(parts, axis=1)) for parts in zip(*sides)]
+    if len(joined) == 1:
+        return joined[0]
+    return pa.StructArray.from_arrays(joined, names=_part_names(first.type))
+
+
+def _views_per_group(parts):
+    return parts[-1].shape[1] // parts[0].shape[1]
+
+
+def _regroup(parts, size):
+    """The parts of a packed column whose ids are those of groups of `size` views, which divides the size of today."""
+    num_views, times = parts[-1].shape[1], _views_per_group(parts) // size
+    return [part if part.shape[1] == num_views else np.repeat(part, times, axis=1) for part in parts]
+
+
+def joined_feature(first, second):
+    """The type of a column that [`concatenate_views`] makes of columns of these types."""
+    empty = [Features({"column": each}).arrow_schema.empty_table()["column"] for each in (first, second)]
+    joined = concatenate_views(empty[0], empty[1].combine_chunks())
+    return Features.from_arrow_schema(pa.schema({"column": joined.type}))["column"]
 
 
 def _to_arrow(array):

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 
 from ..data.classes import check_class_names
@@ -31,6 +30,7 @@ from .encoding import (
     column_name,
     decode,
     describe_column,
+    largest_class,
     missing_rows,
     recorded_teachers,
 )
@@ -383,7 +383,10 @@ def _check_column(dataset, column, num_classes):
     for start in starts:
         values = rows_of_block[start : start + size][column].combine_chunks()
         if encoding.top_k is not None and len(values):
-            largest = pc.max(pc.list_flatten(values.field("class_ids"), recursive=True)).as_py() or 0
+            try:
+                largest = largest_class(values, num_classes)
+            except ValueError as error:
+                raise ValueError(f'The column "{column}": {error} {needed}.') from error
             if largest >= num_classes and not len(missing_rows(values)):
                 raise ValueError(f'The column "{column}" names class {largest}; {needed}.')
         bad += (start + unusable_rows(values, num_classes, num_views)).tolist()

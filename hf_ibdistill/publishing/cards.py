@@ -181,6 +181,8 @@ def create_logits_card(table: Dataset, *, repo_id: str | None = None) -> Dataset
         encoding = teacher["encoding"]
         top_k = encoding["top_k"]
         kept = "all" if top_k is None else f"the {top_k} largest and the log-sum-exp of the rest"
+        if encoding["dtype"] == "packed":
+            kept = f"{top_k} classes of each image at eight levels and the log-sum-exp of the rest"
         origin = _link(teacher_source(teacher))
         origin += f" @ {teacher['revision'][:12]}" if teacher.get("revision") else ""
         rows.append([f"`{column_name(teacher['name'])}`", teacher["config"].get("model_type", ""), origin,

@@ -43,6 +43,7 @@ from ..logits.encoding import (
     check_teacher_names,
     column_name,
     concatenate_views,
+    joined_feature,
     recorded_teachers,
 )
 from ..logits.provenance import (
@@ -114,7 +115,8 @@ def record_teacher_logits(
         output_dir: folder of the finished table, which `datasets.load_from_disk` reads.
         views: which views to record, and how many.
         top_k: store the k largest logits and the log-sum-exp of the rest; `None` stores all.
-        dtype: `"float16"` or `"float32"`, the type of the stored logits.
+        dtype: `"float16"` or `"float32"`, the type of the stored logits; or `"packed"`, which stores `top_k` classes (26 if
+            not given) that the views of an image share, at eight levels ([`LogitsEncoding`]).
         bf16: run the teachers under bf16 autocast: faster on hardware with bf16 units, but rounded to three digits.
         batch_size: images (views) in a forward pass.
         shard_size: rows in a shard, rounded up to whole batches: what an interruption can cost. `None` is 4,096, or a 128th
@@ -275,7 +277,7 @@ def _try(teacher, image, views) -> None:
 def _plan(dataset, teachers, views, encoding, layout, sample, with_images, keeps_recorded) -> _Plan:
     described = {teacher.name: teacher.describe(encoding) for teacher in teachers}
     for teacher in teachers:
-        encoding.feature(len(teacher.class_names), None)
+        encoding.feature(len(teacher.class_names), None if views is None else views.num_views)
     old, old_views = _recorded_so_far(dataset, views) if recorded_teachers(dataset) else ({}, None)
     for name in [name for name in described if name in old]:
         differences = teacher_differences(described[name], old[name])
@@ -302,7 +304,14 @@ def _plan(dataset, teachers, views, encoding, layout, sample, with_images, keeps
         )
     num_views = None if views is None else views.num_views
     teachers = [teacher for teacher in teachers if teacher.name in described]
-    columns = {column_name(t.name): encoding.feature(len(t.class_names), num_views) for t in teachers}
+    columns = {}
+    for teacher in teachers:
+        column, count = column_name(teacher.name), num_views
+        if teacher.name in old:
+            count -= old_views.num_views
+        columns[column] = encoding.feature(len(teacher.class_names), count)
+        if teacher.name in old:
+            columns[column] = joined_feature(dataset.features[column], columns[column])
     keys = dict.fromkeys((ROW_KEY, FILE_KEY), Value("int64"))
     is_streamed = isinstance(dataset, IterableDataset)
     if layout["shard_size"] is None:

@@ -179,7 +179,7 @@ def test_more_than_65536_classes():
 
 
 def test_wrong_encodings_are_refused():
-    with pytest.raises(ValueError, match='dtype="int8".*float16 or float32'):
+    with pytest.raises(ValueError, match='dtype="int8".*float16, float32 or packed'):
         LogitsEncoding("int8")
     with pytest.raises(ValueError, match="top_k=1 .*2"):
         LogitsEncoding(top_k=1)
@@ -196,7 +196,9 @@ def test_recorded_teachers_are_found_by_their_columns():
 
 
 @pytest.mark.parametrize("num_views", [None, 3])
-@pytest.mark.parametrize("encoding", [LogitsEncoding("float16"), LogitsEncoding("float32", top_k=4)], ids=str)
+@pytest.mark.parametrize(
+    "encoding", [LogitsEncoding("float16"), LogitsEncoding("float32", top_k=4), LogitsEncoding("packed", 2)], ids=str
+)
 def test_random_access_equals_decoding_the_rows(encoding, num_views, tmp_path):
     logits = random_logits(1300, *([] if num_views is None else [num_views]), 7)
     column, feature = encoding.encode(logits, num_views is not None), encoding.feature(7, num_views)
@@ -235,9 +237,9 @@ def test_random_access_equals_decoding_the_rows(encoding, num_views, tmp_path):
 
 
 @pytest.mark.parametrize("num_views", [None, 2])
-@pytest.mark.parametrize("top_k", [None, 3])
-def test_rows_without_logits_move_no_others(top_k, num_views, tmp_path):
-    encoding, feature = LogitsEncoding("float32", top_k), LogitsEncoding("float32", top_k).feature(5, num_views)
+@pytest.mark.parametrize("dtype, top_k", [("float32", None), ("float32", 3), ("packed", 2)])
+def test_rows_without_logits_move_no_others(dtype, top_k, num_views, tmp_path):
+    encoding, feature = LogitsEncoding(dtype, top_k), LogitsEncoding(dtype, top_k).feature(5, num_views)
     logits = random_logits(*(4, 5) if num_views is None else (4, num_views, 5))
     whole = saved(encoding.encode(logits, views=num_views is not None), feature, tmp_path / "w")
     without = Dataset.from_dict({"other": range(3)})
