@@ -24,7 +24,7 @@ FLAGS = {
     "scale": ["--rows", "50", "100", "--num_views", "2", "--repetitions", "1"],
     "storage": [
         "--rows", "20", "--num_views", "2", "--top_k", "10", "--temperatures", "2", "--teacher_steps", "2",
-        "--teacher_images", "32", "--batch_size", "16",
+        "--teacher_images", "32", "--batch_size", "16", "--packed", "26", "--student_steps", "1", "--student_seeds", "0",
     ],
     "streaming": [*ONCE, "--rows", "40", "--files", "2", "--num_workers", "0"],
     "views_per_image": [
