@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = HF_HUB_OFFLINE=1 $(VENV)/bin/python
 
-.PHONY: quickstart test lint docs-check studies-check clean
+.PHONY: quickstart test lint docs docs-check tutorials-check studies-check clean
 .DEFAULT_GOAL := quickstart
 
 $(VENV)/installed: setup.py
@@ -22,6 +22,14 @@ test: $(VENV)/installed
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+
+# The site in build/site. A broken link, a page without a place, or an undocumented name is an error.
+docs: $(VENV)/installed
+	$(RUN) -m sphinx --fail-on-warning --keep-going --nitpicky --quiet --doctree-dir build/doctrees docs build/site
+
+# Runs the tutorials, each within 90 seconds of one processor.
+tutorials-check: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(RUN) docs/check.py --seconds 90 docs/tutorials/*.md
 
 # Runs every command and example of README.md and docs/.
 docs-check: $(VENV)/installed

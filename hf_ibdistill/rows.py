@@ -147,7 +147,7 @@ class ImageRows(_RowDecoder, torch.utils.data.Dataset):
         num_classes: number of classes of the logits columns.
         views: recipe of the views to make; `None` returns the images as they are.
         temperatures: for each logits column, the temperature that it will be used at; top-k columns depend on it.
-        views_per_image: views of an image that [`SeveralViews`] puts into a batch.
+        views_per_image: views of an image in a batch.
 
     Raises:
         ValueError: there are fewer views than `views_per_image`. On reading a row whose image cannot be decoded; the

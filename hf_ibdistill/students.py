@@ -41,7 +41,8 @@ def load_student(
     of the token, position and head of the class token, and the default stem. If the names of the classes differ, all heads
     start from nothing, with a warning of transformers. Position embeddings of the patches are interpolated (bicubic).
 
-    A model of any other family stays what it is, and its prediction answers every teacher; see [`load_with_classes`].
+    A model of any other family stays what it is, and its prediction answers every teacher. If its classes
+    differ, or it has no head, its head starts from nothing, with a warning.
 
     Args:
         name_or_path: folder or Hub id of a saved student, of a ViT or DeiT checkpoint (see

@@ -32,7 +32,7 @@ def logits_metrics(
         label_column: the label column; found if not given.
 
     Returns:
-        Means over rows and views; entropies and Jensen–Shannon divergences (Lin 1991, equation 5.1) in nats:
+        Means over rows and views. Entropies and Jensen–Shannon divergences (Lin 1991, equation 5.1) are in nats.
             - `<teacher>_accuracy`, of the rows with a label, if there are any; with several teachers, `ensemble_accuracy`,
               `ensemble_negative_log_likelihood` (nats) and `ensemble_expected_calibration_error` of their mean probability
               at temperature 1. These bound what a student can learn;

@@ -28,7 +28,7 @@ def _parts(model: PreTrainedModel) -> tuple[list[nn.Parameter], list[nn.Module]]
 
 def freeze_layers(model: PreTrainedModel, num_layers: int) -> None:
     """Freeze what comes before the layers, and the first `num_layers` layers (stages, blocks) of a model; 0 freezes
-    nothing. What is frozen stays in evaluation mode, as in [`freeze_backbone`].
+    nothing. What is frozen stays in evaluation mode.
 
     Raises:
         ValueError: the model has fewer layers than `num_layers`, or no list of layers.
