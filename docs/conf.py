@@ -6,7 +6,6 @@ links to files that are not pages become their names.
 
 import builtins
 import dataclasses
-import os
 import re
 import sys
 from pathlib import Path
@@ -14,7 +13,6 @@ from pathlib import Path
 from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx import addnodes
-from sphinx.util import logging
 
 
 ROOT = Path(__file__).parents[1]
@@ -34,6 +32,7 @@ html_theme = "furo"
 html_title = f"hf_ibdistill {version}"
 html_static_path = ["static"]
 html_css_files = ["site.css"]
+html_favicon = "static/icon.svg"
 html_math_renderer = "mathml"
 html_copy_source = False
 html_show_sphinx = html_show_copyright = False
@@ -66,7 +65,9 @@ PAGES = {"README.md": "index", "CONTRIBUTING.md": "contributing", "CHANGELOG.md"
 def resolve_links_to_files(app, document):
     """Links to files of the repository lead to a page of the site, or become the name of the file."""
     page = app.env.docname
-    for node in list(document.findall(lambda node: isinstance(node, addnodes.pending_xref | addnodes.download_reference))):
+    for node in list(
+        document.findall(lambda node: isinstance(node, addnodes.pending_xref | addnodes.download_reference))
+    ):
         target = node["reftarget"].partition("#")[0]
         if node["reftype"] != "myst" or not target or target in app.env.found_docs:
             continue
@@ -131,7 +132,9 @@ def argument_fields(obj):
     """A section of the fields of training arguments. Their help is in the fields, from which the commands make flags."""
     if not dataclasses.is_dataclass(obj) or not isinstance(obj, type):
         return []
-    own = [field for field in dataclasses.fields(obj) if field.name in obj.__annotations__ and "help" in field.metadata]
+    own = [
+        field for field in dataclasses.fields(obj) if field.name in obj.__annotations__ and "help" in field.metadata
+    ]
     return ["", "Args:", *(f"    {field.name}: {field.metadata['help']}" for field in own)] if own else []
 
 
