@@ -58,7 +58,7 @@ def check(page: Path, seconds: float) -> bool:
         spent = processor_seconds() - start
     budget = "" if spent <= seconds else f", more than the {seconds:.0f} s that it may take"
     print(
-        f"{page.relative_to(ROOT)}: {len(blocks(page))} blocks, exit {done.returncode}, {spent:.0f} s of a processor{budget}",
+        f"{os.path.relpath(page, ROOT)}: {len(blocks(page))} blocks, exit {done.returncode}, {spent:.0f} s of a processor{budget}",
         flush=True,
     )
     if done.returncode != 0:

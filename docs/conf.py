@@ -19,8 +19,6 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 import hf_ibdistill  # noqa: E402
-import hf_ibdistill.data  # noqa: E402
-import hf_ibdistill.images  # noqa: E402
 
 
 project = "hf_ibdistill"

@@ -31,6 +31,15 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
         pass
 
 
+def watched_tab(browser, width: int, height: int, home: str, problems: list[str]):
+    """A tab that reports errors, and requests that leave the site."""
+    tab = browser.new_page(viewport={"width": width, "height": height})
+    tab.on("request", lambda request: request.url.startswith((home, "data:")) or problems.append(request.url))
+    tab.on("console", lambda message: message.type == "error" and problems.append(f"{tab.url}: {message.text}"))
+    tab.on("pageerror", lambda error: problems.append(f"{tab.url}: {error}"))
+    return tab
+
+
 def look(folder: Path, chromium: str | None) -> list[str]:
     """The problems of all pages."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=SITE))
@@ -40,15 +49,14 @@ def look(folder: Path, chromium: str | None) -> list[str]:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         for size, (width, height) in SIZES.items():
-            tab = browser.new_page(viewport={"width": width, "height": height})
-            tab.on("request", lambda request: request.url.startswith((home, "data:")) or problems.append(request.url))
-            tab.on("console", lambda message: message.type == "error" and problems.append(f"{tab.url}: {message.text}"))
-            tab.on("pageerror", lambda error: problems.append(f"{tab.url}: {error}"))
+            tab = watched_tab(browser, width, height, home, problems)
             for page in pages:
                 tab.goto(home + page)
                 if tab.evaluate("document.documentElement.scrollWidth > window.innerWidth"):
                     problems.append(f"{page} is wider than a {size}")
-                for picture in tab.evaluate("[...document.images].filter(i => !i.alt || !i.naturalWidth).map(i => i.src)"):
+                for picture in tab.evaluate(
+                    "[...document.images].filter(i => !i.alt || !i.naturalWidth).map(i => i.src)"
+                ):
                     problems.append(f"{page}: {picture} has no alternative text or is not there")
                 anchors[home + page] = set(tab.evaluate("[...document.querySelectorAll('[id]')].map(e => e.id)"))
                 links[page] = tab.evaluate("[...document.querySelectorAll('a[href]')].map(a => a.href)")
