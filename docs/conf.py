@@ -49,7 +49,7 @@ napoleon_numpy_docstring = False
 
 # Every reference into this package must resolve. Other libraries have no inventory here, because a build is offline.
 nitpicky = True
-OTHER_LIBRARIES = "accelerate|collections|datasets|numpy|optional|os|pathlib|PIL|torch|transformers|typing"
+OTHER_LIBRARIES = "accelerate|collections|datasets|numpy|os|pathlib|PIL|torch|transformers|typing"
 nitpick_ignore_regex = [
     (r"py:.*", rf"({OTHER_LIBRARIES})(\..*)?"),
     (r"py:.*", rf"({'|'.join(dir(builtins))})"),
@@ -120,7 +120,8 @@ def code(match):
     name, text = match.groups()
     if text:
         return f"``{text}``"
-    if name.lstrip("~").partition(".")[0] in OTHER_LIBRARIES.split("|"):
+    name = name.lstrip("~")
+    if name.partition(".")[0] in OTHER_LIBRARIES.split("|"):
         return f"``{name.rpartition('.')[2]}``"
     # With a dot, Sphinx finds a name in any module.
     return f":py:obj:`~{'hf_ibdistill' if name in hf_ibdistill.__all__ else ''}.{name}`"
