@@ -88,4 +88,4 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     found = look(arguments.folder, arguments.chromium)
-    raise SystemExit("\n".join(found))
+    raise SystemExit("\n".join(found) or 0)
