@@ -17,6 +17,7 @@ extras = {
         "sphinx-copybutton>=0.5.2,<0.6",
     ],
     "onnx": ["onnx>=1.18,<2", "onnxscript>=0.5,<1", "onnxruntime>=1.22,<2"],
+    "demo": ["gradio>=6.31,<7"],
 }
 version = re.search(
     r'^__version__ = "(.+)"$', (root / "hf_ibdistill" / "__init__.py").read_text(encoding="utf-8"), re.MULTILINE
@@ -62,6 +63,7 @@ setup(
         "dev": [
             *sum(extras.values(), []),
             "hypothesis>=6,<7",
+            "playwright>=1.50,<2",  # drives a Chromium that is installed
             "pytest>=8,<10",
             "pytest-xdist>=3.6,<4",
             "ruff>=0.12,<1",

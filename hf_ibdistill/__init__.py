@@ -16,6 +16,7 @@ _PUBLIC_NAMES = {
     "data.classes": ["class_config"],
     "data.loading": ["load_image_dataset"],
     "data.splits": ["select_per_class"],
+    "demo": ["build_demo", "start_demo"],
     "evaluation": ["evaluate_model", "predict", "token_attention"],
     "export": ["export_onnx", "export_program", "quantize_onnx"],
     "images.decoding": ["scale_pixels"],

@@ -1,5 +1,6 @@
-"""Check numbers that a user gives."""
+"""Check numbers that a user gives, and optional libraries."""
 
+import importlib.util
 import math
 from numbers import Integral, Real
 
@@ -22,3 +23,10 @@ def check_numbers(low: float, high: float = math.inf, *, whole: bool = False, **
             kind = "a whole number" if whole else "a number"
             upper = "" if high == math.inf else f" and at most {high}"
             raise ValueError(f"{name}={value!r} is out of range. Choose {kind} of at least {low}{upper}.")
+
+
+def check_installed(*names: str, extra: str) -> None:
+    """Raise `ImportError` unless these libraries, which an extra of the package installs, can be imported."""
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f'Not installed: {", ".join(missing)}. Run pip install "hf_ibdistill[{extra}]".')

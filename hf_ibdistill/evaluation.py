@@ -20,7 +20,7 @@ from .checks import check_numbers
 from .data.classes import check_class_names, check_labels, class_names, config_class_names, labelled_rows
 from .data.columns import LABEL, as_image_table, require_table
 from .logits.encoding import column_name, describe_column
-from .models.modeling_ibvit import IBViTForImageClassification
+from .models.modeling_ibvit import IBViTForImageClassification, IBViTImageClassifierOutput
 from .rows import DistillationCollator, ImageRows
 from .teachers import on_device, require_model, without_autocast
 
@@ -364,16 +364,28 @@ def token_attention(
         Token ("class token", then the names of the teachers) → (N, height / patch, width / patch), float32. A map sums to
         the share of its attention that the token gives to patches, not to other tokens.
     """
-    pixel_values = image_processor(list(images), return_tensors="pt")["pixel_values"].to(model.device, model.dtype)
+    pixel_values = image_processor(list(images), return_tensors="pt")["pixel_values"]
+    return forward_with_attention(model, pixel_values)[1]
+
+
+def forward_with_attention(
+    model: IBViTForImageClassification, pixel_values: torch.Tensor
+) -> tuple[IBViTImageClassifierOutput, dict[str, np.ndarray]]:
+    """The outputs of a student and the maps of [`token_attention`], from one forward pass.
+
+    Args:
+        model: a student.
+        pixel_values: (N, channels, height, width).
+    """
     names, implementation = ["class token", *model.config.teacher_names], model.config._attn_implementation
     # Fused kernels do not return their attention.
     model.set_attn_implementation("eager")
     try:
         with torch.no_grad(), _evaluation_mode(without_autocast(model)) as network:
-            attentions = network(pixel_values, output_attentions=True, return_dict=True).attentions
+            outputs = network(pixel_values.to(model.device, model.dtype), output_attentions=True, return_dict=True)
     finally:
         model.set_attn_implementation(implementation)
-    attention = attentions[-1].float().mean(1)[:, : len(names), len(names) :]
+    attention = outputs.attentions[-1].float().mean(1)[:, : len(names), len(names) :]
     side = model.config.image_size // model.config.patch_size
     maps = attention.unflatten(2, (side, side)).cpu().numpy()
-    return {name: maps[:, i] for i, name in enumerate(names)}
+    return outputs, {name: maps[:, i] for i, name in enumerate(names)}

@@ -1,7 +1,6 @@
 """Export models as programs of PyTorch and as ONNX files, which run without this package."""
 
 import copy
-import importlib.util
 import os
 import tempfile
 from pathlib import Path
@@ -11,16 +10,10 @@ from PIL.Image import new as new_image
 from torch import nn
 from transformers import BaseImageProcessor, PreTrainedModel
 
+from .checks import check_installed
 from .files import write_whole
 from .images.preprocessing import pixel_values
 from .teachers import without_autocast
-
-
-def check_installed(*names: str) -> None:
-    """Raise `ImportError` unless these libraries are installed."""
-    missing = [name for name in names if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ImportError(f'Not installed: {", ".join(missing)}. Run pip install "hf_ibdistill[onnx]".')
 
 
 class _Logits(nn.Module):
@@ -93,7 +86,7 @@ def export_onnx(model: PreTrainedModel, image_processor: BaseImageProcessor, pat
     >>> (logits,) = session.run(None, {"pixel_values": image_processor(images, return_tensors="np")["pixel_values"]})
     ```
     """
-    check_installed("onnx", "onnxscript")
+    check_installed("onnx", "onnxscript", extra="onnx")
     program = export_program(model, image_processor)
     names = {"input_names": ["pixel_values"], "output_names": ["logits"]}
     try:
@@ -122,7 +115,7 @@ def quantize_onnx(source: str | os.PathLike, path: str | os.PathLike) -> Path:
     Raises:
         ImportError: onnx or onnxruntime is not installed.
     """
-    check_installed("onnx", "onnxruntime")
+    check_installed("onnx", "onnxruntime", extra="onnx")
     from onnxruntime.quantization import QuantType, quantize_dynamic
     from onnxruntime.quantization.shape_inference import quant_pre_process
 

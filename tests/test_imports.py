@@ -30,6 +30,7 @@ STAGES = [
     "publishing",
     "training",
     "export",
+    "demo",
     "commands",
 ]
 MODULES = {

@@ -16,6 +16,7 @@ COMMANDS = {
     "verify": "compare a sample of a recorded table with its teachers",
     "finetune": "fine-tune a student, ViT or DeiT on other images, without teachers",
     "export": "write a model as an ONNX file, also in 8 bits",
+    "demo": "show predictions and attention for an image on a page in the browser",
     "push": "publish a model or a recorded table on the Hub",
     "convert-rednet": "turn a published RedNet checkpoint into a teacher",
 }

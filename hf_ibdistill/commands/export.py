@@ -15,10 +15,11 @@ import numpy as np
 from transformers import AutoImageProcessor
 from transformers.hf_argparser import HfArg
 
+from ..checks import check_installed
 from ..data.classes import labelled_rows
 from ..data.columns import IMAGE
 from ..evaluation import predict
-from ..export import check_installed, export_onnx, quantize_onnx
+from ..export import export_onnx, quantize_onnx
 from ..images.preprocessing import pixel_values
 from ..rows import ImageRows
 from ..teachers import load_classifier
@@ -60,7 +61,7 @@ def onnx_logits(paths: list[Path], images: ImageRows, processor, batch_size: int
 
 def main(arguments):
     data, export = parse("export", __doc__, arguments, DataArguments, ExportArguments)
-    check_installed("onnxruntime")
+    check_installed("onnxruntime", extra="onnx")
     folder, splits = export.folder(), data.load()
     split = result_split(splits)
     split = labelled_rows(splits[split], f"The {split} split")
