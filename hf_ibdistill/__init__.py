@@ -31,6 +31,7 @@ _PUBLIC_NAMES = {
     "publishing.cards": ["create_model_card"],
     "publishing.hub": ["push_folder_to_hub", "push_logits_to_hub"],
     "publishing.results": ["evaluate_and_save"],
+    "publishing.space": ["push_space_to_hub"],
     "publishing.tables": ["export_logits_table", "open_logits_table"],
     "recording.assessment": ["logits_metrics"],
     "recording.attaching": ["attach_teacher_logits"],

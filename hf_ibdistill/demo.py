@@ -219,8 +219,10 @@ def build_demo(
     explain(PIL.Image.new("RGB", (64, 64), "gray"), model, image_processor, teachers)
 
     def predict(upload):
+        if not upload:
+            return _message("There is no image. Choose one, then press Predict."), ""
         try:
-            image = read_upload((upload or {}).get("path") or "")
+            image = read_upload(upload.get("path") or "")
             readings = explain(image, model, image_processor, teachers)
             has_maps = any(reading.attention is not None for reading in readings)
             picture = seen_image(image, image_processor) if has_maps else None
@@ -310,7 +312,7 @@ def start_demo(
     _, url, _ = page.launch(
         server_name=host,
         server_port=port,
-        max_file_size=round(max_file_size * 10**6),
+        max_file_size=round(max_file_size * 2**20),
         theme=theme,
         css=_CSS,
         footer_links=[],
@@ -344,7 +346,7 @@ _CSS = """
 .gradio-container { max-width: 1180px !important; margin-inline: auto !important; }
 #image img { width: 100%; height: 100%; object-fit: contain; }
 .demo-header h1 { font-size: 1.5rem; font-weight: 650; margin: 0; overflow-wrap: anywhere; }
-.demo-header p, #status p, #results p { margin: .25rem 0 0; color: var(--body-text-color); }
+.demo-header p, #status p, #results p { margin: .25rem 0 0; color: var(--body-text-color); overflow-wrap: anywhere; }
 #status p { font-size: 1.05rem; }
 #status p.bad { border-left: 4px solid #c2410c; padding-left: .6rem; }
 #results .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 13.5rem), 1fr)); gap: 1rem;
@@ -423,7 +425,7 @@ def _card(reading, picture):
     )
     took = "" if reading.milliseconds is None else f"<small>{reading.milliseconds:.1f} ms</small>"
     return (
-        f"<section><h2>{title} {took}</h2>{figure}<table><caption class='hidden-text'>{title}: the most probable "
+        f"<section><h2><span>{title}</span> {took}</h2>{figure}<table><caption class='hidden-text'>{title}: the most probable "
         f"classes</caption><colgroup><col><col></colgroup><tbody>{rows}</tbody></table></section>"
     )
 

@@ -31,8 +31,8 @@ WRITE_TOKEN, READ_TOKEN, OTHER_TOKEN = "write-token", "read-token", "other-token
 LARGE_SUFFIXES = (".arrow", ".bin", ".npy", ".npz", ".onnx", ".parquet", ".pt", ".safetensors", ".zip")
 LARGE_SIZE = 10 * 2**20
 
-API = "/api/(?P<kind>models|datasets)/(?P<name>[^/]+/[^/]+)"
-PAGE = "/(?:(?P<kind>datasets)/)?(?P<name>[^/]+/[^/]+)"
+API = "/api/(?P<kind>models|datasets|spaces)/(?P<name>[^/]+/[^/]+)"
+PAGE = "/(?:(?P<kind>datasets|spaces)/)?(?P<name>[^/]+/[^/]+)"
 REVISION = "(?P<revision>refs/[^/]+/[^/]+|[^/]+)"
 ROUTES = []
 

@@ -8,7 +8,7 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from transformers import ViTImageProcessor
 
-from hf_ibdistill import IBResNetConfig, IBResNetForImageClassification
+from hf_ibdistill import IBResNetConfig, IBResNetForImageClassification, IBViTConfig, IBViTForImageClassification
 
 
 NAMES = ["cat", "dog", "eel"]
@@ -39,4 +39,15 @@ def make_teacher(folder, preset="convolution-small", seed=0, size=8, names=NAMES
     )
     IBResNetForImageClassification(config).save_pretrained(folder)
     ViTImageProcessor(size={"height": size, "width": size}).save_pretrained(folder)
+    return str(folder)
+
+
+def make_student(folder, names=NAMES, size=8):
+    """A student with a token for "conv" and one for "inv"."""
+    torch.manual_seed(2)
+    shape = {"patch_size": 2, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    # Larger weights than for training, so that images differ in their prediction.
+    config = IBViTConfig(image_size=size, **shape, initializer_range=0.5, id2label=dict(enumerate(names)))
+    IBViTForImageClassification(config).save_pretrained(folder)
+    ViTImageProcessor(size={"height": size, "width": size}, do_convert_rgb=True).save_pretrained(folder)
     return str(folder)

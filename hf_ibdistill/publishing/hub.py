@@ -68,7 +68,7 @@ def push_folder_to_hub(
     repo_id = ensure_repo(repo_id, kind=kind, private=private, token=token)
     api, repo = HfApi(token=token), {"repo_id": repo_id, "repo_type": kind}
     if revision is not None and not revision.startswith("refs/"):
-        _call(lambda: api.create_branch(**repo, branch=revision, exist_ok=True), repo_id)
+        call_hub(lambda: api.create_branch(**repo, branch=revision, exist_ok=True), repo_id)
 
     # Not `upload_folder`: its card is the file on disk, and it may spread a table over several commits. The operations are
     # made again for each try, because only then the client compares them with the files that have arrived.
@@ -84,7 +84,7 @@ def push_folder_to_hub(
             **repo, operations=operations, commit_message=message, revision=revision, create_pr=create_pr
         )
 
-    info = _call(commit, repo_id, revision, create_pr)
+    info = call_hub(commit, repo_id, revision, create_pr)
     return info.pr_url or str(info.repo_url)
 
 
@@ -97,7 +97,8 @@ def ensure_repo(repo_id: str, *, kind: str = "model", private: bool | None = Non
             f"repo_id={repo_id} needs an access token with the right to write. Log in with `hf auth login`, or set HF_TOKEN."
         )
     api = HfApi(token=token)
-    url = _call(lambda: api.create_repo(repo_id, repo_type=kind, private=private, exist_ok=True), repo_id)
+    how = {"repo_type": kind, "private": private, "space_sdk": "gradio" if kind == "space" else None}
+    url = call_hub(lambda: api.create_repo(repo_id, **how, exist_ok=True), repo_id)
     return url.repo_id
 
 
@@ -175,7 +176,7 @@ def _additions(folder, repo_id):
     return [CommitOperationAdd(path, content) for path, content in files.items()]
 
 
-def _call(action, repo_id, revision=None, create_pr=False):
+def call_hub(action, repo_id, revision=None, create_pr=False):
     """Call the Hub, and retry if it is busy or cuts the connection.
 
     huggingface_hub retries uploads of large files by itself. It does not retry requests that make a repository, a branch or

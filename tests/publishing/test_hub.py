@@ -492,16 +492,6 @@ def folder(tmp_path):
 
 
 @pytest.fixture
-def author(hub, monkeypatch, tmp_path):
-    """Makes `hub` this process's, which has no token but the one that a test gives."""
-    monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
-    return hub
-
-
-@pytest.fixture
 def waits(monkeypatch):
     """The seconds that retries wait for, which do not pass."""
     waits = []
