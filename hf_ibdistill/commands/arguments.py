@@ -156,6 +156,7 @@ _WITHOUT_EFFECT = [
     ("teachers", bool, ("logits",)),
     ("streaming", bool, ("validation_fraction", "split_seed")),
     ("images_per_class", lambda value: not value, ("keep_rest",)),
+    ("space", lambda value: not value, ("teachers",)),
     ("space", bool, ("with_images", "split", "revision", "create_pr")),
     ("unlabelled_target", lambda value: value != "pseudo_labels", ("min_confidence",)),
     ("without_teachers", bool, _TEACHING),
