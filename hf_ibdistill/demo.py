@@ -255,15 +255,10 @@ def build_demo(
                 results = gr.HTML("", elem_id="results", apply_default_css=False)
         # The file as it was sent: Gradio itself would decode it first, and show its errors.
         how = {"preprocess": False, "api_visibility": "private", "concurrency_limit": 1}
-        button.click(
-            predict,
-            image,
-            [status, results],
-            show_progress="minimal",
-            show_progress_on=status,
-            scroll_to_output=True,
-            **how,
+        predicted = button.click(
+            predict, image, [status, results], show_progress="minimal", show_progress_on=status, **how
         )
+        predicted.then(None, js=_SHOW_STATUS, api_visibility="private")
         # A prediction must not stay beside another image.
         image.change(
             None, None, [status, results], js=f"() => [{_READY!r}, '']", api_visibility="private", queue=False
@@ -342,6 +337,11 @@ def _list_examples(folder) -> list[str]:
 _READY = '<p class="note">Choose an image, then press Predict.</p>'
 # A screen reader announces what appears in it.
 _ANNOUNCE = "element.setAttribute('role', 'status'); element.setAttribute('aria-live', 'polite');"
+# On a phone the result is below the examples.
+_SHOW_STATUS = """() => {
+  const status = document.getElementById("status");
+  if (status.getBoundingClientRect().top > innerHeight / 2) status.scrollIntoView();
+}"""
 _CSS = """
 .gradio-container { max-width: 1180px !important; margin-inline: auto !important; }
 #image img { width: 100%; height: 100%; object-fit: contain; }

@@ -1,5 +1,9 @@
-"""A page in headless Chromium, for tests."""
+"""A page in headless Chromium, for tests.
 
+`python tests/browser.py URL IMAGE FOLDER` takes the pictures of docs/demo.md from a page that `hf-ibdistill demo` serves.
+"""
+
+import re
 import shutil
 import signal
 import socket
@@ -7,11 +11,14 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from pathlib import Path
 from urllib.parse import urlsplit
 
+import PIL.Image
 import pytest
 
 
+SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -41,6 +48,16 @@ def open_page(browser, url, width, height):
     yield page
     page.close()
     assert hosts - {""} == {urlsplit(url).netloc} and errors == []
+
+
+def take_picture(page, folder, moment):
+    """`folder`/demo_before.png or demo_after.png, on a phone demo_phone_before.png or demo_phone_after.png."""
+    is_phone = page.viewport_size["width"] == SIZES["phone"][0]
+    # A phone has no room for the whole page, and the top is what a visitor sees first.
+    name = f"demo_{'phone_' if is_phone else ''}{moment}.png"
+    page.wait_for_function("[...document.images].every((image) => image.complete && image.naturalWidth)")
+    page.screenshot(path=f"{folder}/{name}", full_page=moment == "after" and not is_phone, animations="disabled")
+    return Path(folder, name)
 
 
 def free_port():
@@ -88,6 +105,8 @@ def predict(page):
 def read_prediction(page):
     name = page.locator("#status strong")
     name.wait_for()
+    # The result is on the screen, also on a phone, where it is below the examples.
+    page.wait_for_function("document.querySelector('#status').getBoundingClientRect().bottom < innerHeight")
     tables = {}
     for section in page.locator("#results section").all():
         rows = [
@@ -97,3 +116,21 @@ def read_prediction(page):
         tables[section.locator("h2 span").inner_text()] = [tuple(row) for row in rows]
     assert tables
     return name.inner_text(), tables
+
+
+def main(url, image, folder):
+    with open_browser() as browser:
+        for size in SIZES.values():
+            with open_page(browser, url, *size) as page:
+                page.get_by_role("button", name=re.compile("^Example")).first.wait_for()
+                pictures = [take_picture(page, folder, "before")]
+                choose(page, "photo.png", Path(image).read_bytes())
+                print(predict(page)[0])
+                pictures.append(take_picture(page, folder, "after"))
+                for path in pictures:
+                    # A third of the bytes, because a repository keeps every version.
+                    PIL.Image.open(path).convert("RGB").quantize(192).save(path, optimize=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,7 +1,11 @@
 """What the page of `hf-ibdistill demo` is made of. tests/test_demo_browser.py opens the page itself."""
 
+import json
 import struct
+import time
+import urllib.request
 import zlib
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -191,3 +195,25 @@ def test_mistakes_are_named_before_the_page_is_served(student, folder, teachers,
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r': gradio\. .*"hf_ibdistill\[demo\]"'):
         build_demo(folder)
+
+
+def test_an_upload_is_deleted_although_nobody_stops_the_page(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    # Every second, what is older than a second.
+    monkeypatch.setattr("hf_ibdistill.demo._DELETION", (1, 1))
+    page = build_demo(folder)
+    url = start_demo(page, host="127.0.0.1")
+    try:
+        form = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n%s\r\n--x--\r\n'
+        request = urllib.request.Request(f"{url}gradio_api/upload", data=form % image_bytes(0))
+        request.add_header("Content-Type", "multipart/form-data; boundary=x")
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            (stored,) = json.load(answer)
+        assert Path(stored).is_relative_to(tmp_path)
+        for _ in range(300):
+            if not Path(stored).exists():
+                break
+            time.sleep(0.1)
+        assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    finally:
+        page.close()

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from browser import choose, free_port, open_browser, open_page, predict, read_prediction, serve
+from browser import SIZES, choose, free_port, open_browser, open_page, predict, read_prediction, serve, take_picture
 from running import ENVIRONMENT
 from small import image_bytes, make_student, make_teacher
 from transformers import AutoImageProcessor, AutoModelForImageClassification
@@ -20,7 +20,6 @@ from hf_ibdistill.demo import explain, read_upload
 
 # The name of a class is a text that somebody else wrote.
 NAMES = ["cat", "<img src=x onerror=alert(1)> ${1 + 1} {{value}}", "eel", "fox", "a_very_long_name_of_a_class" * 3]
-SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
 
 
 @pytest.fixture(scope="module")
@@ -89,14 +88,13 @@ def fits(page):
 def test_upload_click_read(page, served, tmp_path):
     # HF_IBDISTILL_SCREENSHOTS=FOLDER keeps the pictures.
     pictures = Path(os.environ.get("HF_IBDISTILL_SCREENSHOTS", tmp_path))
-    kind = "phone" if page.viewport_size["width"] < 600 else "desktop"
     assert page.locator("#results section").count() == 0 and page.locator("#status strong").count() == 0
-    page.screenshot(path=pictures / f"demo_test_{kind}_before.png")
+    take_picture(page, pictures, "before")
     assert fits(page)
     content = image_bytes(5, 20)
     choose(page, "photo.png", content)
     name, tables = predict(page)
-    page.screenshot(path=pictures / f"demo_test_{kind}_after.png", full_page=True)
+    take_picture(page, pictures, "after")
     expected = expected_tables(served, content)
     assert list(expected) == [
         "Fused prediction",

@@ -3,7 +3,8 @@
 hf-ibdistill demo --model outputs/student
 hf-ibdistill demo --model user/student --teachers conv=user/conv --examples photos/
 
-Needs pip install "hf_ibdistill[demo]". Only this machine can open the page, unless --host opens it to others.
+It needs pip install "hf_ibdistill[demo]". Only this machine can open the page, unless --host opens
+it to others.
 """
 
 from dataclasses import dataclass
