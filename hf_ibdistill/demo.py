@@ -365,6 +365,7 @@ _CSS = """
 #results td { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 #results .bar { display: block; height: .45rem; border-radius: 3px; background: var(--border-color-primary); margin-bottom: .15rem; }
 #results .bar i { display: block; height: 100%; border-radius: 3px; background: #2563eb; }
+.dark #results .bar i { background: #60a5fa; }
 #results figure { margin: 0 0 .6rem; }
 #results img { width: 100%; border-radius: 6px; display: block; }
 #results figcaption { font-size: .82rem; margin-top: .3rem; }

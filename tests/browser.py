@@ -119,17 +119,20 @@ def read_prediction(page):
 
 
 def main(url, image, folder):
+    pictures = []
     with open_browser() as browser:
-        for size in SIZES.values():
+        for kind, size in SIZES.items():
             with open_page(browser, url, *size) as page:
                 page.get_by_role("button", name=re.compile("^Example")).first.wait_for()
-                pictures = [take_picture(page, folder, "before")]
+                if kind == "desktop":
+                    pictures.append(take_picture(page, folder, "before"))
                 choose(page, "photo.png", Path(image).read_bytes())
-                print(predict(page)[0])
+                predict(page)
                 pictures.append(take_picture(page, folder, "after"))
-                for path in pictures:
-                    # A third of the bytes, because a repository keeps every version.
-                    PIL.Image.open(path).convert("RGB").quantize(192).save(path, optimize=True)
+    for path in pictures:
+        # A quarter of the bytes, because a repository keeps every version.
+        PIL.Image.open(path).convert("RGB").quantize(256, PIL.Image.Quantize.MAXCOVERAGE).save(path, optimize=True)
+        print(path)
 
 
 if __name__ == "__main__":
