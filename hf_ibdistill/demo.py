@@ -50,13 +50,13 @@ class Reading(NamedTuple):
 
     Attributes:
         title: the part.
-        probabilities: class → probability, in the order of the logits.
+        probabilities: (class, probability) of each class, in the order of the logits. Two classes may share a name.
         milliseconds: how long the model took; `None` for a part of a model.
         attention: (height / patch, width / patch), the attention of a token to the patches; `None` for other parts.
     """
 
     title: str
-    probabilities: dict[str, float]
+    probabilities: list[tuple[str, float]]
     milliseconds: float | None = None
     attention: np.ndarray | None = None
 
@@ -108,7 +108,7 @@ def explain(
     pixels = pixel_values([image], processors)
 
     def probabilities(logits):
-        return dict(zip(names, logits.flatten().float().softmax(-1).tolist()))
+        return list(zip(names, logits.flatten().float().softmax(-1).tolist()))
 
     start = time.perf_counter()
     if isinstance(model, IBViTForImageClassification):
@@ -158,15 +158,16 @@ def draw_attention(picture: PIL.Image.Image, attention: np.ndarray) -> PIL.Image
 
 def describe_attention(attention: np.ndarray) -> str:
     """A map (rows, columns) in words: the share of its attention that a token gives to the patches, and the ninth of the
-    image with the most of it."""
-    rows, columns = (np.array_split(np.arange(size), 3) for size in attention.shape)
+    image where a patch gets the most on average."""
+    thirds = [(3 * (np.arange(size) + 0.5) / size).astype(int) for size in attention.shape]
     ninths = {
-        f"{vertical} {horizontal}": attention[np.ix_(row, column)].sum()
-        for vertical, row in zip(("top", "middle", "bottom"), rows)
-        for horizontal, column in zip(("left", "center", "right"), columns)
+        f"{vertical} {horizontal}": attention[np.ix_(thirds[0] == i, thirds[1] == j)].mean()
+        for i, vertical in enumerate(("top", "middle", "bottom"))
+        for j, horizontal in enumerate(("left", "center", "right"))
+        # A map of one or two rows has no patch in some of them.
+        if i in thirds[0] and j in thirds[1]
     }
-    place = max(ninths, key=ninths.get)
-    return f"{100 * attention.sum():.0f} % of its attention is on the image, most at the {place}"
+    return f"{100 * attention.sum():.0f} % of its attention is on the image, strongest at the {max(ninths, key=ninths.get)}"
 
 
 def build_demo(
@@ -195,15 +196,15 @@ def build_demo(
     check_installed("gradio", extra="demo")
     import gradio as gr
 
-    name = getattr(model, "name_or_path", "") or type(model).__name__ if hasattr(model, "config") else model
-    if not hasattr(model, "config"):
-        source = user_path(model, "model")
-        model = load_classifier(source, trust_remote_code=trust_remote_code)
-        with explain_loading("The image processor", source):
-            image_processor = image_processor or AutoImageProcessor.from_pretrained(
-                source, trust_remote_code=trust_remote_code
-            )
-    require_model(model)
+    if isinstance(model, (str, os.PathLike)):
+        name = user_path(model, "model")
+        model = load_classifier(name, trust_remote_code=trust_remote_code)
+        if image_processor is None:
+            with explain_loading("The image processor", name):
+                image_processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
+    else:
+        require_model(model)
+        name = model.name_or_path or type(model).__name__
     if image_processor is None:
         raise ValueError("image_processor=None, but the model is no folder or Hub id. Pass its image processor.")
     teachers = load_teachers(teachers, trust_remote_code=trust_remote_code) if teachers else []
@@ -311,6 +312,7 @@ def start_demo(
         theme=theme,
         css=_CSS,
         footer_links=[],
+        run_history=False,
         share=False,
         ssr_mode=False,
         enable_monitoring=False,
@@ -391,9 +393,9 @@ def _message(text):
 
 def _status(readings):
     fused = readings[0]
-    best = max(fused.probabilities, key=fused.probabilities.get)
+    best, share = max(fused.probabilities, key=lambda pair: pair[1])
     return (
-        f'<p>Predicted <strong id="prediction">{html.escape(best)}</strong> with {_percent(fused.probabilities[best])} '
+        f'<p>Predicted <strong id="prediction">{html.escape(best)}</strong> with {_percent(share)} '
         f"in {fused.milliseconds:.1f} ms.</p>"
     )
 
@@ -418,7 +420,7 @@ def _card(reading, picture):
         source = f"data:image/jpeg;base64,{base64.b64encode(encoded.getvalue()).decode()}"
         alt = f"Attention map of the {title[0].lower()}{title[1:]} over the image"
         figure = f'<figure><img src="{source}" alt="{alt}"><figcaption>{words}.</figcaption></figure>'
-    best = sorted(reading.probabilities.items(), key=lambda pair: -pair[1])[:_CLASSES_SHOWN]
+    best = sorted(reading.probabilities, key=lambda pair: -pair[1])[:_CLASSES_SHOWN]
     rows = "".join(
         f'<tr><th scope="row">{html.escape(name)}<span class="bar" aria-hidden="true">'
         f'<i style="width: {100 * share:.1f}%"></i></span></th><td>{_percent(share)}</td></tr>'

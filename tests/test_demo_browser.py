@@ -12,10 +12,16 @@ import pytest
 from browser import SIZES, choose, free_port, open_browser, open_page, predict, read_prediction, serve, take_picture
 from running import ENVIRONMENT
 from small import image_bytes, make_student, make_teacher
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTImageProcessor,
+)
 
 from hf_ibdistill import load_teachers
-from hf_ibdistill.demo import explain, read_upload
+from hf_ibdistill.demo import build_demo, explain, read_upload, start_demo
 
 
 # The name of a class is a text that somebody else wrote.
@@ -76,7 +82,7 @@ def expected_tables(served, content):
     image = read_upload(served.folder / "photo.png")
     tables = {}
     for reading in explain(image, model, AutoImageProcessor.from_pretrained(served.model), teachers):
-        best = sorted(reading.probabilities.items(), key=lambda pair: -pair[1])[:5]
+        best = sorted(reading.probabilities, key=lambda pair: -pair[1])[:5]
         tables[reading.title] = [(name, f"{100 * share:.1f} %") for name, share in best]
     return tables
 
@@ -109,6 +115,9 @@ def test_upload_click_read(page, served, tmp_path):
     times = page.locator("#results h2 small").all_inner_texts()
     assert len(times) == 3 and all(re.fullmatch(r"\d+\.\d ms", text) for text in times)
     assert re.search(r" with \d+\.\d % in \d+\.\d ms\.", page.locator("#status").inner_text())
+    # Gradio would keep a history of predictions in the browser.
+    assert page.evaluate("indexedDB.databases().then((all) => all.length)") == 0
+    assert page.evaluate("Object.keys(localStorage).length") == 0
     # Three maps, which the browser could draw, and which differ.
     maps = page.locator("#results img")
     assert maps.evaluate_all("all => all.map(map => map.naturalWidth)") == [288] * 3
@@ -252,3 +261,17 @@ def test_a_visitor_reads_no_file_of_the_server(served):
         assert "Predicted" not in text and ('"success":false' in text) is is_refused, text
     status, _ = post(f"{served.url}/gradio_api/file={served.folder / 'secret.png'}", None, "text/plain")
     assert status == 403
+
+
+def test_a_classifier_without_tokens_has_a_prediction_alone(browser, tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    model = ResNetForImageClassification(ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1]))
+    demo = build_demo(model, ViTImageProcessor(size={"height": 32, "width": 32}))
+    try:
+        with open_page(browser, start_demo(demo, host="127.0.0.1"), *SIZES["desktop"]) as page:
+            choose(page, "photo.png", image_bytes(5))
+            name, tables = predict(page)
+            assert list(tables) == ["Prediction"] and tables["Prediction"][0][0] == name
+            assert page.locator("#results img").count() == 0
+    finally:
+        demo.close()
