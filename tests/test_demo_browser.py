@@ -115,9 +115,6 @@ def test_upload_click_read(page, served, tmp_path):
     times = page.locator("#results h2 small").all_inner_texts()
     assert len(times) == 3 and all(re.fullmatch(r"\d+\.\d ms", text) for text in times)
     assert re.search(r" with \d+\.\d % in \d+\.\d ms\.", page.locator("#status").inner_text())
-    # Gradio would keep a history of predictions in the browser.
-    assert page.evaluate("indexedDB.databases().then((all) => all.length)") == 0
-    assert page.evaluate("Object.keys(localStorage).length") == 0
     # Three maps, which the browser could draw, and which differ.
     maps = page.locator("#results img")
     assert maps.evaluate_all("all => all.map(map => map.naturalWidth)") == [288] * 3
@@ -243,6 +240,8 @@ def test_large_uploads_are_refused(desktop, served):
 def test_a_visitor_reads_no_file_of_the_server(served):
     with urllib.request.urlopen(f"{served.url}/config", timeout=30) as answer:
         config = json.load(answer)
+    # Gradio would keep a history of predictions in the browser.
+    assert config["run_history"] is False
     # No event of the page is an endpoint, and the names of folders are not in it.
     assert not any(event["api_visibility"] == "public" for event in config["dependencies"])
     assert str(served.folder / "student") not in json.dumps(config)
