@@ -11,6 +11,7 @@ import datasets
 import evaluate
 import numpy as np
 import PIL.Image
+import scipy.special
 import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
@@ -69,6 +70,50 @@ def expected_calibration_error(logits: np.ndarray, labels: np.ndarray, num_bins:
     return float(gaps.abs().sum() / len(logits))
 
 
+def accuracy_interval(
+    num_right: float | np.ndarray, num_rows: float | np.ndarray, confidence: float = 0.95
+) -> np.ndarray:
+    """The interval of Wilson (1927) of an accuracy.
+
+    Args:
+        num_right, num_rows: right rows and all rows; arrays (…) give an interval each.
+        confidence: the probability that an interval contains the accuracy on all images of this kind.
+
+    Returns:
+        (2, …), the ends; NaN without rows.
+    """
+    z = scipy.special.ndtri((1 + confidence) / 2)
+    num_rows = np.where(np.asarray(num_rows) > 0, num_rows, np.nan)
+    share, total = np.asarray(num_right) / num_rows, num_rows + z**2
+    middle = (num_rows * share + z**2 / 2) / total
+    reach = z / total * np.sqrt(num_rows * share * (1 - share) + z**2 / 4)
+    return np.stack([middle - reach, middle + reach])
+
+
+def paired_difference(
+    first: Sequence[float], second: Sequence[float], confidence: float = 0.95
+) -> tuple[float, float, float]:
+    """The mean of `first` − `second` over pairs, with its confidence interval by Student's t-distribution.
+
+    Args:
+        first, second: one value a pair (a seed, or a test image).
+        confidence: the probability that the interval contains the true mean.
+
+    Returns:
+        Mean, lower end, upper end. The ends of a single pair are NaN.
+
+    Raises:
+        ValueError: `first` and `second` differ in length.
+    """
+    differences = np.array([a - b for a, b in zip(first, second, strict=True)])
+    mean = float(differences.mean())
+    if len(differences) < 2:
+        return mean, float("nan"), float("nan")
+    error = differences.std(ddof=1) / np.sqrt(len(differences))
+    reach = float(error * scipy.special.stdtrit(len(differences) - 1, (1 + confidence) / 2))
+    return mean, mean - reach, mean + reach
+
+
 def _on_cpu(values: np.ndarray | torch.Tensor) -> torch.Tensor:
     # Not every accelerator has float64.
     return torch.as_tensor(values).cpu()
@@ -100,12 +145,28 @@ def _surprise(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return -logits.double().log_softmax(-1).gather(1, labels[:, None])[:, 0]
 
 
+def calibration_bins(confidence: np.ndarray | torch.Tensor, is_right: np.ndarray, num_bins: int = 15) -> torch.Tensor:
+    """Sums over bins of confidence, of equal width between 0 and 1.
+
+    Args:
+        confidence: (N,), the probability of the predicted class.
+        is_right: (N,), whether it is the label.
+        num_bins: number of bins B.
+
+    Returns:
+        (3, B), float64: rows, their confidences, and right predictions.
+    """
+    confidence = torch.as_tensor(confidence).double()
+    bins = ((confidence.nan_to_num() * num_bins).ceil().long() - 1).clamp(0, num_bins - 1)
+    values = torch.stack([torch.ones_like(confidence), confidence, torch.as_tensor(is_right).to(confidence)])
+    return values.new_zeros(3, num_bins).index_add_(1, bins, values)
+
+
 def _calibration_gaps(logits: torch.Tensor, labels: torch.Tensor, num_bins: int) -> torch.Tensor:
     """For each bin of confidence, right predictions minus the sum of confidences: (num_bins,), float64."""
     confidence, predicted = logits.double().softmax(-1).max(1)
-    bins = ((confidence.nan_to_num() * num_bins).ceil().long() - 1).clamp(0, num_bins - 1)
-    gaps = (predicted == labels).double() - confidence
-    return torch.zeros(num_bins, dtype=torch.float64, device=logits.device).index_add_(0, bins, gaps)
+    _, confidences, right = calibration_bins(confidence, predicted == labels, num_bins)
+    return right - confidences
 
 
 class _LogitsMetric(evaluate.Metric):

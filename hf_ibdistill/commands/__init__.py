@@ -7,11 +7,12 @@ from .arguments import run
 
 
 COMMANDS = {
-    "quickstart": "run the whole method on bundled images: teachers, logits, students, card and picture",
+    "quickstart": "run the whole method on bundled images: teachers, logits, students, card and pictures",
     "train-teacher": "train a light convolution or involution teacher",
     "record": "run the teachers once and store their logits in a table",
     "distill": "train a student from stored logits, or from teachers that run in every step",
     "evaluate": "measure a model on a split",
+    "report": "make a page of tables and pictures of a run, or compare several runs",
     "predict": "print the classes that a model predicts for images",
     "verify": "compare a sample of a recorded table with its teachers",
     "finetune": "fine-tune a student, ViT or DeiT on other images, without teachers",

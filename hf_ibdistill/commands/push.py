@@ -29,7 +29,9 @@ class PushArguments:
     )
     space: str | None = HfArg(default=None, help="user/name of a Space that shows the model in --repo_id.")
     teachers: list[str] = HfArg(default_factory=list, help="With --space, teachers to show, as NAME=HUB_ID.")
-    with_images: bool = HfArg(default=False, help="Publish the images and labels of a recorded table.")
+    with_images: bool = HfArg(
+        default=False, help="Publish the images and labels of a table, or the images in the report of a model."
+    )
     split: str = HfArg(default="train", help="Split of a recorded table.")
     private: bool = HfArg(
         default=False, help="Make a new repository private; by default the setting of the account decides."
@@ -59,7 +61,7 @@ def push_folder(args: PushArguments, folder: Path) -> str:
         "create_pr": args.create_pr,
     }
     if not ((folder / "dataset_dict.json").exists() or (folder / "state.json").exists()):
-        return push_folder_to_hub(folder, args.repo_id, **how)
+        return push_folder_to_hub(folder, args.repo_id, with_images=args.with_images, **how)
     table = open_saved(folder)
     if isinstance(table, DatasetDict):
         table = choose_split(table, args.split)

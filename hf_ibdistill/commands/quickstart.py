@@ -20,8 +20,7 @@ import torch
 from transformers import AutoImageProcessor, AutoModelForImageClassification, set_seed
 from transformers.hf_argparser import HfArg
 
-from ..data.classes import class_config, class_names, label_ids
-from ..data.columns import IMAGE
+from ..data.classes import class_config, label_ids
 from ..evaluation import predict
 from ..files import read_json, write_text
 from ..images.preprocessing import build_image_processor
@@ -30,10 +29,8 @@ from ..models.configuration_ibvit import IBViTConfig
 from ..models.modeling_ibresnet import IBResNetForImageClassification
 from ..models.modeling_ibvit import IBViTForImageClassification
 from ..publishing.cards import markdown_table, mean_and_spread
-from ..publishing.picture import plot_run
 from ..publishing.results import RESULTS, evaluate_and_save
 from ..recording.recorder import record_teacher_logits
-from ..rows import ImageRows
 from ..students import default_patch_size
 from ..training.arguments import DistillationArguments, ImageTrainingArguments
 from ..training.trainer import EnsembleDistillationTrainer, ImageClassificationTrainer
@@ -41,7 +38,6 @@ from .arguments import UnlabelledDataArguments, ViewArguments, parse, result_spl
 
 
 PRESETS = {"conv": "convolution-small", "inv": "involution-small"}
-PICTURE = "quickstart.png"
 
 
 @dataclass
@@ -196,33 +192,15 @@ def run_seed(data: QuickstartData, views: QuickstartViews, quick: QuickstartArgu
         title="Distilled student",
         data_name=data.dataset,
         teacher_metrics={name: metrics[name] for name in PRESETS},
-        picture=PICTURE,
+        baseline=folder / "student_alone",
     )
     lap("distill the student")
 
-    sample = splits[split].shuffle(seed=seed, keep_in_memory=True).select(range(min(8, len(splits[split]))))
-    draw({"without teachers": alone, "with both teachers": distilled}, sample, folder / "student" / PICTURE)
     check_reloaded(distilled, folder / "student", splits[split])
-    lap("draw and reload")
+    lap("reload")
     ensemble = read_json(folder / "student" / RESULTS)["ensemble"]
     of_teachers = {name: metrics.pop(name) for name in PRESETS}
     return {**of_teachers, "both teachers, mean probability": ensemble, **metrics}, seconds, counts
-
-
-def draw(trainers: dict, sample, path: Path) -> None:
-    """Draw the learning curves of both students, and the prediction of each token for a few images."""
-    student = trainers["with both teachers"]
-    outputs = predict(student.model, student.processing_class, sample)
-    names = class_names(sample)
-    tokens = {"fused": outputs["logits"], "class": outputs["class_logits"]}
-    tokens |= {name: outputs["teacher_token_logits"][:, i] for i, name in enumerate(PRESETS)}
-    plot_run(
-        path,
-        {name: trainer.state.log_history for name, trainer in trainers.items()},
-        [row[IMAGE] for row in ImageRows(sample).__getitems__(range(len(sample)))],
-        [names[label] for label in outputs["labels"]],
-        {token: [names[i] for i in logits.argmax(-1)] for token, logits in tokens.items()},
-    )
 
 
 def check_reloaded(trainer, folder: Path, dataset) -> None:

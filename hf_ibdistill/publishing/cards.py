@@ -18,7 +18,7 @@ from ..recording.assessment import logits_metrics
 
 # Stands for the name of the repository until there is one.
 UNPUBLISHED = "path/to/this/folder"
-_TEMPLATES = Path(__file__).parent / "templates"
+TEMPLATES = Path(__file__).parent / "templates"
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -50,7 +50,7 @@ def create_model_card(
             - `ensemble`: metrics of the mean probability of the teachers;
             - `online`: whether the teachers ran in every step; `None` if there were none;
             - `base_model`: Hub id, or name of the folder, of the checkpoint that this model started as;
-            - `picture`: file name of a picture beside the card;
+            - `pictures`: file name of a picture beside the card → what it shows;
             - `machine`, `train_seconds`: what it was trained on, and for how long;
             - `notes`: a paragraph on this run.
         repo_id: the repository, for the example; by default a placeholder that [`push_folder_to_hub`] replaces.
@@ -77,10 +77,10 @@ def create_model_card(
     tokens, seconds = getattr(model.config, "teacher_names", []), results.get("train_seconds")
     names = tokens or list(teachers)
     hardware = {} if seconds is None else {"training": f"{seconds:.1f} s"}
-    hardware |= {name: _in_a_line(value) for name, value in (results.get("machine") or {}).items()}
+    hardware |= {name: in_a_line(value) for name, value in (results.get("machine") or {}).items()}
     return ModelCard.from_template(
         data,
-        template_path=str(_TEMPLATES / "model_card.md"),
+        template_path=str(TEMPLATES / "model_card.md"),
         title=results["title"],
         is_taught=bool(names) and (base_model is None or online is not None),
         base_model=_link(base_model),
@@ -101,7 +101,7 @@ def create_model_card(
         ),
         recipe_table=_settings_table(results.get("recipe")),
         machine_table=_table(["", ""], hardware),
-        picture=results.get("picture"),
+        pictures=_pictures(results),
         notes=results.get("notes", ""),
     )
 
@@ -110,11 +110,21 @@ def _table(header, rows):
     return markdown_table(header, list(rows.items())) if rows else ""
 
 
+def _pictures(results):
+    """(Markdown text, file) of each picture."""
+    # Version 0.1.0 had one.
+    old = {results["picture"]: "Learning curves and predictions"} if results.get("picture") else {}
+    return [
+        (re.sub(r"([\\\[\]<>`*_])", r"\\\1", " ".join(alt.split())), file)
+        for file, alt in {**old, **(results.get("pictures") or {})}.items()
+    ]
+
+
 def _settings_table(settings):
     return _table(["setting", "value"], {name: f"`{value}`" for name, value in (settings or {}).items()})
 
 
-def _in_a_line(value):
+def in_a_line(value):
     """A mapping, such as the versions of libraries, in one line."""
     return ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, Mapping) else value
 
@@ -193,7 +203,7 @@ def create_logits_card(table: Dataset, *, repo_id: str | None = None) -> Dataset
     known = {name: value for name, value in source.items() if value not in (None, "None")}
     return DatasetCard.from_template(
         data,
-        template_path=str(_TEMPLATES / "logits_card.md"),
+        template_path=str(TEMPLATES / "logits_card.md"),
         title=data.pretty_name,
         teacher_names=", ".join(names),
         num_rows=f"{len(table):,}",
@@ -205,5 +215,5 @@ def create_logits_card(table: Dataset, *, repo_id: str | None = None) -> Dataset
         label_names=", ".join(label_names[:20]) + others,
         metrics_table=_table(["of at most 1,000 rows", "mean"], measured),
         views_table=_settings_table(views),
-        data_table=_table(["", ""], {**known, "versions": _in_a_line(record["versions"])}),
+        data_table=_table(["", ""], {**known, "versions": in_a_line(record["versions"])}),
     )

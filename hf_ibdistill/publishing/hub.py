@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import tempfile
 import time
 from pathlib import Path
@@ -16,6 +17,8 @@ from ..data.columns import IMAGE, LABEL, as_image_table, require_table
 from ..logits.encoding import FILE_KEY, ROW_KEY, column_name, recorded_teachers
 from ..logits.provenance import check_files, only_record
 from .cards import UNPUBLISHED
+from .predictions import PREDICTIONS
+from .report import PICTURES, REPORT
 from .tables import PROVENANCE, export_logits_table
 
 
@@ -24,7 +27,9 @@ logger = logging.getLogger(__name__)
 # Pickles run code when they are opened, and pickled training arguments hold tokens. Hidden files may hold secrets, and the
 # state of the trainer has paths of this machine.
 _IGNORED = ["checkpoint-*", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "trainer_state.json",
-            ".*", "*/.*", "_*", "*.pyc", "*.partial"]  # fmt: skip
+            ".*", "*/.*", "_*", "*.pyc", "*.partial", PREDICTIONS]  # fmt: skip
+# These show images of the data, which may be private.
+_SHOWING_IMAGES = [REPORT, f"{PICTURES}/examples.png", f"{PICTURES}/attention.png"]
 # Seconds before each retry.
 _WAITS = (1, 1, 2, 2, 4, 4, 8, 8)
 
@@ -33,6 +38,7 @@ def push_folder_to_hub(
     folder: str | os.PathLike,
     repo_id: str,
     *,
+    with_images: bool = False,
     private: bool | None = None,
     revision: str | None = None,
     commit_message: str | None = None,
@@ -49,6 +55,8 @@ def push_folder_to_hub(
     Args:
         folder: the folder.
         repo_id: "user/name", or "name" for the user of the token; made if it does not exist.
+        with_images: include the pictures and the report of a model that show images of its data. Without them, the card
+            has the other pictures. The predictions for each row stay here.
         private: whether a new repository is private; by default the setting of the account decides.
         revision: the branch to commit to, made if it does not exist; by default the main one.
         commit_message: title of the commit or pull request.
@@ -73,7 +81,7 @@ def push_folder_to_hub(
     # Not `upload_folder`: its card is the file on disk, and it may spread a table over several commits. The operations are
     # made again for each try, because only then the client compares them with the files that have arrived.
     def commit():
-        operations = _additions(folder, repo_id)
+        operations = _additions(folder, repo_id, with_images)
         if kind == "dataset":
             # The last files of a longer table would be read as rows of this one.
             new = {operation.path_in_repo for operation in operations}
@@ -160,19 +168,23 @@ def _kind(folder):
             f"folder={folder} holds neither a model (config.json) nor a table of logits ({PROVENANCE}). Give the folder of "
             "a trained model, or one that export_logits_table wrote."
         )
-    if not any(folder.glob("*.safetensors")):
+    if not any(path.name != PREDICTIONS for path in folder.glob("*.safetensors")):
         raise ValueError(
             f"folder={folder} has a config.json but no weights (*.safetensors). Save the model there with save_pretrained."
         )
     return "model"
 
 
-def _additions(folder, repo_id):
+def _additions(folder, repo_id, with_images):
     """The files to publish; the example in the card gets the name of the repository."""
     paths = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    files = {path: folder / path for path in filter_repo_objects(paths, ignore_patterns=_IGNORED)}
+    ignored = _IGNORED if with_images else [*_IGNORED, *_SHOWING_IMAGES]
+    files = {path: folder / path for path in filter_repo_objects(paths, ignore_patterns=ignored)}
     if "README.md" in files:
-        files["README.md"] = files["README.md"].read_bytes().replace(UNPUBLISHED.encode(), repo_id.encode())
+        card = files["README.md"].read_bytes().replace(UNPUBLISHED.encode(), repo_id.encode())
+        for path in () if with_images else _SHOWING_IMAGES:
+            card = re.sub(rb"^!\[.*\]\(%b\)\r?\n\r?\n?" % re.escape(path).encode(), b"", card, flags=re.MULTILINE)
+        files["README.md"] = card
     return [CommitOperationAdd(path, content) for path, content in files.items()]
 
 

@@ -1,7 +1,10 @@
 """Save the results of a training run: model, image processor, `results.json` and a card made of it."""
 
 import json
+import logging
+import os
 from collections.abc import Mapping, Sized
+from functools import partial
 from pathlib import Path
 
 from datasets import Dataset
@@ -11,13 +14,28 @@ from ..data.classes import label_ids, labelled_rows
 from ..data.columns import as_image_table, require_table
 from ..data.sources import public_name
 from ..evaluation import classification_metrics, log_mean_probability, predict
-from ..files import write_text
+from ..files import write_text, write_whole
 from ..logits.provenance import read_records
 from .cards import create_model_card, teacher_source
 from .machine import describe_machine
+from .predictions import PREDICTIONS, Predictions
+from .report import (
+    KINDS,
+    PICTURES,
+    REPORT,
+    RESULTS,
+    Picture,
+    Run,
+    check_same_rows,
+    draw_facts,
+    draw_images,
+    read_runs,
+    write_report,
+)
 
 
-RESULTS = "results.json"
+logger = logging.getLogger(__name__)
+
 _RECIPE = (
     "learning_rate", "weight_decay", "lr_scheduler_type", "warmup_steps", "per_device_train_batch_size",
     "gradient_accumulation_steps", "label_smoothing_factor", "max_grad_norm", "optim", "adam_beta1", "adam_beta2",
@@ -37,15 +55,16 @@ def evaluate_and_save(
     title: str,
     data_name: str,
     teacher_metrics: Mapping[str, Mapping[str, float]] | None = None,
-    picture: str | None = None,
+    baseline: str | os.PathLike | None = None,
     base_model: str | None = None,
     notes: str = "",
 ) -> dict[str, float]:
     """Measure the trained model on a split and save it with a card to `trainer.args.output_dir`.
 
     The folder holds the model (safetensors) and its image processor, for `from_pretrained` and `pipeline`;
-    `results.json`, the one record of facts: metrics, data, teachers, recipe, learning curve and machine; and `README.md`,
-    the card that [`create_model_card`] makes of it.
+    `results.json`, the one record of facts: metrics, data, teachers, recipe, learning curve and machine; `README.md`, the
+    card that [`create_model_card`] makes of it; the predictions for each row; and pictures of all this, in the card and in
+    `report.html`. If the pictures cannot be drawn, a warning says why, and the run has none.
 
     Args:
         trainer: a trainer of this package after `train()`.
@@ -55,7 +74,8 @@ def evaluate_and_save(
         data_name: name of the dataset.
         teacher_metrics: for a student, teacher → its metrics on the same split. `None` measures the teachers by the logits
             of un-augmented images that `dataset` holds, if it holds them.
-        picture: file name, in the same folder, of a picture for the card.
+        baseline: folder of a run on the same rows, such as one without teachers. The pictures show the images that gain
+            most over it, instead of the most confident mistakes.
         base_model: Hub id or folder of the checkpoint that this model started as, for the card.
         notes: a paragraph for the card.
 
@@ -98,17 +118,48 @@ def evaluate_and_save(
             "ensemble": _measure_ensemble(outputs),
             "online": bool(trainer.teachers) if hasattr(trainer, "teachers") else None,
             "base_model": base_model and public_name(base_model),
-            "picture": picture,
             "notes": notes,
+            "parameters": model.num_parameters(),
             "recipe": _describe_recipe(trainer, model),
             "log_history": history,
             "train_seconds": seconds,
             "machine": describe_machine(),
         }
+        tokens = getattr(model.config, "teacher_names", None)
+        run = Run(folder.resolve().name, results, Predictions.of_outputs(outputs, dataset, tokens))
+        run.predictions.save(folder / PREDICTIONS)
+        pictures = _draw(run, folder, dataset, model, trainer.processing_class, baseline)
+        results["pictures"] = {f"{PICTURES}/{name}.png": picture.alt for name, picture in pictures.items()}
         write_text(folder / RESULTS, json.dumps(results, indent=2))
         create_model_card(model, results, repo_id=args.hub_model_id).save(folder / "README.md")
     trainer.accelerator.wait_for_everyone()
     return metrics
+
+
+def _draw(run, folder, dataset, model, image_processor, baseline) -> dict[str, Picture]:
+    """Draw the pictures of a run and write them and the report; {} with a warning if that fails."""
+    # Those of an earlier run in this folder.
+    for path in (*(folder / PICTURES / f"{name}.png" for name in KINDS), folder / REPORT):
+        path.unlink(missing_ok=True)
+    try:
+        if baseline is not None:
+            (baseline,) = read_runs([baseline])
+            check_same_rows([baseline, run])
+        pictures = draw_facts(run)
+        run.images = draw_images(run, dataset, model, image_processor, baseline)
+        write_report(folder / REPORT, run, pictures)
+        pictures |= run.images
+        for name, picture in pictures.items():
+            write_whole(folder / PICTURES / f"{name}.png", partial(_write_bytes, picture.png))
+    # No picture is worth a trained model and its card, and the other processes wait for this one.
+    except Exception as error:
+        logger.warning("%s has no pictures: %s. Run `hf-ibdistill report` on it to try again.", folder, error)
+        return {}
+    return pictures
+
+
+def _write_bytes(content, path):
+    path.write_bytes(content)
 
 
 def _measure_ensemble(outputs) -> dict[str, float] | None:

@@ -24,11 +24,11 @@ from transformers.hf_argparser import HfArg
 
 from hf_ibdistill import predict
 from hf_ibdistill.data.classes import label_ids
+from hf_ibdistill.evaluation import paired_difference
 from hf_ibdistill.images.views import row_key
 from hf_ibdistill.publishing.cards import markdown_table
 from hf_ibdistill.publishing.machine import describe_machine
 
-from ..intervals import paired_difference
 from .recipes import DATASETS, METHODS
 from .runs import Study, study_folders, write
 

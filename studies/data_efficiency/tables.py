@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
+from hf_ibdistill.evaluation import paired_difference
 from hf_ibdistill.models.configuration_ibvit import FUSIONS
 from hf_ibdistill.publishing.cards import markdown_table, mean_and_spread
 
-from ..intervals import paired_difference
 from .recipes import FAMILIES, METHODS, TEACHERS
 
 
