@@ -16,7 +16,7 @@ import PIL.Image
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
 
 from ..evaluation import accuracy_interval, calibration_bins
 
@@ -36,6 +36,7 @@ _STYLE = {
     "ytick.labelsize": 8,
     "legend.fontsize": 8,
     "axes.grid": True,
+    "axes.axisbelow": True,
     "grid.alpha": 0.3,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -166,9 +167,9 @@ def plot_curves(histories: Mapping[str, Sequence[Mapping[str, object]]]) -> Figu
             _say(axes, "no evaluation during training")
     if loss.lines and all((np.nan_to_num(line.get_ydata(), nan=1.0) > 0).all() for line in loss.lines):
         loss.set_yscale("log")
+        loss.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         loss.yaxis.set_major_formatter("{x:g}")
-        loss.yaxis.set_minor_formatter("{x:g}")
-        loss.tick_params(axis="y", which="minor", labelsize=7)
+        loss.yaxis.set_minor_formatter("")
     _legend(figure, handles)
     return figure
 
@@ -348,7 +349,7 @@ def plot_calibration(runs: Mapping[str, tuple[np.ndarray, np.ndarray]], num_bins
         style = _line_style(i)
         axes.vlines(x, low, high, color=style["color"], linewidth=1, alpha=0.6)
         (line,) = axes.plot(x, y, marker=_MARKERS[i % len(_MARKERS)], markersize=4, linewidth=1.5, **style)
-        handles[f"{shorten(name, 24)}: calibration error {error:.3f}"] = line
+        handles[f"{shorten(name, 26)}: ECE {error:.3f}"] = line
         counts.stairs(100 * rows / max(rows.sum(), 1), np.linspace(0, 100, num_bins + 1), linewidth=1.5, **style)
     axes.set(xlabel="confidence (%)", ylabel="accuracy (%)", xlim=(0, 101), ylim=(0, 101))
     counts.set(xlabel="confidence (%)", ylabel="rows (%)", xlim=(0, 101))
@@ -360,13 +361,15 @@ def plot_calibration(runs: Mapping[str, tuple[np.ndarray, np.ndarray]], num_bins
 # Images
 
 
+# The square of an image in inches and, without its margin, in pixels; and the letters of a line below it.
 _CELL = _WIDTH / 6
-_LETTERS = 24
+_SIDE = round(0.92 * _CELL * _DPI)
+LETTERS = 23
 
 
 def _fit(image: PIL.Image.Image) -> np.ndarray:
-    """The image in the middle of a square, enlarged by whole pixels or reduced to what the picture shows."""
-    side, image = round(0.92 * _CELL * _DPI), image.convert("RGB")
+    """The image in the middle of a square, enlarged or reduced to what the picture shows."""
+    side, image = _SIDE, image.convert("RGB")
     scale = side / max(image.size)
     size = tuple(max(1, round(scale * length)) for length in image.size)
     image = image.resize(size, PIL.Image.Resampling.NEAREST if scale > 1 else PIL.Image.Resampling.LANCZOS)
@@ -396,8 +399,7 @@ def _grid(rows: Sequence[tuple[str, Sequence[tuple[np.ndarray, Sequence[tuple[st
             for j, (text, is_right) in enumerate(lines):
                 color = {None: "black", True: _RIGHT, False: _WRONG}[is_right]
                 place = (left + margin, y - _CELL - line * j)
-                weight = "bold" if is_right is False else "normal"
-                axes.text(*place, _plain(shorten(text, _LETTERS)), fontsize=7, color=color, weight=weight, va="top")
+                axes.text(*place, _plain(shorten(text, LETTERS)), fontsize=7, color=color, va="top")
         top -= height
     axes.set(xlim=(0, _WIDTH), ylim=(0, sum(heights)), aspect="auto")
     axes.axis("off")
@@ -423,15 +425,17 @@ def plot_attention(examples: Sequence[Example], maps: Mapping[str, np.ndarray]) 
         maps: token → (N, height, width), its attention to the patches.
     """
     images, colors = [_fit(image) for image, _ in examples], matplotlib.colormaps["cividis"]
-    rows = [("", [(pixels, lines[:1]) for pixels, (_, lines) in zip(images, examples)])]
+    rows = [("image", [(pixels, lines[:1]) for pixels, (_, lines) in zip(images, examples)])]
     for token, attention in maps.items():
         cells = []
         for pixels, (image, _), values in zip(images, examples, attention):
             values = (values - values.min()) / max(float(np.ptp(values)), 1e-12)
-            shown = PIL.Image.fromarray((255 * colors(values)[..., :3]).round().astype(np.uint8)).resize(
-                image.size if max(image.size) < 512 else (512, 512), PIL.Image.Resampling.BILINEAR
-            )
+            shown = PIL.Image.fromarray((255 * colors(values)[..., :3]).round().astype(np.uint8))
+            # Smoothly to the size in the picture, which `_fit` then keeps.
+            scale = _SIDE / max(image.size)
+            size = [max(1, round(scale * length)) for length in image.size]
+            shown = _fit(shown.resize(size, PIL.Image.Resampling.BILINEAR))
             gray = np.repeat(pixels.mean(-1, keepdims=True), 3, axis=-1)
-            cells.append(((0.4 * gray + 0.6 * _fit(shown)).round().astype(np.uint8), []))
+            cells.append(((0.4 * gray + 0.6 * shown).round().astype(np.uint8), []))
         rows.append((token, cells))
     return _grid(rows)

@@ -24,6 +24,8 @@ from ..rows import ImageRows
 from ..teachers import load_classifier
 from .cards import TEMPLATES, in_a_line
 from .picture import (
+    LETTERS,
+    MATRIX_CLASSES,
     Example,
     class_accuracies,
     confused_pairs,
@@ -214,11 +216,10 @@ def draw_images(
     else:
         gains = np.exp(found.log_probability) - np.exp(baseline.predictions.log_probability)
         order = np.argsort(-gains, kind="stable")
-        over = f"over {shorten(baseline.name, 30)}: probability of the true class"
-        groups = {f"Largest gain {over}": order[:6], f"Largest loss {over}": order[::-1][:6]}
-        groups = {title: [i for i in chosen if gains[i] != 0] for title, chosen in groups.items()}
+        what = f"{shorten(baseline.name, 40)} (probability of the true class)"
         groups = {
-            title: [i for i in chosen if (gains[i] > 0) == ("gain" in title)] for title, chosen in groups.items()
+            f"Largest gain over {what}": [i for i in order[:6] if gains[i] > 0],
+            f"Largest loss against {what}": [i for i in order[::-1][:6] if gains[i] < 0],
         }
         alt = (
             f"Images where the probability of the true class rises and falls most from {baseline.name} to {run.name}."
@@ -233,17 +234,19 @@ def draw_images(
         if max(images[i].size) > _LARGEST:
             images[i].thumbnail((_LARGEST, _LARGEST))
 
+    def line(who, values, i, share=None):
+        what = names[values[i]] if share is None else f"{names[values[i]]} ({_percent(share, 0)})"
+        return f"{shorten(who, max(6, LETTERS - 2 - len(what)))}: {what}", bool(values[i] == found.rows.labels[i])
+
     def example(i):
         lines = [(f"true: {names[found.rows.labels[i]]}", None)]
-        for one in (found,) if baseline is None else (baseline.predictions, found):
-            # Of the prediction itself, or of the true class, which two runs differ in.
-            share = one.confidence[i] if baseline is None else np.exp(one.log_probability[i])
-            name = "predicted" if baseline is None else shorten((run if one is found else baseline).name, 9)
-            lines.append((f"{name}: {names[one.predicted[i]]} {_percent(share, 0)}", bool(one.is_right[i])))
-        for token, predicted in found.tokens.items():
-            is_right = bool(predicted[i] == found.rows.labels[i])
-            lines.append((f"{shorten(token, 10)}: {names[predicted[i]]}", is_right))
-        return Example(images[i], lines)
+        if baseline is None:
+            lines.append(line("predicted", found.predicted, i, found.confidence[i]))
+        else:
+            # The probability of the true class, which is what changes.
+            for one in (baseline, run):
+                lines.append(line(one.name, one.predictions.predicted, i, np.exp(one.predictions.log_probability[i])))
+        return Example(images[i], lines + [line(token, values, i) for token, values in found.tokens.items()])
 
     if groups:
         drawn = plot_examples({title: [example(i) for i in chosen] for title, chosen in groups.items()})
@@ -321,7 +324,7 @@ def write_report(path: str | os.PathLike, run: Run, pictures: Mapping[str, Pictu
         pictured(
             "Classes", "classes", "Rows are true classes, columns predicted ones; darker is a larger share of the row."
         )
-        if found is None or len(found.rows.class_names) <= 30
+        if found is None or len(found.rows.class_names) <= MATRIX_CLASSES
         else pictured("Classes", "classes"),
         Section(
             "Each class", _numbered(found), tables=[_class_table([run])] if found is not None else [], is_folded=True
@@ -334,7 +337,7 @@ def write_report(path: str | os.PathLike, run: Run, pictures: Mapping[str, Pictu
         pictured(
             "Examples",
             "examples",
-            "Blue is right, bold orange is wrong.",
+            "Blue is right, orange is wrong.",
             missing=_NO_IMAGES if found is None or not found.is_right.all() else "No row is wrong.",
         ),
         pictured(
@@ -398,7 +401,7 @@ def write_comparison(path: str | os.PathLike, runs: Sequence[Run]) -> None:
         accuracies = {run.name: _class_accuracies(run)[0] for run in of_runs}
         alt = f"Accuracy of each class minus that of {first.name}."
         drawn = plot_class_differences(accuracies, names)
-        note = [] if len(names) <= 30 else ["The 30 classes that differ most."]
+        note = [] if len(names) <= MATRIX_CLASSES else [f"The {MATRIX_CLASSES} classes that differ most."]
         sections.append(Section("Classes", note, [Picture(drawn, alt)]))
         text = _numbered(first.predictions)
         sections.append(Section("Each class", text, tables=[_class_table(of_runs)], is_folded=True))
@@ -414,7 +417,7 @@ def write_comparison(path: str | os.PathLike, runs: Sequence[Run]) -> None:
         drawn = [run.images[kind] for kind in ("examples", "attention") if kind in run.images]
         has_images |= bool(drawn)
         text = [
-            "Predicted class, and the probability of the true class. Blue is right, bold orange is wrong. Below, yellow is where "
+            "Predicted class, and the probability of the true class. Blue is right, orange is wrong. Below, yellow is where "
             "a token looks most."
         ]
         sections.append(Section(f"{run.name} and {first.name}", text, drawn))
@@ -431,10 +434,10 @@ def _difference(first, run):
     counts = [int((one.is_right & ~other.is_right).sum()) for one, other in ((b, a), (a, b))]
     return [
         run.name,
-        f"{accuracy:+.2f}",
-        "{:+.2f} to {:+.2f}".format(*ends),
-        f"{surprise:+.4f}",
-        f"{low:+.4f} to {high:+.4f}",
+        _signed(accuracy, 2),
+        " to ".join(_signed(end, 2) for end in ends),
+        _signed(surprise, 4),
+        f"{_signed(low, 4)} to {_signed(high, 4)}",
         *(f"{count:,}" for count in counts),
     ]
 
@@ -502,6 +505,10 @@ def _measured(teacher):
 
 def _listed(runs):
     return ", ".join(run.name for run in runs)
+
+
+def _signed(value, digits):
+    return f"{value:+.{digits}f}".replace("-", "−")
 
 
 def _percent(share, digits=1):
