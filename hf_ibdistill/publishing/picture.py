@@ -230,8 +230,8 @@ def plot_classes(labels: np.ndarray, predicted: np.ndarray, class_names: Sequenc
     axes, bars = figure.subplots(1, 2, sharey=True, width_ratios=[2.6, 1])
     shares = matrix / np.maximum(rows, 1)[:, None]
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
-    digits = len(str(matrix.max()))
-    if count * (digits + 1) <= 90:
+    # A number takes milliseconds, and room.
+    if count <= 15 and count * len(str(matrix.max())) <= 60:
         for i, j in zip(*matrix.nonzero()):
             color, size = "white" if shares[i, j] > 0.55 else "black", 8 if count <= 12 else 7
             axes.text(j, i, str(matrix[i, j]), ha="center", va="center", fontsize=size, color=color, in_layout=False)
@@ -254,13 +254,6 @@ def _draw_accuracies(axes, accuracies, rows):
     places = np.arange(len(accuracies))
     axes.barh(places, 100 * np.nan_to_num(accuracies), color=COLORS[0], height=0.75)
     for place, accuracy, count in zip(places, accuracies, rows):
-        text = (
-            "no rows"
-            if count == 0
-            else f"{100 * accuracy:.0f} of {count:,}"
-            if count > 999
-            else f"{100 * accuracy:.0f}"
-        )
         is_inside = count > 0 and accuracy > 0.5
         style = {
             "color": "white" if is_inside else "black",
@@ -268,7 +261,7 @@ def _draw_accuracies(axes, accuracies, rows):
             "in_layout": False,
         }
         at = 100 * accuracy - 2 if is_inside else 100 * np.nan_to_num(accuracy) + 2
-        axes.text(at, place, text if count == 0 else f"{100 * accuracy:.0f}", va="center", fontsize=8, **style)
+        axes.text(at, place, "no rows" if count == 0 else f"{100 * accuracy:.0f}", va="center", fontsize=8, **style)
     axes.set(xlabel="accuracy (%)", xlim=(0, 100), ylim=(len(accuracies) - 0.5, -0.5))
     axes.grid(axis="y", visible=False)
 

@@ -39,11 +39,15 @@ def test_quickstart_leaves_table_student_card_and_picture(outputs, tmp_path, cap
     assert results["recipe"]["steps"] == 2 and results["recipe"]["training images"] == len(labels)
     assert results["recipe"]["training images without label"] == len(labels) - 6
     assert f"| accuracy | {results['metrics']['accuracy']:.4f} |" in (student / "README.md").read_text()
-    with PIL.Image.open(student / "quickstart.png") as picture:
-        assert min(picture.size) > 300
-    # Nothing that must be unpickled: only weights in safetensors, JSON, Markdown, the picture and the code of the model.
-    endings = {path.suffix for path in student.iterdir()}
-    assert endings == {".safetensors", ".json", ".md", ".png", ".py"}
+    for name in ("curves", "classes", "calibration", "examples", "attention"):
+        assert f"](pictures/{name}.png)" in (student / "README.md").read_text()
+        with PIL.Image.open(student / "pictures" / f"{name}.png") as picture:
+            assert min(picture.size) > 300
+    # What the student gains over the one without teachers.
+    assert "student_alone" in results["pictures"]["pictures/examples.png"]
+    # Nothing that must be unpickled: only safetensors, JSON, Markdown, HTML, pictures and the code of the model.
+    endings = {path.suffix for path in student.rglob("*") if path.is_file()}
+    assert endings == {".safetensors", ".json", ".md", ".html", ".png", ".py"}
 
 
 def test_a_saved_student_that_predicts_something_else_is_an_error(outputs, tmp_path):

@@ -220,8 +220,12 @@ def test_sizes_are_the_models(build):
 
 
 def test_picture_and_notes_appear_when_given():
-    text = card(picture="run.png", notes="Seed 3 of 5.").text
-    assert "](run.png)" in text and "\nSeed 3 of 5.\n" in text
+    pictures = {"pictures/a.png": "Line one\n[two] *three* <b>", "pictures/b.png": "Plain"}
+    text = card(pictures=pictures, notes="Seed 3 of 5.").text
+    assert "\n![Line one \\[two\\] \\*three\\* \\<b\\>](pictures/a.png)\n" in text
+    assert "\n![Plain](pictures/b.png)\n" in text and "\nSeed 3 of 5.\n" in text
+    # Results of version 0.1.0 have one.
+    assert "](run.png)" in card(picture="run.png").text
     without = card().text
     assert "![" not in without and "None" not in without
 

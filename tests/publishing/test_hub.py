@@ -530,6 +530,21 @@ def test_what_is_private_or_a_pickle_stays_at_home(author, folder):
     assert author.files("alice/model") == FILES
 
 
+def test_images_of_the_data_stay_at_home_unless_asked_for(author, folder):
+    lines = [f"![alt {name}](pictures/{name}.png)" for name in ("curves", "examples", "attention")]
+    pictures = {f"pictures/{name}.png": b"png" for name in ("curves", "examples", "attention")}
+    write(folder, {**pictures, "report.html": b"html", "predictions.safetensors": b"0"})
+    (folder / "README.md").write_text("# Card\n\n" + "\n\n".join(lines) + "\n\n## Recipe\n")
+    push(folder)
+    files = author.files("alice/model")
+    assert files.keys() == {*FILES, "README.md", "pictures/curves.png"}
+    assert files["README.md"].decode() == f"# Card\n\n{lines[0]}\n\n## Recipe\n"
+    push(folder, with_images=True)
+    files = author.files("alice/model")
+    assert files.keys() == {*FILES, "README.md", "report.html", *pictures}
+    assert files["README.md"].decode() == (folder / "README.md").read_text()
+
+
 def test_a_second_push_adds_nothing_and_loses_nothing(author, folder):
     for _ in range(2):
         push(folder)

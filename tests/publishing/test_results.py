@@ -30,6 +30,7 @@ from hf_ibdistill import (
     predict,
 )
 from hf_ibdistill.publishing.machine import describe_machine
+from hf_ibdistill.publishing.predictions import Predictions
 from hf_ibdistill.publishing.results import _count_unlabelled, _describe_teachers
 
 
@@ -78,7 +79,7 @@ def trained(kind, data, output_dir, columns=(None, None), **overrides):
         args = DistillationArguments(str(output_dir), temperature=[2.0, 3.0], teacher_weights=0.5, **settings)
         trainer = EnsembleDistillationTrainer(model, args, **shared)
         card = {"title": "A student", "data_name": "animals", "teacher_metrics": TEACHER_METRICS}
-        card |= {"picture": "curves.png", "notes": "A note on this run."}
+        card["notes"] = "A note on this run."
     trainer.train()
     return trainer, card
 
@@ -134,6 +135,8 @@ def test_the_folder_holds_what_from_pretrained_needs_and_no_pickle(finished):
     code = {f"configuration_{family}.py", f"modeling_{family}.py", "involution.py", "involution_triton.py"}
     code |= {"conversion_vit.py"} if kind == "student" else set()
     expected = {"config.json", "model.safetensors", "preprocessor_config.json", "results.json", "README.md"} | code
+    pictures = {"classes", "calibration", "examples", "curves"} | ({"attention"} if kind == "student" else set())
+    expected |= {"predictions.safetensors", "report.html", *(f"pictures/{name}.png" for name in pictures)}
     assert expected == files
     name = "IBViT" if kind == "student" else "IBResNet"
     assert json.loads((folder / "config.json").read_text())["auto_map"] == {
@@ -294,9 +297,43 @@ def test_the_cards_other_parts(finished, tables):
         mean = (np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)).mean(0)
         accuracy = (mean.argmax(-1) == np.array(table["animal"])).mean()
         assert shown == {"conv": "81.25 %", "inv": "68.75 %", "mean probability": f"{100 * accuracy:.2f} %"}
-        assert "A note on this run." in card.text and "](curves.png)" in card.text
+        assert "A note on this run." in card.text
     else:
-        assert "teacher |" not in card.text and "![" not in card.text
+        assert "teacher |" not in card.text
+    shown = re.findall(r"^!\[.+\]\((.+)\)$", card.text, re.MULTILINE)
+    assert {folder / name for name in shown} == set(folder.glob("pictures/*.png"))
+
+
+def test_the_predictions_are_those_of_the_metrics(finished):
+    _, folder, _, metrics = finished
+    found = Predictions.load(folder / "predictions.safetensors")
+    assert found.is_right.mean() == pytest.approx(metrics["accuracy"])
+    assert -found.log_probability.mean() == pytest.approx(metrics["negative_log_likelihood"], rel=1e-5)
+    for token, predicted in found.tokens.items():
+        name = "class_token_accuracy" if token == "class token" else f"{token}_token_accuracy"
+        assert (predicted == found.rows.labels).mean() == pytest.approx(metrics[name])
+
+
+def test_examples_are_compared_with_the_baseline(tables, runs, tmp_path):
+    data = {name: load_from_disk(tables / name) for name in ("train", "test")}
+    trainer, card = trained("student", data, tmp_path)
+    evaluate_and_save(trainer, data["test"], "test", baseline=runs["teacher"].folder, **card)
+    alt = results_in(tmp_path)["pictures"]["pictures/examples.png"]
+    assert runs["teacher"].folder.name in alt and "](pictures/examples.png)" in (tmp_path / "README.md").read_text()
+
+
+def test_a_run_whose_pictures_cannot_be_drawn_is_saved(tables, tmp_path, caplog):
+    data = {name: load_from_disk(tables / name) for name in ("train", "test")}
+    trainer, card = trained("teacher", data, tmp_path / "run")
+    # A stale picture would belong to another model.
+    (tmp_path / "run" / "pictures").mkdir(parents=True)
+    (tmp_path / "run" / "pictures" / "curves.png").write_bytes(b"stale")
+    metrics = evaluate_and_save(trainer, data["test"], "test", baseline=tmp_path / "gone", **card)
+    assert "gone holds no results.json" in caplog.text and "has no pictures" in caplog.text
+    results = results_in(tmp_path / "run")
+    assert results["metrics"] == metrics and results["pictures"] == {}
+    assert "![" not in (tmp_path / "run" / "README.md").read_text()
+    assert not list((tmp_path / "run" / "pictures").iterdir())
 
 
 def test_hardware_and_time_are_the_measured_ones(finished):
