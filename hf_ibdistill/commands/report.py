@@ -1,4 +1,4 @@
-"""Make the report of a run again, or compare several runs with the first: one HTML page, which needs no network.
+"""Make the report of a run again, or compare several runs with the first, as one HTML page.
 
 hf-ibdistill report outputs/student
 hf-ibdistill report outputs/student --dataset my_images/

@@ -357,7 +357,7 @@ def plot_calibration(runs: Mapping[str, tuple[np.ndarray, np.ndarray]], num_bins
 # The square of an image in inches and, without its margin, in pixels; and the letters of a line below it.
 _CELL = _WIDTH / 6
 _SIDE = round(0.92 * _CELL * _DPI)
-LETTERS = 23
+LETTERS = 24
 
 
 def _fit(image: PIL.Image.Image) -> np.ndarray:
@@ -392,7 +392,7 @@ def _grid(rows: Sequence[tuple[str, Sequence[tuple[np.ndarray, Sequence[tuple[st
             for j, (text, is_right) in enumerate(lines):
                 color = {None: "black", True: _RIGHT, False: _WRONG}[is_right]
                 place = (left + margin, y - _CELL - line * j)
-                axes.text(*place, _plain(shorten(text, LETTERS)), fontsize=7, color=color, va="top")
+                axes.text(*place, _plain(shorten(text, LETTERS)), fontsize=6.8, color=color, va="top")
         top -= height
     axes.set(xlim=(0, _WIDTH), ylim=(0, sum(heights)), aspect="auto")
     axes.axis("off")

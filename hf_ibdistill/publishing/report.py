@@ -96,18 +96,21 @@ def read_runs(folders: Sequence[str | os.PathLike]) -> list[Run]:
     length = 1
     while len({path.parts[-length:] for path in paths}) < len(paths):
         length += 1
-    return [_read_run(path, "/".join(path.parts[-length:])) for path in paths]
+    runs = [_read_run(path, "/".join(path.parts[-length:])) for path in paths]
+    if len(runs) == 1:
+        # Pictures of images that training left. They belong to this run alone.
+        (run,) = runs
+        alts = run.results.get("pictures") or {}
+        for kind in ("examples", "attention"):
+            file = f"{PICTURES}/{kind}.png"
+            if file in alts and (run.folder / file).is_file():
+                run.images[kind] = Picture((run.folder / file).read_bytes(), alts[file])
+    return runs
 
 
 def _read_run(folder, name):
     predictions = Predictions.load(folder / PREDICTIONS) if (folder / PREDICTIONS).exists() else None
-    run = Run(name, read_json(folder / RESULTS), predictions, folder)
-    alts = run.results.get("pictures") or {}
-    for kind in ("examples", "attention"):
-        file = f"{PICTURES}/{kind}.png"
-        if file in alts and (folder / file).is_file():
-            run.images[kind] = Picture((folder / file).read_bytes(), alts[file])
-    return run
+    return Run(name, read_json(folder / RESULTS), predictions, folder)
 
 
 def check_same_rows(runs: Sequence[Run]) -> None:
@@ -235,7 +238,7 @@ def draw_images(
             images[i].thumbnail((_LARGEST, _LARGEST))
 
     def line(who, values, i, share=None):
-        what = names[values[i]] if share is None else f"{names[values[i]]} ({_percent(share, 0)})"
+        what = names[values[i]] if share is None else f"{names[values[i]]}, {_percent(share, 0)}"
         return f"{shorten(who, max(6, LETTERS - 2 - len(what)))}: {what}", bool(values[i] == found.rows.labels[i])
 
     def example(i):

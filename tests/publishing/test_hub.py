@@ -451,7 +451,9 @@ def test_published_cards_are_filled_and_parse(shared_hub, published):
 
 def test_files_on_the_hub(shared_hub, published):
     model, ibvit = {"config.json", "model.safetensors", "preprocessor_config.json", "README.md"}, CODE["ibvit"]
-    assert set(shared_hub.files("alice/student")) == model | ibvit | {"results.json"}
+    # Not the pictures and the report with images of the data.
+    pictures = {f"pictures/{name}.png" for name in ("curves", "classes", "calibration")}
+    assert set(shared_hub.files("alice/student")) == model | ibvit | {"results.json"} | pictures
     assert set(shared_hub.files("alice/inv")) == model | CODE["ibresnet"] | {"results.json"}
     assert set(shared_hub.files("alice/bare")) == (model - {"preprocessor_config.json"}) | ibvit
     in_progress = [c for c in shared_hub.repos["model", "alice/student"].commits.values() if "progress" in c.title]
