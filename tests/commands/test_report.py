@@ -17,11 +17,12 @@ def test_one_run_and_several(outputs, tmp_path, capsys, monkeypatch):
     run("report", outputs.conv, student, outputs.inv)
     assert capsys.readouterr().out.strip() == "report.html"
     page = (tmp_path / "report.html").read_text()
-    assert page.count("<img") == 3 and "--dataset DATASET" in page and str(tmp_path) not in page
+    # No curves: nothing was evaluated during training.
+    assert page.count("<img") == 2 and "--dataset DATASET" in page and str(tmp_path) not in page
     # The images, or the table that was recorded of them: the rows are the same.
     for dataset in (outputs.images, outputs.table):
         run("report", "--runs", outputs.conv, student, "--dataset", dataset, "--output_file", "out/both.html")
-        assert (tmp_path / "out" / "both.html").read_text().count("<img") == 5
+        assert (tmp_path / "out" / "both.html").read_text().count("<img") == 4
 
 
 def test_mistakes_are_named(outputs, tmp_path):
