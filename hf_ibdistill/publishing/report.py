@@ -320,8 +320,10 @@ def write_report(path: str | os.PathLike, run: Run, pictures: Mapping[str, Pictu
 
     has_attention = "attention" in pictures or any("token" in name for name in metrics)
     sections = [
-        Section("Summary", [results.get("notes") or ""], tables=[(["", ""], _filled(summary))]),
-        Section("Results", _explain_interval(found), tables=tables["metrics"]),
+        Section(
+            "Summary", [results.get("notes") or "", *_explain_interval(found)], tables=[(["", ""], _filled(summary))]
+        ),
+        Section("Results", tables=tables["metrics"]),
         Section("Teachers", tables=tables["teachers"]),
         pictured("Learning curves", "curves", missing="The run logged no loss and no evaluation."),
         pictured(

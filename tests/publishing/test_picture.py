@@ -1,7 +1,6 @@
 """The pictures of a run: the numbers behind them, and pixels read back."""
 
 import io
-import re
 import warnings
 
 import numpy as np
@@ -156,7 +155,7 @@ def test_the_matrix_is_darkest_where_the_rows_are():
     dark = np.abs(picture - (8, 48, 107)).max(axis=-1) < 6
     columns, rows = dark.any(axis=0).nonzero()[0], dark.any(axis=1).nonzero()[0]
     # The left column of the matrix, in both of its rows; nothing of the right column.
-    assert columns.max() < 0.5 * picture.shape[1] and np.ptp(rows) > 2.2 * np.ptp(columns) * 0.2
+    assert columns.max() < 0.5 * picture.shape[1] and np.ptp(rows) > 0.5 * picture.shape[0]
 
 
 def test_names_are_shortened_in_the_middle():
@@ -226,4 +225,3 @@ def test_attention_is_brightest_where_it_is():
     bottom = columns[rows >= second[0]]
     cell = picture.shape[1] / 6
     assert top.max() < cell / 2 and bottom.min() > 1.5 * cell
-    assert re.fullmatch("#[0-9A-F]{6}", COLORS[0])
