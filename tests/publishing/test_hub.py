@@ -454,7 +454,7 @@ def test_files_on_the_hub(shared_hub, published):
     # Not the pictures and the report with images of the data.
     pictures = {f"pictures/{name}.png" for name in ("curves", "classes", "calibration")}
     assert set(shared_hub.files("alice/student")) == model | ibvit | {"results.json"} | pictures
-    assert set(shared_hub.files("alice/inv")) == model | CODE["ibresnet"] | {"results.json"}
+    assert set(shared_hub.files("alice/inv")) == model | CODE["ibresnet"] | {"results.json"} | pictures
     assert set(shared_hub.files("alice/bare")) == (model - {"preprocessor_config.json"}) | ibvit
     in_progress = [c for c in shared_hub.repos["model", "alice/student"].commits.values() if "progress" in c.title]
     assert set(in_progress[0].files) == {".gitattributes"} | (model - {"README.md"}) | ibvit
