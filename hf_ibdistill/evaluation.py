@@ -14,7 +14,6 @@ import PIL.Image
 import scipy.special
 import torch
 from accelerate import Accelerator
-from tqdm.auto import tqdm
 from transformers import BaseImageProcessor, EvalPrediction, PreTrainedModel
 
 from .checks import check_numbers
@@ -22,6 +21,7 @@ from .data.classes import check_class_names, check_labels, class_names, config_c
 from .data.columns import LABEL, as_image_table, require_table
 from .logits.encoding import column_name, describe_column
 from .models.modeling_ibvit import IBViTForImageClassification, IBViTImageClassifierOutput
+from .progress import Progress
 from .rows import DistillationCollator, ImageRows
 from .teachers import on_device, require_model, without_autocast
 
@@ -383,8 +383,9 @@ def _predict(
     # Only the loader is prepared, because preparing a model wraps its forward for good.
     loader, network = accelerator.prepare(loader), without_autocast(model)
     names = ("logits", "class_logits", "teacher_token_logits") if hasattr(config, "teacher_names") else ("logits",)
-    with on_device(network, accelerator.device), _evaluation_mode(network):
-        for batch in tqdm(loader, desc="Predicting", disable=not accelerator.is_local_main_process):
+    progress = Progress("predict", len(dataset), is_shown=accelerator.is_local_main_process)
+    with on_device(network, accelerator.device), _evaluation_mode(network), progress:
+        for batch in loader:
             with torch.no_grad():
                 outputs = network(pixel_values=batch["pixel_values"].to(network.dtype))
             # Models with `return_dict=False` return tuples, in the order of the names.
@@ -395,6 +396,7 @@ def _predict(
                 del found["labels"]
             found = {name: value for name, value in found.items() if value is not None}
             gathered = accelerator.gather_for_metrics(found)
+            progress.update(len(gathered["logits"]))
             yield {name: value.cpu() if name == "labels" else value.float().cpu() for name, value in gathered.items()}
 
 

@@ -16,6 +16,7 @@ PACKAGE = Path(hf_ibdistill.__file__).parent
 STAGES = [
     "checks",
     "files",
+    "progress",
     "models",
     "data.columns",
     "images",

@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 import pyarrow as pa
 from datasets import Dataset, DatasetDict, Image, IterableDataset, concatenate_datasets
-from tqdm.auto import tqdm
 
 from ..images.decoding import decode_image
 from ..images.views import row_key
+from ..progress import Progress
 from .columns import IMAGE, as_image_table, label_candidates
 from .folders import UNLABELLED_NAMES, open_images
 from .sources import open_source
@@ -114,7 +114,7 @@ def _refuse_known(splits, images, name, skip_unreadable) -> None:
     known, errors = {}, []
     for split in ("validation", "test"):
         if split in splits:
-            known |= dict.fromkeys(_row_keys(splits[split], errors, f'Reading the split "{split}"'), split)
+            known |= dict.fromkeys(_row_keys(splits[split], errors, f"read the {split} split"), split)
             if errors:
                 logger.warning(
                     '%d images of the split "%s" cannot be decoded. unlabelled=%s is not compared with them. %s',
@@ -124,7 +124,7 @@ def _refuse_known(splits, images, name, skip_unreadable) -> None:
                     errors[0],
                 )
                 errors.clear()
-    found = [known[key] for key in _row_keys(images, errors, "Comparing unlabelled images") if key in known]
+    found = [known[key] for key in _row_keys(images, errors, "compare the unlabelled images") if key in known]
     if errors and skip_unreadable:
         logger.warning("unlabelled=%s has %d images that cannot be decoded. %s", name, len(errors), errors[0])
     elif errors:
@@ -138,20 +138,22 @@ def _refuse_known(splits, images, name, skip_unreadable) -> None:
         )
 
 
-def _row_keys(table, errors, description):
+def _row_keys(table, errors, what):
     """The key of each image; errors are added to the list."""
-    for image in _decode(table, description):
-        if isinstance(image, ValueError):
-            errors.append(image)
-        else:
-            yield row_key(image)
+    with Progress(what, len(table)) as progress:
+        for image in _decode(table):
+            if isinstance(image, ValueError):
+                errors.append(image)
+            else:
+                yield row_key(image)
+            progress.update()
 
 
-def _decode(table, description=None):
+def _decode(table):
     """Each image, or the error about its row."""
     encoded = table.with_format(None).select_columns([IMAGE]).cast_column(IMAGE, Image(decode=False))
     cells = (cell for batch in encoded.iter(batch_size=64) for cell in batch[IMAGE])
-    for row, cell in enumerate(tqdm(cells, desc=description, total=len(table), disable=len(table) < 10_000)):
+    for row, cell in enumerate(cells):
         try:
             yield decode_image(cell, table.features[IMAGE].mode)
         except ValueError as error:

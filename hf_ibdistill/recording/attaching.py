@@ -5,7 +5,6 @@ import logging
 import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
-from tqdm.auto import tqdm
 
 from ..data.columns import IMAGE, as_image_table, require_table
 from ..data.splits import spread
@@ -14,6 +13,7 @@ from ..images.decoding import file_key
 from ..images.views import row_key
 from ..logits.encoding import FILE_KEY, ROW_KEY, check_keys, column_name, recorded_teachers
 from ..logits.provenance import check_files, check_same_teachers
+from ..progress import Progress
 from ..rows import ImageRows
 from .batches import EncodedRows
 
@@ -124,7 +124,12 @@ class _PixelKeys(ImageRows):
 def _read_keys(keys, rows, num_workers) -> np.ndarray:
     batches = [rows[start : start + 64] for start in range(0, len(rows), 64)]
     loader = torch.utils.data.DataLoader(keys, batch_sampler=batches, num_workers=num_workers or 0, collate_fn=list)
-    return np.array([key for batch in tqdm(loader, desc="Hashing the images") for key in batch], np.int64)
+    found: list[int] = []
+    with Progress("find the logits of the images", len(rows)) as progress:
+        for batch in loader:
+            found += batch
+            progress.update(len(batch))
+    return np.array(found, np.int64)
 
 
 def _compare_pixels(images, logits_table, partner) -> None:

@@ -24,7 +24,6 @@ from datasets import Dataset, DatasetDict, Features, Image, IterableDataset, Ite
 from datasets.distributed import split_dataset_by_node
 from datasets.features.features import require_storage_embed
 from datasets.table import embed_table_storage
-from tqdm.auto import tqdm
 
 from ..checks import check_numbers
 from ..data.classes import check_labels, class_names, label_ids
@@ -55,6 +54,7 @@ from ..logits.provenance import (
     read_records,
     teacher_differences,
 )
+from ..progress import Progress
 from ..rows import SHUFFLE_BUFFER, default_num_workers, stream_steps
 from ..teachers import ClassMapping, Teacher, TeacherLike, load_teachers, on_device
 from .batches import Preparation, sample_images, stream_batches, table_batches
@@ -447,9 +447,11 @@ def _record_table(accelerator, dataset, plan, folder, num_workers) -> list[Path]
         own = {path: shards[path] for path in own}
     size = plan.rows_per_batch
     batches = table_batches(dataset, plan.preparation(dataset), list(own.values()), size, num_workers) if own else None
-    with _progress(accelerator, sum(map(len, own.values()))) as bar:
+    with _progress(accelerator, dataset.split, sum(map(len, own.values()))) as progress:
         for path, rows in own.items():
-            _write(accelerator, plan, path, islice(batches, -(-len(rows) // size)), bar, {"rows": [rows.start] * 2})
+            note = {"rows": [rows.start] * 2}
+            _write(accelerator, plan, path, islice(batches, -(-len(rows) // size)), progress, note)
+        progress.finish()
     return list(shards)
 
 
@@ -472,22 +474,25 @@ def _record_stream(accelerator, stream, plan, folder, num_workers) -> list[Path]
         num_workers,
         len(plan.teachers[0].class_names),
     )
-    with _progress(accelerator, None) as bar:
-        bar.update(row)
+    with _progress(accelerator, stream.split, None) as progress:
+        progress.skip(row)
         for first in batches:
             path, note = shard_path(folder, row, part), {"rows": [row, row], "part": part}
             rest = islice(batches, plan.rows_per_shard // plan.rows_per_batch - 1)
-            _write(accelerator, plan, path, chain([first], rest), bar, note)
+            _write(accelerator, plan, path, chain([first], rest), progress, note)
             shards.append(path)
             row = note["rows"][1]
+        progress.finish()
     return gather_object(shards)
 
 
-def _progress(accelerator, total):
-    return tqdm(total=total, unit="image", desc="Recording logits", disable=not accelerator.is_local_main_process)
+def _progress(accelerator, split, total):
+    name = f"record {split}" if split else "record"
+    unit = "images" if accelerator.num_processes == 1 else "images of this process"
+    return Progress(name, total, unit, is_shown=accelerator.is_local_main_process)
 
 
-def _write(accelerator, plan, path, batches, bar, note) -> None:
+def _write(accelerator, plan, path, batches, progress, note) -> None:
     """Run the teachers on the batches of a shard, and write it."""
     note["skipped"] = []
 
@@ -498,7 +503,7 @@ def _write(accelerator, plan, path, batches, bar, note) -> None:
             note["state"] = batch.state
             if batch.numbers:
                 yield _run(plan, batch, send_to_device(batch.inputs, accelerator.device))
-            bar.update(batch.size)
+            progress.update(batch.size)
 
     write_shard(path, plan.features, tables(), note)
 

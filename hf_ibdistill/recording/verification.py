@@ -9,7 +9,6 @@ import pyarrow as pa
 import torch
 from datasets import Dataset, Image, IterableDataset
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from ..checks import check_numbers
 from ..data.columns import IMAGE, as_image_table, require_table
@@ -35,6 +34,7 @@ from ..logits.provenance import (
     teacher_differences,
     unusable_rows,
 )
+from ..progress import Progress
 from ..rows import ImageRows
 from ..teachers import TeacherLike, load_teachers
 
@@ -114,17 +114,19 @@ def verify_teacher_logits(
     rows = ImageRows(dataset, [ROW_KEY] if has_keys else [])
     comparable = [t for t in loaded if len(t.class_names) == len(described[t.name]["label_names"])]
     predicted: dict[str, list[np.ndarray]] = {teacher.name: [] for teacher in comparable}
-    for start in range(0, len(sample), _BATCH_SIZE):
-        batch, images = sample[start : start + _BATCH_SIZE], []
-        for number, view, row in zip(batch, views[start:], rows.read(batch)):
-            key = row_key(row[IMAGE])
-            if has_keys and key != row[ROW_KEY]:
-                wrong.append(number)
-                key = row[ROW_KEY]
-            images.append(row[IMAGE] if recipe is None else make_view(row[IMAGE], recipe, key, view))
-        for teacher in comparable:
-            inputs = pixel_values(images, {"": teacher.image_processor})[""]
-            predicted[teacher.name].append(teacher.logits(inputs).cpu().numpy())
+    with Progress("verify with the teachers", len(sample)) as progress:
+        for start in range(0, len(sample), _BATCH_SIZE):
+            batch, images = sample[start : start + _BATCH_SIZE], []
+            for number, view, row in zip(batch, views[start:], rows.read(batch)):
+                key = row_key(row[IMAGE])
+                if has_keys and key != row[ROW_KEY]:
+                    wrong.append(number)
+                    key = row[ROW_KEY]
+                images.append(row[IMAGE] if recipe is None else make_view(row[IMAGE], recipe, key, view))
+            for teacher in comparable:
+                inputs = pixel_values(images, {"": teacher.image_processor})[""]
+                predicted[teacher.name].append(teacher.logits(inputs).cpu().numpy())
+            progress.update(len(batch))
     if wrong:
         problems.append(f"The images of {len(wrong)} rows are not the ones that were recorded (first {wrong[:10]}).")
 
@@ -186,13 +188,12 @@ def verify_rows(dataset: Dataset | IterableDataset, *, num_workers: int = 0) -> 
     problems = [f"The file {path.name} is not the one that recording wrote." for path in damaged_files(dataset)]
     rows: dict[str, list[int]] = {}
     start = 0
-    total = None if is_streamed else len(blocks)
-    for size, bad in tqdm(
-        found, desc="Verifying blocks of rows", total=total, disable=total is not None and total < 40
-    ):
-        for what, numbers in bad.items():
-            rows.setdefault(what, []).extend(start + number for number in numbers)
-        start += size
+    with Progress("verify every row", None if is_streamed else len(dataset), "rows") as progress:
+        for size, bad in found:
+            for what, numbers in bad.items():
+                rows.setdefault(what, []).extend(start + number for number in numbers)
+            start += size
+            progress.update(size)
     return problems + [
         f"{what} in {len(numbers)} of {start} rows (first {numbers[:10]})." for what, numbers in rows.items()
     ]
