@@ -5,7 +5,6 @@ import dataclasses
 import difflib
 import inspect
 import json
-import logging
 import re
 import shutil
 import sys
@@ -24,10 +23,12 @@ from ..checks import check_numbers
 from ..data.loading import load_image_dataset
 from ..data.splits import select_per_class
 from ..data.unlabelled import add_unlabelled
+from ..files import read_json
 from ..images.decoding import scale_pixels
 from ..images.views import ViewRecipe
-from ..publishing.results import evaluate_and_save
+from ..publishing.results import RESULTS, evaluate_and_save
 from ..training.arguments import ImageTrainingArguments
+from .display import displaying, metric_rows, metric_text, show_results, training_display
 
 
 @dataclass
@@ -401,24 +402,34 @@ def choose_split(splits: DatasetDict, split: str) -> Dataset:
     return splits[split]
 
 
-def train_and_save(trainer: Trainer, splits: DatasetDict, **facts: object) -> dict[str, float]:
-    """Train or resume, measure and save with these facts for [`evaluate_and_save`], and publish if the arguments ask for it;
-    returns the metrics."""
-    trainer.train(resume_from_checkpoint=last_checkpoint(trainer.args))
-    split = result_split(splits)
+def train_and_save(trainer: Trainer, splits: DatasetDict, following: Sequence[Sequence[str]], **facts: object) -> None:
+    """Train or resume, measure and save with these facts for [`evaluate_and_save`], publish if the arguments ask for it, and
+    show the metrics and the commands that may follow."""
+    folder, split = Path(trainer.args.output_dir), result_split(splits)
+    with training_display(trainer, f"train {folder.resolve().name}"):
+        trainer.train(resume_from_checkpoint=last_checkpoint(trainer.args))
     metrics = evaluate_and_save(trainer, splits[split], split, **facts)
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
-    return metrics
+    if not trainer.is_world_process_zero():
+        return
+    results = read_json(folder / RESULTS)
+    measured = {f"accuracy of teacher {name}": one["metrics"] for name, one in results["teachers"].items()}
+    if len(measured) > 1:
+        measured["accuracy of their mean"] = results["ensemble"]
+    rows = [[name, metric_text("accuracy", one["accuracy"])] for name, one in measured.items() if one]
+    show_results(
+        metrics, [f"{split} split of {facts['data_name']}", folder], [*rows, *metric_rows(metrics)], *following
+    )
 
 
 def run(command: str, main: Callable[[Sequence[str]], None], arguments: Sequence[str] | None = None) -> None:
     """Run a command on its arguments, by default those of this process. A mistake in its input ends in one sentence, or with
     `--traceback` in a traceback."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
-        main(arguments)
+        with displaying():
+            main(arguments)
     except (TypeError, ValueError, OSError, ImportError, StrictDataclassError) as error:
         if "--traceback" in arguments:
             raise

@@ -12,7 +12,6 @@ The third trains the same student on labels alone. The fourth reads logits that 
 their images. The last two teach any image classifier: a saved one, or one from nothing.
 """
 
-import json
 import math
 from dataclasses import dataclass
 
@@ -43,6 +42,7 @@ from .arguments import (
     run,
     train_and_save,
 )
+from .display import uses_of
 
 
 @dataclass
@@ -186,9 +186,7 @@ def main(arguments):
     else:
         trainer = ImageClassificationTrainer(model, args, **shared)
     facts = {"title": "Distilled student", "data_name": data.dataset, "base_model": student.student}
-    metrics = train_and_save(trainer, splits, **facts)
-    if trainer.is_world_process_zero():
-        print(json.dumps(metrics, indent=2))
+    train_and_save(trainer, splits, uses_of(args.output_dir), **facts)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ For a student, it measures each token as well.
 """
 
 import json
+import time
 from dataclasses import dataclass
 
 from accelerate import PartialState
@@ -15,8 +16,10 @@ from transformers.hf_argparser import HfArg
 from ..evaluation import evaluate_model
 from ..files import write_text
 from ..logits.encoding import recorded_teachers
+from ..progress import describe_seconds
 from ..teachers import load_classifier
 from .arguments import DataArguments, choose_split, parse, result_split, run
+from .display import metric_rows, show_results, uses_of
 
 
 @dataclass
@@ -37,6 +40,7 @@ def main(arguments):
     rows = choose_split(splits, split)
     trust = {"trust_remote_code": evaluation.trust_remote_code}
     model = load_classifier(evaluation.model, **trust)
+    start = time.perf_counter()
     metrics = evaluate_model(
         model,
         AutoImageProcessor.from_pretrained(evaluation.model, **trust),
@@ -45,11 +49,15 @@ def main(arguments):
         # A student without tokens does not name its teachers.
         teacher_names=getattr(model.config, "teacher_names", None) or recorded_teachers(rows),
     )
-    text = json.dumps({"model": evaluation.model, "data": data.dataset, "split": split, "metrics": metrics}, indent=2)
+    seconds = time.perf_counter() - start
     if PartialState().is_main_process:
-        print(text)
+        facts = {"model": evaluation.model, "data": data.dataset, "split": split, "metrics": metrics}
         if evaluation.output_file is not None:
-            write_text(evaluation.output_file, text + "\n")
+            write_text(evaluation.output_file, json.dumps(facts, indent=2) + "\n")
+        rows = [["images", f"{len(rows):,}"], *metric_rows(metrics), ["time", describe_seconds(seconds)]]
+        show_results(
+            facts, [f"{split} split of {data.dataset}", evaluation.model], rows, *uses_of(evaluation.model)[:1]
+        )
 
 
 if __name__ == "__main__":

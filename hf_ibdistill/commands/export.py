@@ -7,7 +7,6 @@ The files are MODEL/onnx/model.onnx and, with 8-bit integers, MODEL/onnx/model_q
 tools of the Hub look for these names.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from ..images.preprocessing import pixel_values
 from ..rows import ImageRows
 from ..teachers import load_classifier
 from .arguments import DataArguments, parse, result_split, run
+from .display import metric_text, show_results, uses_of
 
 
 @dataclass
@@ -83,7 +83,13 @@ def main(arguments):
             "accuracy": float((logits.argmax(-1) == outputs["labels"]).mean()),
             "largest_difference": float(np.abs(logits - outputs["logits"]).max()),
         }
-    print(json.dumps(report, indent=2))
+    rows = [["PyTorch", metric_text("accuracy", accuracy), "", ""]]
+    for path in paths:
+        found = report[path.name]
+        size = f"{found['bytes'] / 1e6:.2f} MB"
+        rows.append([path, metric_text("accuracy", found["accuracy"]), f"{found['largest_difference']:.2g}", size])
+    header = [f"{len(split):,} images", "accuracy", "largest difference of a logit", "size"]
+    show_results(report, header, rows, *uses_of(export.model)[1:])
     if export.quantize and report[paths[1].name]["accuracy"] < accuracy - export.max_accuracy_drop:
         paths[1].unlink()
         raise ValueError(

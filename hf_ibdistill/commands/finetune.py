@@ -9,10 +9,8 @@ The second trains the heads alone. The third freezes two layers, and changes ear
 than later ones.
 """
 
-import json
 from dataclasses import dataclass
 
-from accelerate import PartialState
 from transformers import Trainer, set_seed
 from transformers.hf_argparser import HfArg
 
@@ -23,6 +21,7 @@ from ..training.arguments import ImageTrainingArguments
 from ..training.finetuning import check_layer_decay, freeze_backbone, freeze_layers, layer_decay_groups
 from ..training.trainer import ImageClassificationTrainer
 from .arguments import DataArguments, ViewArguments, parse, run, train_and_save
+from .display import uses_of
 
 
 @dataclass
@@ -75,8 +74,8 @@ class FineTuningArguments(ImageTrainingArguments):
         return optimizer_class, {**settings, "params": groups}
 
 
-def fine_tune(model, processor, args: FineTuningArguments, splits, views, **facts) -> dict[str, float]:
-    """Freeze and train a classifier, measure and save it; `facts` are those of [`train_and_save`]."""
+def fine_tune(model, processor, args: FineTuningArguments, splits, views, following, **facts) -> None:
+    """Freeze and train a classifier, measure and save it; `following` and `facts` are those of [`train_and_save`]."""
     args.freeze(model)
     trainer = ImageClassificationTrainer(
         model,
@@ -87,7 +86,7 @@ def fine_tune(model, processor, args: FineTuningArguments, splits, views, **fact
         views=views,
         optimizer_cls_and_kwargs=args.optimizer(model),
     )
-    return train_and_save(trainer, splits, **facts)
+    train_and_save(trainer, splits, following, **facts)
 
 
 def main(arguments):
@@ -101,9 +100,8 @@ def main(arguments):
     processor = load_image_processor(start.model, start.image_size)
     check_fit(model, processor)
     facts = {"data_name": data.dataset, "base_model": start.model, "notes": "Every head learned the labels."}
-    metrics = fine_tune(model, processor, args, splits, views.recipe(), title="Fine-tuned student", **facts)
-    if PartialState().is_main_process:
-        print(json.dumps(metrics, indent=2))
+    facts["title"] = "Fine-tuned student"
+    fine_tune(model, processor, args, splits, views.recipe(), uses_of(args.output_dir), **facts)
 
 
 if __name__ == "__main__":

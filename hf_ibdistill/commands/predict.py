@@ -3,12 +3,15 @@
 hf-ibdistill predict --model outputs/student photo.jpg
 hf-ibdistill predict --model user/student photos/ --top_k 3 --csv labels.csv
 
-Folders are searched at any depth. Files that cannot be read are named and left out.
+The second writes a table and prints how many images each class has. Folders are searched at any
+depth. Files that cannot be read are named and left out.
 """
 
 import csv
 import io
 import logging
+import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +26,16 @@ from ..data.folders import find_images
 from ..files import user_path, write_text
 from ..images.decoding import decode_image
 from ..images.preprocessing import pixel_values
+from ..progress import Progress
 from ..teachers import load_classifier
 from .arguments import parse, run
+from .display import show_results
 
 
 logger = logging.getLogger(__name__)
+
+# Classes whose images are counted on a line of their own.
+_COUNTED = 10
 
 
 @dataclass
@@ -37,7 +45,7 @@ class PredictionArguments:
     model: str = HfArg(help="Folder or Hub id of the model.")
     images: list[str] = HfArg(default_factory=list, help="Files and folders of images; the flag may be left out.")
     top_k: int = HfArg(default=1, help="Classes of each image, the most probable first.")
-    csv: str | None = HfArg(default=None, help="Write the predictions to this file as well.")
+    csv: str | None = HfArg(default=None, help="Write the predictions to this file instead of printing them.")
     batch_size: int = HfArg(default=64, help="Images per forward pass.")
     trust_remote_code: bool = HfArg(default=False, help="Run the code of the model repository.")
 
@@ -58,7 +66,9 @@ def list_files(sources: list[str]) -> list[str]:
     return files
 
 
-def predict_files(model, processor, files: list[str], batch_size: int) -> Iterator[tuple[str, torch.Tensor]]:
+def predict_files(
+    model, processor, files: list[str], batch_size: int, progress: Progress
+) -> Iterator[tuple[str, torch.Tensor]]:
     """(file, probabilities (C,)) of each file that can be read."""
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     model = model.to(device).eval()
@@ -81,6 +91,16 @@ def predict_files(model, processor, files: list[str], batch_size: int) -> Iterat
                 # Logits come first, also in the tuples of a model with `return_dict=False`.
                 logits = model(pixel_values=values[""].to(device, model.dtype))[0]
             yield from zip(readable, logits.float().softmax(-1).cpu())
+        progress.update(min(batch_size, len(files) - start))
+
+
+def write_csv(path: Path, rows: list[list[str]], top_k: int) -> None:
+    """Write file, class and probability, and the next classes in columns with a number."""
+    numbers = ["", *(f"_{number}" for number in range(2, top_k + 1))]
+    header = ["file", *(f"{column}{number}" for number in numbers for column in ("class", "probability"))]
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    write_text(path, text.getvalue())
 
 
 def main(arguments):
@@ -92,20 +112,28 @@ def main(arguments):
     names = config_class_names(model.config)
     check_numbers(1, len(names), whole=True, top_k=prediction.top_k)
     processor = AutoImageProcessor.from_pretrained(prediction.model, **trust)
-    numbers = ["", *(f"_{number}" for number in range(2, prediction.top_k + 1))]
-    rows = [["file", *(f"{column}{number}" for number in numbers for column in ("class", "probability"))]]
-    for file, probabilities in predict_files(model, processor, files, prediction.batch_size):
-        best = [
-            (names[i], f"{p:.4f}") for p, i in zip(*(part.tolist() for part in probabilities.topk(prediction.top_k)))
-        ]
-        print(f"{file}: {', '.join(f'{name} {100 * float(p):.1f} %' for name, p in best)}")
-        rows.append([file, *(value for pair in best for value in pair)])
-    if len(rows) == 1:
+    prints = prediction.csv is None
+    # Lines that scroll by are progress enough.
+    progress = Progress("predict", len(files), is_shown=not (prints and sys.stdout.isatty()))
+    rows, counts = [], Counter()
+    with progress:
+        for file, probabilities in predict_files(model, processor, files, prediction.batch_size, progress):
+            best = [(names[i], p) for p, i in zip(*(part.tolist() for part in probabilities.topk(prediction.top_k)))]
+            counts[best[0][0]] += 1
+            if prints:
+                print(f"{file}: {', '.join(f'{name} {100 * p:.1f} %' for name, p in best)}")
+            else:
+                rows.append([file, *(value for name, p in best for value in (name, f"{p:.4f}"))])
+    if not counts:
         raise ValueError(f"None of {len(files)} files can be read as an image. Give image files.")
-    if prediction.csv is not None:
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows(rows)
-        write_text(user_path(prediction.csv, "csv"), text.getvalue())
+    if not prints:
+        write_csv(user_path(prediction.csv, "csv"), rows, prediction.top_k)
+        largest = counts.most_common(_COUNTED)
+        if len(counts) > _COUNTED:
+            others = counts.total() - sum(count for _, count in largest)
+            largest.append((f"{len(counts) - _COUNTED:,} other classes", others))
+        header = [prediction.csv, f"{len(rows):,} images"]
+        show_results({"csv": prediction.csv, "images": len(rows), "classes": counts}, header, largest)
 
 
 if __name__ == "__main__":

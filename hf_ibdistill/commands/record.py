@@ -14,10 +14,12 @@ from accelerate import PartialState
 from transformers.hf_argparser import HfArg
 
 from ..data import load_image_dataset
+from ..data.columns import IMAGE
 from ..files import read_json
 from ..recording.assessment import logits_metrics
 from ..recording.recorder import record_teacher_logits
 from .arguments import CLASSES_HELP, MixedDataArguments, ViewArguments, name_folders, parse, run
+from .display import beside, data_flags, metric_rows, show_results
 
 
 @dataclass
@@ -73,6 +75,14 @@ class RecordingArguments:
     teacher_classes: str | None = HfArg(default=None, help=CLASSES_HELP)
 
 
+def following(data, recording, tables) -> list[list[str]]:
+    """The command that trains on this table."""
+    source = ["--dataset", recording.output_dir]
+    if IMAGE not in tables["train"].column_names:
+        source = [*data_flags(data), "--logits", recording.output_dir]
+    return [["distill", *source, "--output_dir", beside(recording.output_dir, "student")]]
+
+
 def main(arguments):
     data, views, recording = parse(
         "record", __doc__, arguments, RecordingDataArguments, ViewArguments, RecordingArguments
@@ -83,9 +93,13 @@ def main(arguments):
         settings["teacher_classes"] = read_json(recording.teacher_classes)
     tables = record_teacher_logits(data.load(recording.skip_unreadable), views=views.recipe(), **settings)
     if PartialState().is_main_process:
-        for split, table in tables.items():
-            print(f"{split}: {len(table)} rows, {', '.join(table.column_names)}")
-            print(", ".join(f"{name} {value:.3f}" for name, value in logits_metrics(table).items()))
+        metrics = {split: logits_metrics(table) for split, table in tables.items()}
+        facts = {
+            split: {"rows": len(table), "columns": table.column_names, "metrics": metrics[split]}
+            for split, table in tables.items()
+        }
+        rows = [["images", *(f"{len(table):,}" for table in tables.values())], *metric_rows(*metrics.values())]
+        show_results(facts, [recording.output_dir, *tables], rows, *following(data, recording, tables))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from ..models.configuration_ibresnet import IBResNetConfig
 from ..models.modeling_ibresnet import IBResNetForImageClassification
 from ..students import check_fit, load_image_processor, load_with_classes
 from .arguments import DataArguments, ViewArguments, parse, run
+from .display import beside, data_flags, teacher_flags
 from .finetune import FineTuningArguments, fine_tune
 
 
@@ -69,7 +70,9 @@ def main(arguments):
         processor = load_image_processor(teacher.model, teacher.image_size)
         check_fit(model, processor)
     facts = {"title": title, "data_name": data.dataset, "base_model": teacher.model}
-    fine_tune(model, processor, args, splits, views.recipe(), **facts)
+    record = ["record", *data_flags(data), *teacher_flags(args.output_dir)]
+    record += ["--output_dir", beside(args.output_dir, "table")]
+    fine_tune(model, processor, args, splits, views.recipe(), [record], **facts)
 
 
 if __name__ == "__main__":

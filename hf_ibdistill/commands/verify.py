@@ -14,6 +14,7 @@ from transformers.hf_argparser import HfArg
 from ..publishing.tables import open_tables
 from ..recording.verification import verify_rows, verify_teacher_logits
 from .arguments import name_folders, parse, run
+from .display import beside, show_results
 
 
 @dataclass
@@ -35,12 +36,12 @@ def main(arguments):
     (verification,) = parse("verify", __doc__, arguments, VerificationArguments)
     if not verification.teachers and not verification.all:
         raise ValueError("There is nothing to verify. Give --teachers, --all, or both.")
-    tables, problems = open_tables(verification.table), []
+    tables, problems, checks = open_tables(verification.table), [], []
     for split, table in tables.items():
         if verification.all:
             found = verify_rows(table, num_workers=verification.num_workers)
             problems += [f"{split}: {problem}" for problem in found]
-            print(f"{split}: every row was checked: {len(found)} problems")
+            checks.append({"split": split, "rows": len(table), "problems": len(found)})
         if not verification.teachers:
             continue
         found = verify_teacher_logits(
@@ -51,12 +52,25 @@ def main(arguments):
             trust_remote_code=verification.trust_remote_code,
         )
         for teacher, difference in found.largest_differences.items():
-            print(
-                f"{split}: {teacher}: largest difference of a log-probability in {found.num_rows} rows: {difference:.4g}"
+            checks.append(
+                {"split": split, "rows": found.num_rows, "teacher": teacher, "largest_difference": difference}
             )
         problems += [f"{split}: {problem}" for problem in found.problems]
+    show(verification.table, checks, problems)
     if problems:
         sys.exit("\n".join(problems))
+
+
+def show(folder, checks, problems) -> None:
+    """Show what was checked and found."""
+    rows = []
+    for check in checks:
+        is_of_teacher = "teacher" in check
+        found = f"{check['largest_difference']:.2g}" if is_of_teacher else f"{check['problems']} problems"
+        rows.append([check["split"], check["teacher"] if is_of_teacher else "no teacher", f"{check['rows']:,}", found])
+    header = ["split", "teacher", "rows", "largest difference of a log-probability"]
+    following = [] if problems else [["distill", "--dataset", folder, "--output_dir", beside(folder, "student")]]
+    show_results({"checks": checks, "problems": problems}, header, rows, *following)
 
 
 if __name__ == "__main__":
