@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import os
 import re
 import shlex
 import sys
@@ -16,7 +17,6 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
-from .. import progress
 from ..progress import Progress
 
 
@@ -24,13 +24,17 @@ from ..progress import Progress
 def displaying() -> Iterator[None]:
     """While a command runs: lines about progress are shown, and the bars and messages of libraries are not."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    level = progress.logger.level
+    levels = {"hf_ibdistill.progress": logging.INFO}
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        # Every process opens the same data and models. In recording, each has rows of its own.
+        levels |= {"hf_ibdistill": logging.ERROR, "hf_ibdistill.recording": logging.WARNING}
     with ExitStack() as stack:
         stack.enter_context(_without_library_bars())
         # Otherwise a message would be written into a bar.
         stack.enter_context(logging_redirect_tqdm())
-        stack.callback(progress.logger.setLevel, level)
-        progress.logger.setLevel(logging.INFO)
+        for name, level in levels.items():
+            stack.callback(logging.getLogger(name).setLevel, logging.getLogger(name).level)
+            logging.getLogger(name).setLevel(level)
         yield
 
 
@@ -38,9 +42,8 @@ def displaying() -> Iterator[None]:
 def _without_library_bars():
     """Hide the bars of datasets, one for each step of opening a table, and of transformers, one for each file of weights.
     Those of downloads and uploads stay; they hide themselves where there is no terminal."""
-    has_datasets, has_transformers = datasets.are_progress_bars_disabled, transformers_logging.is_progress_bar_enabled
-    shows_datasets, shows_transformers = not has_datasets(), has_transformers()
-    shows_transfers = not are_progress_bars_disabled()
+    shows_datasets, shows_transfers = not datasets.are_progress_bars_disabled(), not are_progress_bars_disabled()
+    shows_transformers = transformers_logging.is_progress_bar_enabled()
     if shows_datasets:
         datasets.disable_progress_bars()
     if shows_transformers:
@@ -111,7 +114,9 @@ def show_results(facts: Mapping, header: Sequence[str], rows: Sequence[Sequence]
 
 def next_commands(*commands: Sequence[str]) -> str:
     """Commands, each the words after `hf-ibdistill`, as lines to copy."""
-    return "\n".join(["Next:", *(f"  hf-ibdistill {' '.join(map(shlex.quote, words))}" for words in commands)])
+    return "\n".join(
+        ["Next:", *(f"  hf-ibdistill {' '.join(shlex.quote(str(word)) for word in words)}" for words in commands)]
+    )
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -35,6 +35,7 @@ from ..students import default_patch_size
 from ..training.arguments import DistillationArguments, ImageTrainingArguments
 from ..training.trainer import EnsembleDistillationTrainer, ImageClassificationTrainer
 from .arguments import UnlabelledDataArguments, ViewArguments, parse, result_split, run
+from .display import next_commands, text_table, training_display
 
 
 PRESETS = {"conv": "convolution-small", "inv": "involution-small"}
@@ -106,7 +107,8 @@ def train(
     trainer = (EnsembleDistillationTrainer if is_distilled else ImageClassificationTrainer)(
         model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, processing_class=processor, **kwargs
     )
-    trainer.train()
+    with training_display(trainer, f"train {folder.name}{f', seed {seed}' if len(quick.seeds) > 1 else ''}"):
+        trainer.train()
     return trainer
 
 
@@ -212,8 +214,9 @@ def check_reloaded(trainer, folder: Path, dataset) -> None:
         raise RuntimeError(f"The student in {folder} does not predict what the trained one predicts.")
 
 
-def summarize(data: QuickstartData, views: QuickstartViews, seeds: list[int], runs: list[tuple]) -> str:
-    """The tables of accuracies and times of what [`run_seed`] returned, means over the seeds."""
+def summarize(data: QuickstartData, views: QuickstartViews, seeds: list[int], runs: list[tuple]) -> tuple:
+    """What [`run_seed`] returned, as a sentence about the images, and two tables of means over the seeds, each a header and
+    rows: accuracies and times."""
     results, seconds, (counts, *_) = zip(*runs)
     rows = []
     for name in results[0]:
@@ -224,9 +227,9 @@ def summarize(data: QuickstartData, views: QuickstartViews, seeds: list[int], ru
     images = f"{counts['labelled']:,} images with a label, {counts['unlabelled']:,} without"
     images += f", {views.num_views} views" if views.num_views else ", no views"
     return (
-        f"{data.dataset}, {images}, seeds {seeds}, {torch.get_num_threads()} threads\n\n"
-        f"{markdown_table(['model', 'test accuracy (%)', 'test −log p'], rows)}\n\n"
-        f"{markdown_table(['step', 'seconds'], times)}\n"
+        f"{data.dataset}: {images}, seeds {seeds}, {torch.get_num_threads()} threads",
+        (["model", "test accuracy (%)", "test −log p"], rows),
+        (["step", "seconds"], times),
     )
 
 
@@ -234,7 +237,7 @@ def main(arguments):
     data, views, quick = parse("quickstart", __doc__, arguments, QuickstartData, QuickstartViews, QuickstartArguments)
     output_dir = Path(quick.output_dir)
     runs = [run_seed(data, views, quick, seed, output_dir / f"seed_{seed}") for seed in quick.seeds]
-    summary = summarize(data, views, quick.seeds, runs)
+    images, accuracies, times = summarize(data, views, quick.seeds, runs)
     results, seconds, counts = zip(*runs)
     facts = {
         "images_per_class": data.images_per_class,
@@ -244,13 +247,13 @@ def main(arguments):
         "metrics": results,
         "seconds": seconds,
     }
-    write_text(output_dir / "summary.md", summary)
+    write_text(output_dir / "summary.md", f"{images}\n\n{markdown_table(*accuracies)}\n\n{markdown_table(*times)}\n")
     write_text(output_dir / "summary.json", json.dumps(facts, indent=2))
     student = output_dir / f"seed_{quick.seeds[-1]}" / "student"
-    print(f"\n{summary}\nStudent, card and picture: {student}\nTry it:\n")
-    print(
-        f"  python -c \"import hf_ibdistill, transformers; print(transformers.pipeline('image-classification', '{student}'))\""
-    )
+    own = ["--dataset", "my_images/", "--images_per_class", "100", "--output_dir", "outputs/mine"]
+    print(f"\n{text_table(*times)}\n\n{images}\n\n{text_table(*accuracies)}\n")
+    print(f"Student, card and picture: {student}\n")
+    print(next_commands(["predict", "--model", student, "IMAGES"], ["quickstart", *own]))
 
 
 if __name__ == "__main__":

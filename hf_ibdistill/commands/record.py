@@ -8,7 +8,7 @@ A second call continues an interrupted recording. Under torchrun or accelerate l
 share the work.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from accelerate import PartialState
 from transformers.hf_argparser import HfArg
@@ -78,8 +78,8 @@ class RecordingArguments:
 def following(data, recording, tables) -> list[list[str]]:
     """The command that trains on this table."""
     source = ["--dataset", recording.output_dir]
-    if IMAGE not in tables["train"].column_names:
-        source = [*data_flags(data), "--logits", recording.output_dir]
+    if IMAGE not in next(iter(tables.values())).column_names:
+        source = [*data_flags(replace(data, streaming=False)), "--logits", recording.output_dir]
     return [["distill", *source, "--output_dir", beside(recording.output_dir, "student")]]
 
 

@@ -179,7 +179,7 @@ def record_teacher_logits(
             name = next(iter(splits))
             _try(teacher, samples[name].image, plans[name].views)
         recorded = {
-            name: _record_split(accelerator, split, plans[name], output_dir / (name or ""), num_workers)
+            name: _record_split(accelerator, split, name, plans[name], output_dir / (name or ""), num_workers)
             for name, split in splits.items()
         }
     if not isinstance(dataset, Mapping):
@@ -372,7 +372,7 @@ def _describe_dataset(dataset, sample_keys) -> dict:
     }
 
 
-def _record_split(accelerator, dataset, plan, folder, num_workers) -> Dataset:
+def _record_split(accelerator, dataset, name, plan, folder, num_workers) -> Dataset:
     is_streamed = isinstance(dataset, IterableDataset)
     if num_workers is None:
         num_workers = default_num_workers(use_cpu=accelerator.device.type == "cpu")
@@ -393,7 +393,7 @@ def _record_split(accelerator, dataset, plan, folder, num_workers) -> Dataset:
             )
             return table
         record = _record_stream if is_streamed else _record_table
-        shards = record(accelerator, dataset, plan, folder, num_workers)
+        shards = record(accelerator, dataset, name, plan, folder, num_workers)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             finish(folder, dataset.info.copy(), dataset.split, plan.record, shards)
@@ -424,7 +424,7 @@ def _adopt_old_shards(dataset, plan, folder) -> None:
         write_shard(shard_path(folder, first), plan.features, [table], note)
 
 
-def _record_table(accelerator, dataset, plan, folder, num_workers) -> list[Path]:
+def _record_table(accelerator, dataset, name, plan, folder, num_workers) -> list[Path]:
     """Record the shards that are missing, divided between the processes. Returns all shards in the order of their rows."""
     if accelerator.is_main_process:
         _adopt_old_shards(dataset, plan, folder)
@@ -447,7 +447,7 @@ def _record_table(accelerator, dataset, plan, folder, num_workers) -> list[Path]
         own = {path: shards[path] for path in own}
     size = plan.rows_per_batch
     batches = table_batches(dataset, plan.preparation(dataset), list(own.values()), size, num_workers) if own else None
-    with _progress(accelerator, dataset.split, sum(map(len, own.values()))) as progress:
+    with _progress(accelerator, name, sum(map(len, own.values()))) as progress:
         for path, rows in own.items():
             note = {"rows": [rows.start] * 2}
             _write(accelerator, plan, path, islice(batches, -(-len(rows) // size)), progress, note)
@@ -455,7 +455,7 @@ def _record_table(accelerator, dataset, plan, folder, num_workers) -> list[Path]
     return list(shards)
 
 
-def _record_stream(accelerator, stream, plan, folder, num_workers) -> list[Path]:
+def _record_stream(accelerator, stream, name, plan, folder, num_workers) -> list[Path]:
     """Record this process's part of the stream, from the last whole shard. Returns the shards of all parts."""
     part = None
     if accelerator.num_processes > 1:
@@ -474,7 +474,7 @@ def _record_stream(accelerator, stream, plan, folder, num_workers) -> list[Path]
         num_workers,
         len(plan.teachers[0].class_names),
     )
-    with _progress(accelerator, stream.split, None) as progress:
+    with _progress(accelerator, name, None) as progress:
         progress.skip(row)
         for first in batches:
             path, note = shard_path(folder, row, part), {"rows": [row, row], "part": part}
