@@ -14,8 +14,10 @@ _BAR_INTERVAL, _LINE_INTERVAL = 0.1, 60
 
 
 def describe_seconds(seconds: float) -> str:
-    """For example "14.1 s", or "2:05 min" from a minute on."""
-    return f"{seconds:.1f} s" if seconds < 60 else f"{tqdm.format_interval(seconds).lstrip('0')} min"
+    """For example "14.1 s", "2:05 min" or "1:02:05 h"."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    return f"{tqdm.format_interval(seconds).lstrip('0')} {'min' if seconds < 3600 else 'h'}"
 
 
 class Progress:
@@ -100,7 +102,8 @@ class Progress:
         """End with a record of what was done and how long it took."""
         self.close()
         if self.is_shown:
-            parts = [f"{self.count:,} {self.unit}", describe_seconds(self.seconds), self._rate(), self.note]
+            rate = self._rate() if self.count > self._first else ""
+            parts = [f"{self.count:,} {self.unit}", describe_seconds(self.seconds), rate, self.note]
             logger.info("%s: %s", self.name, ", ".join(filter(None, parts)))
 
     def close(self) -> None:

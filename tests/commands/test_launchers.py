@@ -41,8 +41,10 @@ def test_two_processes_record_and_train(outputs, tmp_path):
     folders = [tmp_path / "table", tmp_path / "student"]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     job = [tmp_path / "job.py", ROOT / "scripts", outputs.images, *folders, *outputs.teachers]
-    printed = run_process(*launcher, *job)
-    assert "usage: hf-ibdistill evaluate" in printed and printed.count("train: 30 rows") == 1
+    printed, errors = run_process(*launcher, *job, with_errors=True)
+    assert "usage: hf-ibdistill evaluate" in printed and printed.count('"rows": 30') == 1
+    # One process shows what both do, and neither shows a bar.
+    assert errors.count("train student: 2 steps") == errors.count("record train: ") == 1 and "\r" not in errors
     alone, shared = load_from_disk(outputs.table), load_from_disk(tmp_path / "table")
     for split, table in alone.items():
         assert shared[split].column_names == table.column_names

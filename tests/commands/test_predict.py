@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from collections import Counter
 
 import pytest
 from running import run
@@ -40,6 +41,10 @@ def test_files_and_folders_are_predicted_as_by_a_pipeline(outputs, photos, tmp_p
         assert [row[name] for name in ("class", "class_2", "class_3")] == [found["label"] for found in expected]
         probabilities = [float(row[name]) for name in ("probability", "probability_2", "probability_3")]
         assert probabilities == pytest.approx([found["score"] for found in expected], abs=1e-3)
+    # A file takes the place of a line for each image.
+    report = json.loads(capsys.readouterr().out)
+    assert report["images"] == 4 and report["classes"] == Counter(row["class"] for row in rows)
+    run("predict", "--model", outputs.student, "--top_k", "3", photos, extra)
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 4 and printed[0].startswith(f"{photos / 'a.png'}: {rows[0]['class']} ")
     # The order of flags and files does not matter.
