@@ -67,6 +67,7 @@ setup(
             "pytest>=8,<10",
             "pytest-xdist>=3.6,<4",
             "ruff>=0.12,<1",
+            "tensorboard>=2.16,<3",
         ],
     },
     classifiers=[

@@ -18,8 +18,9 @@ from hf_ibdistill.commands.quickstart import check_reloaded
 MODELS = ["conv", "inv", "both teachers, mean probability", "student without teachers", "student with both teachers"]
 
 
-def test_quickstart_leaves_table_student_card_and_picture(outputs, tmp_path, capsys):
-    few = ["--dataset", outputs.images, "--images_per_class", "2", "--num_views", "2", "--output_dir", tmp_path]
+def test_quickstart_leaves_table_student_card_and_picture(outputs, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    few = ["--dataset", outputs.images, "--images_per_class", "2", "--num_views", "2", "--output_dir", "."]
     # What an earlier run with other settings left: a table of other teachers.
     shutil.copytree(outputs.table, tmp_path / "seed_1" / "table")
     run("quickstart", *few, "--teacher_steps", "1", "--student_steps", "2", "--batch_size", "6", "--seeds", "0", "1")
