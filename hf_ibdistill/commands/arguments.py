@@ -21,6 +21,7 @@ from transformers.hf_argparser import HfArg, string_to_bool
 
 from ..checks import check_numbers
 from ..data.loading import load_image_dataset
+from ..data.sources import public_name
 from ..data.splits import select_per_class
 from ..data.unlabelled import add_unlabelled
 from ..files import read_json
@@ -418,9 +419,8 @@ def train_and_save(trainer: Trainer, splits: DatasetDict, following: Sequence[Se
     if len(measured) > 1:
         measured["accuracy of their mean"] = results["ensemble"]
     rows = [[name, metric_text("accuracy", one["accuracy"])] for name, one in measured.items() if one]
-    show_results(
-        metrics, [f"{split} split of {facts['data_name']}", folder], [*rows, *metric_rows(metrics)], *following
-    )
+    header = [f"{split} split of {public_name(facts['data_name'])}", folder]
+    show_results(metrics, header, [*rows, *metric_rows(metrics)], *following)
 
 
 def run(command: str, main: Callable[[Sequence[str]], None], arguments: Sequence[str] | None = None) -> None:

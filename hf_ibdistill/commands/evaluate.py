@@ -13,6 +13,7 @@ from accelerate import PartialState
 from transformers import AutoImageProcessor
 from transformers.hf_argparser import HfArg
 
+from ..data.sources import public_name
 from ..evaluation import evaluate_model
 from ..files import write_text
 from ..logits.encoding import recorded_teachers
@@ -55,9 +56,8 @@ def main(arguments):
         if evaluation.output_file is not None:
             write_text(evaluation.output_file, json.dumps(facts, indent=2) + "\n")
         rows = [["images", f"{len(rows):,}"], *metric_rows(metrics), ["time", describe_seconds(seconds)]]
-        show_results(
-            facts, [f"{split} split of {data.dataset}", evaluation.model], rows, *uses_of(evaluation.model)[:1]
-        )
+        header = [f"{split} split of {public_name(data.dataset)}", evaluation.model]
+        show_results(facts, header, rows, *uses_of(evaluation.model)[:1])
 
 
 if __name__ == "__main__":

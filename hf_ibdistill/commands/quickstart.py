@@ -21,6 +21,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, se
 from transformers.hf_argparser import HfArg
 
 from ..data.classes import class_config, label_ids
+from ..data.sources import public_name
 from ..evaluation import predict
 from ..files import read_json, write_text
 from ..images.preprocessing import build_image_processor
@@ -227,7 +228,7 @@ def summarize(data: QuickstartData, views: QuickstartViews, seeds: list[int], ru
     images = f"{counts['labelled']:,} images with a label, {counts['unlabelled']:,} without"
     images += f", {views.num_views} views" if views.num_views else ", no views"
     return (
-        f"{data.dataset}: {images}, seeds {seeds}, {torch.get_num_threads()} threads",
+        f"{public_name(data.dataset)}: {images}, seeds {seeds}, {torch.get_num_threads()} threads",
         (["model", "test accuracy (%)", "test −log p"], rows),
         (["step", "seconds"], times),
     )
