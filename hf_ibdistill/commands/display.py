@@ -7,8 +7,10 @@ import os
 import re
 import shlex
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -18,6 +20,17 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from transformers.utils import logging as transformers_logging
 
 from ..progress import Progress
+
+
+# Messages of libraries that a user can do nothing about: warnings by their text, and log records by their logger and text.
+_SILENCED_WARNINGS = [
+    # Pillow, about a PNG or GIF file of such colors. Decoding takes its colors without the transparency, as of other files.
+    "Palette images with Transparency expressed in bytes",
+]
+_SILENCED_RECORDS = {
+    # On a machine with the CUDA toolkit but no GPU, when a model is compiled for the CPU. Nothing is missing.
+    "torch.utils.cpp_extension": "No CUDA runtime is found",
+}
 
 
 @contextmanager
@@ -32,10 +45,21 @@ def displaying() -> Iterator[None]:
         stack.enter_context(_without_library_bars())
         # Otherwise a message would be written into a bar.
         stack.enter_context(logging_redirect_tqdm())
+        stack.enter_context(warnings.catch_warnings())
+        for text in _SILENCED_WARNINGS:
+            warnings.filterwarnings("ignore", re.escape(text))
+        for name, text in _SILENCED_RECORDS.items():
+            silence = partial(_is_other_record, text)
+            logging.getLogger(name).addFilter(silence)
+            stack.callback(logging.getLogger(name).removeFilter, silence)
         for name, level in levels.items():
             stack.callback(logging.getLogger(name).setLevel, logging.getLogger(name).level)
             logging.getLogger(name).setLevel(level)
         yield
+
+
+def _is_other_record(text, record):
+    return not record.getMessage().startswith(text)
 
 
 @contextmanager

@@ -5,8 +5,10 @@ import logging
 import re
 import shlex
 import sys
+import warnings
 
 import datasets
+import PIL.Image
 import pytest
 from running import run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -118,6 +120,24 @@ def test_bars_of_libraries_are_hidden_while_a_command_runs(capsys, tmp_path):
     assert logging.getLogger("hf_ibdistill.progress").level == logging.NOTSET
     table.save_to_disk(tmp_path / "b")
     assert "10/10" in capsys.readouterr().err
+
+
+def test_silenced_messages_are_those_of_the_libraries_and_no_others(outputs, tmp_path, recwarn, caplog):
+    image = PIL.Image.effect_noise((8, 8), 50).quantize(4)
+    image.info["transparency"] = bytes([0, 128, 255, 255])
+    image.save(tmp_path / "palette.png")
+    with PIL.Image.open(tmp_path / "palette.png") as saved, pytest.warns(UserWarning, match="Palette images"):
+        saved.convert("RGB")
+    recwarn.clear()
+    run("predict", "--model", outputs.student, tmp_path / "palette.png")
+    assert not recwarn.list
+    with displaying():
+        warnings.warn("Palette images are new", stacklevel=1)
+        for text in ("No CUDA runtime is found, using CUDA_HOME='/usr'", "CUDA_HOME is not set"):
+            logging.getLogger("torch.utils.cpp_extension").warning(text)
+    logging.getLogger("torch.utils.cpp_extension").warning("No CUDA runtime is found, but no command runs")
+    assert [str(warning.message) for warning in recwarn] == ["Palette images are new"]
+    assert caplog.messages == ["CUDA_HOME is not set", "No CUDA runtime is found, but no command runs"]
 
 
 def test_the_other_processes_of_a_machine_repeat_no_warning(monkeypatch, capsys):
