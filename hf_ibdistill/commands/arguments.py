@@ -27,9 +27,14 @@ from ..data.unlabelled import add_unlabelled
 from ..files import read_json
 from ..images.decoding import scale_pixels
 from ..images.views import ViewRecipe
+from ..progress import Progress
 from ..publishing.results import RESULTS, evaluate_and_save
 from ..training.arguments import ImageTrainingArguments
 from .display import displaying, metric_rows, metric_text, show_results, training_display
+
+
+# Seconds from which on opening the data is a stage of its own.
+_NOTICED = 2
 
 
 @dataclass
@@ -61,6 +66,14 @@ class DataArguments:
 
     def load(self, skip_unreadable: bool = False) -> DatasetDict:
         """The splits, with the columns "image" and "label"; `skip_unreadable` as in [`add_unlabelled`]."""
+        with Progress("open the images") as progress:
+            splits = self._open(skip_unreadable)
+            progress.update(sum(map(len, splits.values())))
+            if progress.seconds >= _NOTICED:
+                progress.finish()
+        return splits
+
+    def _open(self, skip_unreadable):
         if self.pixel_range is not None and len(self.pixel_range) != 2:
             raise ValueError(f"pixel_range={self.pixel_range} is not two numbers. Give the levels of black and white.")
         splits = load_image_dataset(
