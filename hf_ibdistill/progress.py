@@ -49,9 +49,10 @@ class Progress:
         self.is_shown, self.count, self.note = is_shown, 0, ""
         self._first, self._start = 0, time.perf_counter()
         self._last_shown = self._start
+        in_format = name.replace("{", "{{").replace("}", "}}")
         self._bar = tqdm(
             total=total,
-            bar_format="{desc}" if total is None else f"{name} {{bar}} {{desc}}",
+            bar_format="{desc}" if total is None else f"{in_format} {{bar}} {{desc}}",
             # Without a value, tqdm shows nothing if there is no terminal.
             disable=None if is_shown and has_bar else True,
             leave=False,

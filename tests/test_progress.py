@@ -16,7 +16,7 @@ import sys, time
 from hf_ibdistill.progress import Progress
 
 print("before")
-with Progress("record train", 20, images_per_unit=3, is_shown=sys.argv[1] == "1") as bar:
+with Progress("record {a}", 20, images_per_unit=3, is_shown=sys.argv[1] == "1") as bar:
     bar.skip(4)
     for number in range(16):
         time.sleep(0.1)
@@ -30,7 +30,7 @@ def test_a_bar_on_a_terminal_is_gone_at_the_end(is_shown):
     written, lines = run_on_terminal(["-c", WORK, int(is_shown)], columns=80)
     assert lines == ["before", "after", ""]
     shown = re.findall(
-        r"record train (█.*?) +([\d]+)/20 images, ([\d.]+) images/s, (\d\d:\d\d) left, loss 0.5", written
+        r"record \{a\} (█.*?) +([\d]+)/20 images, ([\d.]+) images/s, (\d\d:\d\d) left, loss 0.5", written
     )
     assert bool(shown) == is_shown
     assert all(len(line) <= 80 for line in re.split(r"[\r\n]", written))

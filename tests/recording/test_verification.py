@@ -1,6 +1,7 @@
 """A recorded table passes its check, and whatever was changed in it is found."""
 
 import copy
+import json
 import shutil
 
 import numpy as np
@@ -177,7 +178,8 @@ def test_every_row_of_an_exported_table_is_checked_as_it_streams(table, tmp_path
     exported = export_logits_table(table, tmp_path / "p")
     assert verify_rows(open_logits_table(exported, streaming=True)) == []
     run("verify", "--table", exported, "--all")
-    assert capsys.readouterr().out == "train: every row was checked: 0 problems\n"
+    checks = [{"split": "train", "rows": len(table), "problems": 0}]
+    assert json.loads(capsys.readouterr().out) == {"checks": checks, "problems": []}
     with pytest.raises(SystemExit, match="Give --teachers, --all, or both"):
         run("verify", "--table", exported)
 
