@@ -9,7 +9,7 @@ import importlib
 from . import models  # noqa: F401 registers both model families with the Auto classes
 
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Name → module. Loaded on first use, because the trainers alone take seconds to import.
 _PUBLIC_NAMES = {

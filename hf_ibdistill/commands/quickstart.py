@@ -253,8 +253,8 @@ def main(arguments):
     student = output_dir / f"seed_{quick.seeds[-1]}" / "student"
     own = ["--dataset", "my_images/", "--images_per_class", "100", "--output_dir", "outputs/mine"]
     print(f"\n{text_table(*times)}\n\n{images}\n\n{text_table(*accuracies)}\n")
-    print(f"Student, card and picture: {student}\n")
-    print(next_commands(["predict", "--model", student, "IMAGES"], ["quickstart", *own]))
+    print(f"Student, card and report.html: {student}\n")
+    print(next_commands(["predict", "--model", student, "IMAGES"], ["demo", "--model", student], ["quickstart", *own]))
 
 
 if __name__ == "__main__":
