@@ -7,6 +7,7 @@ import io
 import logging
 import math
 import re
+import struct
 import tempfile
 import zlib
 from collections.abc import Mapping
@@ -192,7 +193,11 @@ def _open(content):
         _warn_once("An image has several frames. The first is used, here and in other such images.")
     if not isinstance(image.info.get("xmp", b""), bytes):
         del image.info["xmp"]  # Pillow would search it for the orientation
-    image.load()
+    try:
+        image.load()
+    except KeyError:
+        # Pillow before 13 looks for a directory that the metadata of a TIFF file only name, when the pixels are read.
+        image.load()
     return image
 
 
@@ -215,10 +220,25 @@ def _upright(picture, image):
     with contextlib.suppress(Exception):  # which error broken metadata raise depends on what is broken
         orientation = image.getexif().get(_ORIENTATION)
     if orientation is None:
+        # Pillow before 13 stops at a broken entry in front of it.
+        orientation = _orientation(image.info.get("exif", b"").removeprefix(b"Exif\0\0"))
+    if orientation is None:
         # Pillow looks there as well, but not if EXIF is broken.
         found = re.search(rb'tiff:Orientation(?:="|>)([0-9])', image.info.get("xmp", b""))
         orientation = found and int(found[1])
     return picture.transpose(_TURNS[orientation]) if orientation in _TURNS else picture
+
+
+def _orientation(metadata) -> int | None:
+    """The orientation in the first directory of TIFF metadata, if it is there."""
+    order = {b"II": "<", b"MM": ">"}.get(metadata[:2])
+    with contextlib.suppress(struct.error):  # the end of the metadata
+        start = struct.unpack_from(f"{order}I", metadata, 4)[0] if order else len(metadata)
+        for i in range(struct.unpack_from(f"{order}H", metadata, start)[0]):
+            tag, _, _, value = struct.unpack_from(f"{order}HHIH", metadata, start + 2 + 12 * i)
+            if tag == _ORIENTATION:
+                return value
+    return None
 
 
 def _wide_levels(image) -> tuple[np.ndarray, int | None, bool] | None:

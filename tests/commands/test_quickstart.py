@@ -64,7 +64,7 @@ def assert_fits(lines):
     for stage in ("train conv", "train inv", "record train", "train student_alone", "train student"):
         assert re.search(rf"^{stage}[,:].* (steps|images), [\d.]+ s, [\d,.]+ images/s", text, re.MULTILINE), stage
     assert [text.index(f"\n{model}  ") for model in MODELS] == sorted(text.index(f"\n{model}  ") for model in MODELS)
-    assert lines[-2].startswith("  hf-ibdistill predict --model ")
+    assert lines[-3].startswith("  hf-ibdistill predict --model ")
 
 
 def test_the_terminal_holds_two_screens_at_the_end(outputs, tmp_path):

@@ -266,6 +266,10 @@ def test_broken_exif_leaves_the_image_readable_and_turned(format, broken):
     pixels = random_pixels(6, 9)
     if format == "TIFF":
         cell = tiff(pixels, TURN, entry)
+        if broken == "huge count" and int(PIL.__version__.partition(".")[0]) < 13:
+            with pytest.raises(ValueError, match="cannot identify image file"):
+                decode_image(cell)
+            return
     else:
         options = {"JPEG": {"quality": 100}, "WEBP": {"lossless": True}}.get(format, {})
         entries = exif(*sorted([TURN, entry])).removeprefix(b"Exif\0\0" if format == "PNG" else b"")

@@ -77,7 +77,7 @@ def test_its_files_its_pins_and_its_card(logged_in, folders, tmp_path):
     # The whole package and nothing else.
     on_disk = {f"hf_ibdistill/{path.relative_to(PACKAGE).as_posix()}" for path in PACKAGE.rglob("*.py")}
     assert {path for path in sources if path.endswith(".py")} == on_disk
-    assert {Path(path).suffix for path in sources} == {".py", ".md", ".jinja"}
+    assert {Path(path).suffix for path in sources} == {".py", ".md", ".html", ".jinja"}
     assert all(files[path] == (PACKAGE.parent / path).read_bytes() for path in sources)
 
     pins = {pin.name: pin for pin in map(Requirement, files["requirements.txt"].decode().splitlines())}
