@@ -228,7 +228,7 @@ def summarize(data: QuickstartData, views: QuickstartViews, seeds: list[int], ru
     images = f"{counts['labelled']:,} images with a label, {counts['unlabelled']:,} without"
     images += f", {views.num_views} views" if views.num_views else ", no views"
     return (
-        f"{public_name(data.dataset)}: {images}, seeds {seeds}, {torch.get_num_threads()} threads",
+        f"{public_name(data.dataset)}: {images}, seeds {seeds}, threads: {torch.get_num_threads()}",
         (["model", "test accuracy (%)", "test −log p"], rows),
         (["step", "seconds"], times),
     )
