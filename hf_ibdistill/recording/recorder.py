@@ -116,7 +116,7 @@ def record_teacher_logits(
         views: which views to record, and how many.
         top_k: store the k largest logits and the log-sum-exp of the rest; `None` stores all.
         dtype: `"float16"` or `"float32"`, the type of the stored logits; or `"packed"`, which stores `top_k` classes (26 if
-            not given) that the views of an image share, at eight levels ([`LogitsEncoding`]).
+            not given) that the views of an image share, at eight levels.
         bf16: run the teachers under bf16 autocast: faster on hardware with bf16 units, but rounded to three digits.
         batch_size: images (views) in a forward pass.
         shard_size: rows in a shard, rounded up to whole batches: what an interruption can cost. `None` is 4,096, or a 128th
