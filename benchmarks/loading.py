@@ -7,7 +7,7 @@
 Every figure is of a table on disk, opened by `load_from_disk`, whose rows are read in random order, in batches:
 
     images       `ImageRows` → torch's `DataLoader` without workers → `DistillationCollator`; without logits, and with two
-                 teachers' columns, dense (float16) or top-k. A pass ends in the tensors that a training step gets.
+                 teachers' columns, dense (float16), top-k or packed. A pass ends in the tensors that a training step gets.
     views        the same with a view of each image, and columns that hold the logits of several
     columns      the columns alone: rows → `StoredLogits` → one tensor (N, teachers, classes)
     torchdistill its `CacheableDataset`, one file a row with the logits of both teachers, as one tensor like ours. The class
@@ -173,6 +173,8 @@ def make_cases(images: Dataset, bench: LoadingArguments, work: Path) -> list[Loa
         if files is not None:
             cases.append(case("torchdistill", classes, files, None))
         encodings = {"dense": (LogitsEncoding(), classes), "top-k": (LogitsEncoding(top_k=top_k), 2 * top_k)}
+        if classes > 100:
+            encodings["packed"] = (LogitsEncoding("packed"), top_k)
         for kind, views in {"images": None, "views": recipe}.items():
             for name, (encoding, width) in encodings.items():
                 num_views, title = (None, "columns") if views is None else (views.num_views, "columns of views")
