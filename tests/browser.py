@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -72,7 +73,13 @@ def serve(command, port, cwd, environment):
     log = cwd / f"{port}.log"
     with open(log, "wb") as file:
         process = subprocess.Popen(
-            [sys.executable, *map(str, command)], cwd=cwd, env=environment, stdout=file, stderr=subprocess.STDOUT
+            [sys.executable, *map(str, command)],
+            cwd=cwd,
+            env=environment,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            # Tests that run in the background of a shell ignore Ctrl+C, and a child would as well.
+            preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
         )
     try:
         for _ in range(1200):
