@@ -8,6 +8,7 @@ finds nothing.
 import argparse
 import functools
 import http.server
+import shutil
 import threading
 from pathlib import Path
 from urllib.parse import urldefrag
@@ -84,7 +85,10 @@ def look(folder: Path, chromium: str | None) -> list[str]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="Where screenshots go.")
-    parser.add_argument("--chromium", help="The browser; by default the one that playwright installed.")
+    installed = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    parser.add_argument(
+        "--chromium", default=installed, help="The browser; by default the one on the path, or playwright's."
+    )
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     found = look(arguments.folder, arguments.chromium)
