@@ -27,7 +27,15 @@ from .images.decoding import decode_image
 from .images.preprocessing import pixel_values
 from .models.modeling_ibvit import IBViTForImageClassification
 from .students import check_fit
-from .teachers import Teacher, TeacherLike, explain_loading, load_classifier, load_teachers, require_model
+from .teachers import (
+    Teacher,
+    TeacherLike,
+    available_device,
+    explain_loading,
+    load_classifier,
+    load_teachers,
+    require_model,
+)
 
 
 if TYPE_CHECKING:
@@ -212,7 +220,7 @@ def build_demo(
     for teacher in teachers:
         teacher.match_classes(names)
     images = _list_examples(examples)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    device = available_device()
     for network in (model, *(teacher.model for teacher in teachers)):
         network.to(device).eval()
     check_fit(model, image_processor)

@@ -229,6 +229,11 @@ def without_autocast(model: PreTrainedModel) -> PreTrainedModel:
     return extract_model_from_parallel(copy.copy(model), keep_fp32_wrapper=False)
 
 
+def available_device() -> torch.device:
+    """The accelerator that is there, or the CPU."""
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+
+
 @contextmanager
 def on_device(model: PreTrainedModel, device: torch.device) -> Iterator[PreTrainedModel]:
     """The model on a device for a while; then it is where it was."""

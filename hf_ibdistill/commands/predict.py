@@ -27,7 +27,7 @@ from ..files import user_path, write_text
 from ..images.decoding import decode_image
 from ..images.preprocessing import pixel_values
 from ..progress import Progress
-from ..teachers import load_classifier
+from ..teachers import available_device, load_classifier
 from .arguments import parse, run
 from .display import show_results
 
@@ -70,7 +70,7 @@ def predict_files(
     model, processor, files: list[str], batch_size: int, progress: Progress
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """(file, probabilities (C,)) of each file that can be read."""
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    device = available_device()
     model = model.to(device).eval()
     for start in range(0, len(files), batch_size):
         readable = []

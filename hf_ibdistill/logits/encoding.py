@@ -91,7 +91,7 @@ class LogitsEncoding:
             raise ValueError(
                 f"top_k={self.top_k} is not below the number of classes ({num_classes}). Leave it out to store all logits."
             )
-        id_dtype = "uint16" if num_classes <= 2**16 else "uint32"
+        id_dtype = _id_dtype(num_classes)
         if self.is_packed:
             ids = split_ids(np.zeros(self.top_k, np.uint32), num_classes)
             levels = -(-self.top_k * LEVEL_BITS // 8)
@@ -137,9 +137,8 @@ class LogitsEncoding:
         logits = logits.astype(np.float32)
         if self.is_packed:
             parts = _pack(logits if views else logits[:, None], self.top_k)
-            parts = dict(zip(_PACKED_PARTS if len(parts) == len(_PACKED_PARTS) else _NARROW_PARTS, parts))
-            arrays = [_to_arrow(part if views else part[:, 0]) for part in parts.values()]
-            return pa.StructArray.from_arrays(arrays, names=list(parts)).cast(arrow_type)
+            arrays = [_to_arrow(part if views else part[:, 0]) for part in parts]
+            return pa.StructArray.from_arrays(arrays, names=list(feature)).cast(arrow_type)
         ids = np.argpartition(-logits, self.top_k - 1, axis=-1)[..., : self.top_k]
         # Equal logits keep the order of their classes, so that the same logits always give the same bytes.
         ids = np.take_along_axis(ids, np.lexsort((ids, -np.take_along_axis(logits, ids, -1)), axis=-1), -1)
@@ -149,12 +148,16 @@ class LogitsEncoding:
         np.put_along_axis(is_other, ids, False, axis=-1)
         rest, gap = _rest_and_gap(others, is_other)
         parts = (
-            ids.astype(np.uint16 if num_classes <= 2**16 else np.uint32),
+            ids.astype(_id_dtype(num_classes)),
             stored[..., 1:].astype(self.dtype),
             rest.astype(self.dtype),
             gap,
         )
         return pa.StructArray.from_arrays(map(_to_arrow, parts), names=_TOP_K_PARTS).cast(arrow_type)
+
+
+def _id_dtype(num_classes):
+    return "uint16" if num_classes <= 2**16 else "uint32"
 
 
 _NARROW_PARTS = tuple(name for name in _PACKED_PARTS if name != "class_ids_high")
@@ -170,20 +173,19 @@ def _rest_and_gap(differences, is_other):
 
 
 def _pack(logits, k):
-    """Logits (N, V, C) → the parts of a packed column, each (N, V, ·), but the ids (N, 1, ·)."""
+    """Logits (N, V, C) → the parts of a packed column in the order of its type, each (N, V, ·), but the ids (N, 1, ·)."""
     num_classes, differences = logits.shape[-1], _differences(logits)
     weights = np.exp(differences)
     score = (weights / weights.sum(-1, keepdims=True)).mean(1)
     ids = np.sort(np.argpartition(-score, k - 1, axis=-1)[:, :k], axis=-1)[:, None]
-    top = logits.argmax(-1)[..., None]
-    shape = (*logits.shape[:2], k)
+    top, of_views = logits.argmax(-1)[..., None], np.broadcast_to(ids, (*logits.shape[:2], k))
     is_other = np.ones(logits.shape, bool)
-    np.put_along_axis(is_other, np.broadcast_to(ids, shape), False, axis=-1)
+    np.put_along_axis(is_other, of_views, False, axis=-1)
     np.put_along_axis(is_other, top, False, axis=-1)
     rest, gap = _rest_and_gap(differences, is_other)
-    levels, scale = pack_levels(np.take_along_axis(differences, np.broadcast_to(ids, shape), -1))
-    id_dtype = np.uint16 if num_classes <= 2**16 else np.uint32
-    return [*split_ids(ids, num_classes), top.astype(id_dtype), levels, scale, rest.astype(np.float16), gap]
+    levels, scale = pack_levels(np.take_along_axis(differences, of_views, -1))
+    top = top.astype(_id_dtype(num_classes))
+    return [*split_ids(ids, num_classes), top, levels, scale, rest.astype(np.float16), gap]
 
 
 class NonFiniteLogitsError(ValueError):

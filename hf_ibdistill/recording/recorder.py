@@ -302,16 +302,14 @@ def _plan(dataset, teachers, views, encoding, layout, sample, with_images, keeps
             f"num_views={views.num_views}, but {left_behind} have {old_views.num_views} views in this table. Record "
             f"{old_views.num_views}, or pass these teachers as well, so that they get {views.num_views}."
         )
-    num_views = None if views is None else views.num_views
+    first_view = {name: old_views.num_views if name in old else 0 for name in described}
     teachers = [teacher for teacher in teachers if teacher.name in described]
     columns = {}
     for teacher in teachers:
-        column, count = column_name(teacher.name), num_views
-        if teacher.name in old:
-            count -= old_views.num_views
-        columns[column] = encoding.feature(len(teacher.class_names), count)
-        if teacher.name in old:
-            columns[column] = joined_feature(dataset.features[column], columns[column])
+        column = column_name(teacher.name)
+        num_views = None if views is None else views.num_views - first_view[teacher.name]
+        new = encoding.feature(len(teacher.class_names), num_views)
+        columns[column] = joined_feature(dataset.features[column], new) if teacher.name in old else new
     keys = dict.fromkeys((ROW_KEY, FILE_KEY), Value("int64"))
     is_streamed = isinstance(dataset, IterableDataset)
     if layout["shard_size"] is None:
@@ -334,7 +332,7 @@ def _plan(dataset, teachers, views, encoding, layout, sample, with_images, keeps
         del kept[IMAGE]
     return _Plan(
         teachers=teachers,
-        first_view={name: old_views.num_views if name in old else 0 for name in described},
+        first_view=first_view,
         views=views,
         encoding=encoding,
         record=build_record(list({**old, **described}.values()), _describe_dataset(dataset, sample.keys), views),

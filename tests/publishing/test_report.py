@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.stats
+from browser import open_browser
 from datasets import ClassLabel
 from small import make_images, make_teacher
 from transformers import AutoImageProcessor
@@ -226,23 +227,13 @@ def test_folders_that_are_no_runs_are_named(folders, tmp_path):
             read_runs(given)
 
 
-def chromium():
-    sync_api = pytest.importorskip("playwright.sync_api")
-    path = shutil.which("chromium") or shutil.which("google-chrome")
-    if path is None:
-        pytest.skip("there is no chromium")
-    return sync_api, path
-
-
 def test_a_browser_loads_nothing_else_and_needs_no_wide_window(folders, images, tmp_path):
-    sync_api, path = chromium()
     runs = read_runs([folders["alone"], folders["student"]])
     add_images(runs, images)
     runs[1].results["recipe"] = {"a" * 200: "b" * 500, "x": "<img src=https://example.com/x.png onerror=alert(1)>"}
     write_report(tmp_path / "one.html", runs[1])
     write_comparison(tmp_path / "two.html", runs)
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+    with open_browser() as browser:
         for name in ("one.html", "two.html"):
             for width in (800, 390):
                 page = browser.new_page(viewport={"width": width, "height": 800})
@@ -257,4 +248,3 @@ def test_a_browser_loads_nothing_else_and_needs_no_wide_window(folders, images, 
                 assert [url for url in requests if not url.startswith(("file:", "data:"))] == [] == problems
                 assert page.evaluate("document.scripts.length") == 0
                 page.close()
-        browser.close()
