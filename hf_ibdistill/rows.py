@@ -1,5 +1,6 @@
 """Table → rows → batch: decoded images or their views, with labels and stored logits, from a mapped or a streamed table."""
 
+import contextlib
 import itertools
 import multiprocessing
 import os
@@ -7,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 
 import numpy as np
+import PIL.Image
 import pyarrow as pa
 import torch
 from datasets import Dataset, Image, IterableDataset
@@ -15,6 +17,7 @@ from transformers import BaseImageProcessor
 
 from .data.classes import check_streamed_labels
 from .data.columns import IMAGE, LABEL
+from .images.cache import ImageCache, build_cache
 from .images.decoding import decode_image
 from .images.preprocessing import pixel_values
 from .images.views import ViewRecipe, make_views, row_key
@@ -59,6 +62,7 @@ class _RowDecoder:
         encoded = table.select_columns(list(wanted))
         if isinstance(table, IterableDataset) and table.features[IMAGE].decode:
             encoded = encoded.cast_column(IMAGE, Image(decode=False))
+        self._cache: ImageCache | None = None
         # Rows of a table come encoded in this format.
         self._encoded = encoded.with_format("arrow")
         self._mode = table.features[IMAGE].mode
@@ -106,22 +110,35 @@ class _RowDecoder:
         for number, same in itertools.groupby(zip(numbers, rows, views), key=lambda entry: entry[0]):
             _, rows_of_image, views_of_image = zip(*same)
             first, count = rows_of_image[0], len(rows_of_image)
-            try:
-                image = decode_image(first[IMAGE], self._mode)
-            except ValueError as error:
-                raise ValueError(f"Row {number}: {error}") from error
-            images = [image] * count
-            if self.views is not None:
-                key = first.get(ROW_KEY)
-                key = row_key(image) if key is None else key
-                images = make_views(images, self.views, [key] * count, views_of_image)
+            kept = None if self._cache is None else self._cache.get(number)
+            if kept is None:
+                image, key = self._decode_image(number, first)
+            else:
+                image, key = kept
+            if self.views is None:
+                images = [PIL.Image.fromarray(image) if isinstance(image, np.ndarray) else image] * count
+            else:
+                images = make_views([image] * count, self.views, [key] * count, views_of_image)
             # Otherwise it would be held while the next is decoded.
-            del image
+            del image, kept
             for row in rows_of_image:
                 row = dict(row)
                 if self.views is not None:
                     row.pop(ROW_KEY, None)
                 yield {**row, IMAGE: images.pop(0)}
+
+    def _decode_image(self, number: int, row: dict) -> tuple[PIL.Image.Image, int]:
+        """The image of a row and, for views, its key."""
+        try:
+            image = decode_image(row[IMAGE], self._mode)
+        except ValueError as error:
+            raise ValueError(f"Row {number}: {error}") from error
+        key = row.get(ROW_KEY)
+        if key is None:
+            key = 0 if self.views is None else row_key(image)
+        if self._cache is not None:
+            self._cache.put(number, np.asarray(image), key)
+        return image, key
 
 
 def _as_rows(table: pa.Table) -> list[dict]:
@@ -148,15 +165,22 @@ class ImageRows(_RowDecoder, torch.utils.data.Dataset):
         views: recipe of the views to make; `None` returns the images as they are.
         temperatures: for each logits column, the temperature that it will be used at; top-k columns depend on it.
         views_per_image: views of an image in a batch.
+        keeps_images: keep the decoded images in memory if together they need at most 256 MiB, which all data loader workers
+            share. Only images as large as the first one are kept.
 
     Raises:
         ValueError: there are fewer views than `views_per_image`. On reading a row whose image cannot be decoded; the
             message names the row.
     """
 
-    def __init__(self, table: Dataset, *args, **kwargs):
+    def __init__(self, table: Dataset, *args, keeps_images: bool = False, **kwargs):
         super().__init__(table, *args, **kwargs)
         self._stored_logits = {column: StoredLogits(table, column) for column in self.logits_columns}
+        if keeps_images and len(table):
+            # Whoever reads the row reports it.
+            with contextlib.suppress(ValueError):
+                image, _ = self._decode_image(0, _as_rows(self._encoded[:1])[0])
+                self._cache = build_cache(len(table), *image.size)
 
     def __len__(self) -> int:
         return len(self._encoded)

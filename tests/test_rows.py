@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import pickle
 from functools import cache
 
 import numpy as np
@@ -244,6 +245,87 @@ def test_a_row_whose_logits_cannot_be_used_is_named_when_it_is_read(bad):
     assert len(rows.__getitems__([0, 5, 3])) == 3
     with pytest.raises(ValueError, match='Row 4: the column "conv_logits"'):
         list(rows.__getitems__([1, 4]))
+
+
+# Kept images
+
+
+def counted(monkeypatch):
+    """The number of decoded images, in all processes that are forked later."""
+    calls, decode = torch.zeros((), dtype=torch.int64).share_memory_(), decoding.decode_image
+
+    def decode_and_count(*arguments):
+        calls.add_(1)
+        return decode(*arguments)
+
+    monkeypatch.setattr(rows_module, "decode_image", decode_and_count)
+    return calls
+
+
+@pytest.mark.parametrize("recipe", [None, RECIPE, ViewRecipe(num_views=2, crop="resized", image_size=9)])
+def test_kept_images_are_those_of_the_files(recipe, monkeypatch):
+    """In every epoch, whatever the size of the images."""
+    table = cell_table([encoded(random_image(seed=i, size=(7, 5) if i % 3 else (4, 6))) for i in range(8)])
+    plain, kept = ImageRows(table, views=recipe), ImageRows(table, views=recipe, keeps_images=True)
+    calls = counted(monkeypatch)
+    for epoch in range(3):
+        for rows in (plain, kept):
+            rows.start_epoch(epoch)
+        expected = [np.asarray(row["image"]) for row in plain.read(range(8))]
+        calls.zero_()
+        order = torch.randperm(8).tolist()
+        for i, row in zip(order, kept.read(order), strict=True):
+            np.testing.assert_array_equal(np.asarray(row["image"]), expected[i])
+        # Three are as large as the first.
+        assert calls == (8 if epoch == 0 else 5)
+
+
+def test_kept_images_cannot_be_changed():
+    rows = ImageRows(cell_table([gray(3)]), keeps_images=True)
+    rows[0]["image"].putpixel((0, 0), (200, 200, 200))
+    assert rows[0]["image"].getpixel((0, 0)) == (3, 3, 3)
+    rows = ImageRows(cell_table([gray(3)]), views=ViewRecipe(crop="none"), keeps_images=True)
+    rows[0]["image"].fill_(200)
+    assert rows[0]["image"].unique().tolist() == [3]
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork")
+def test_workers_share_the_kept_images(monkeypatch):
+    rows = ImageRows(cell_table([encoded(random_image(seed=i)) for i in range(16)]), views=RECIPE, keeps_images=True)
+    calls, expected = counted(monkeypatch), []
+    loader = torch.utils.data.DataLoader(
+        rows, 2, shuffle=True, num_workers=2, collate_fn=list, persistent_workers=True, multiprocessing_context="fork"
+    )
+    for _ in range(3):
+        expected.append(sum(len(batch) for batch in loader))
+    assert expected == [16] * 3 and calls == 16
+
+
+def test_images_that_need_too_much_memory_are_not_kept(monkeypatch):
+    table = cell_table([encoded(random_image(seed=i, size=(4, 4))) for i in range(5)])
+    monkeypatch.setattr("hf_ibdistill.images.cache.MAX_BYTES", 5 * 4 * 4 * 3 - 1)
+    rows, calls = ImageRows(table, keeps_images=True), counted(monkeypatch)
+    for _ in range(2):
+        list(rows.read(range(5)))
+    assert calls == 10
+
+
+def test_kept_images_are_not_pickled():
+    """A process that is started, not forked, has its own."""
+    rows = ImageRows(cell_table([encoded(random_image(seed=i)) for i in range(3)]), views=RECIPE, keeps_images=True)
+    list(rows.read(range(3)))
+    copy = pickle.loads(pickle.dumps(rows))
+    assert len(pickle.dumps(rows._cache)) < 200
+    for row, other in zip(rows.read(range(3)), copy.read(range(3)), strict=True):
+        assert torch.equal(row["image"], other["image"])
+
+
+def test_an_image_that_cannot_be_decoded_stays_an_error():
+    rows = ImageRows(cell_table([UNREADABLE, encoded(random_image())]), keeps_images=True)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="Row 0"):
+            rows[0]
+    rows[1]
 
 
 # Streams

@@ -110,42 +110,46 @@ def make_view(image: PIL.Image.Image, recipe: ViewRecipe, key: int, index: int) 
 
 
 def make_views(
-    images: Sequence[PIL.Image.Image], recipe: ViewRecipe, keys: Sequence[int], indices: Sequence[int]
+    images: Sequence[PIL.Image.Image | np.ndarray], recipe: ViewRecipe, keys: Sequence[int], indices: Sequence[int]
 ) -> list[torch.Tensor]:
-    """Call [`make_view`] for each image with its key and index. Views of one image, one after another, share their start."""
+    """Call [`make_view`] for each image with its key and index. Views of one image, one after another, share their start.
+
+    An image is an RGB image, or its pixels (height, width, 3).
+    """
     random, views, last, whole = torch.Generator(), [], None, None
     for image, key, index in zip(images, keys, indices, strict=True):
         if image is not last and recipe.crop != "resized":
-            last, whole = image, _resize(_tensor(image), *_shape(image, recipe))
+            last, whole = image, _resize(np.asarray(image), *_shape(image, recipe))
         digest = hashlib.blake2b(struct.pack("<qqQ", recipe.seed, key, index), digest_size=8).digest()
         views.append(_view(image, whole, recipe, random.manual_seed(int.from_bytes(digest, "little"))))
     return views
 
 
-def _tensor(image):
-    """The pixels (3, height, width) of an RGB image. torchvision's function takes twice as long for small ones."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+def _size(image):
+    """The width and the height."""
+    return image.shape[1::-1] if isinstance(image, np.ndarray) else image.size
 
 
 def _shape(image, recipe):
     """The height and the width of a view."""
-    return image.size[::-1] if recipe.image_size is None else (recipe.image_size, recipe.image_size)
+    return _size(image)[::-1] if recipe.image_size is None else (recipe.image_size, recipe.image_size)
 
 
 def _view(image, whole, recipe, random):
     height, width = _shape(image, recipe)
     if recipe.crop == "resized":
-        image = image.crop(_resized_box(random, *image.size, recipe.scale, recipe.ratio))
-        view = _resize(_tensor(image), height, width)
+        left, top, right, bottom = _resized_box(random, *_size(image), recipe.scale, recipe.ratio)
+        is_array = isinstance(image, np.ndarray)
+        part = image[top:bottom, left:right] if is_array else np.asarray(image.crop((left, top, right, bottom)))
+        view = _resize(part, height, width).copy()
     elif recipe.crop == "pad":
         paddings = round(recipe.padding * height), round(recipe.padding * width)
-        top, left = (_integer(random, 2 * padding + 1) - padding if padding else 0 for padding in paddings)
-        # Padding by 0 may return what it is given, which the next view needs as it is.
-        view = torch.nn.functional.pad(whole, (-left, left, -top, top)) if top or left else whole.clone()
+        view = _shift(whole, *(_integer(random, 2 * padding + 1) - padding if padding else 0 for padding in paddings))
     else:
-        view = whole.clone()
+        view = whole.copy()
     if recipe.horizontal_flip and _share(random) < recipe.horizontal_flip:
-        view = view.flip(-1)
+        view = view[:, ::-1].copy()
+    view = torch.from_numpy(view).permute(2, 0, 1)
     for _ in range(recipe.photometric_ops):
         view = _change_colors(view, recipe.magnitude / 10, random)
     if recipe.erasing and _share(random) < recipe.erasing:
@@ -153,13 +157,27 @@ def _view(image, whole, recipe, random):
     return view
 
 
-def _resize(view, height, width):
-    if view.shape[1:] == (height, width):
-        return view
-    # The kernel for bytes calculates in whole numbers on every processor, but torchvision calls it on some only. If a side
-    # is 1, it needs these strides to know the order of the memory.
-    batch = view[None].as_strided((1, *view.shape), (view.numel(), 1, 3 * view.shape[2], 3))
-    return torch.nn.functional.interpolate(batch, (height, width), mode="bilinear", antialias=True)[0]
+# In NumPy: for small images, an operation of torch takes longer than to start it here.
+def _shift(pixels, top, left):
+    """Pixel (y, x) is that at (y + top, x + left), or black outside."""
+    height, width, _ = pixels.shape
+    shifted = np.zeros_like(pixels, order="C")
+    rows, columns = (slice(max(0, -by), size - max(0, by)) for by, size in ((top, height), (left, width)))
+    shifted[rows, columns] = pixels[rows.start + top : rows.stop + top, columns.start + left : columns.stop + left]
+    return shifted
+
+
+def _resize(pixels, height, width):
+    """(height, width, 3); what it is given, if that has this size."""
+    if pixels.shape[:2] == (height, width):
+        return pixels
+    # A copy, because what a PIL image returns cannot be written to, and torch warns. Batch of (1, 3, height, width) with
+    # these strides: the kernel for bytes calculates in whole numbers on every processor, but torchvision calls it on some
+    # only. If a side is 1, it needs them to know the order of the memory.
+    batch = torch.from_numpy(np.array(pixels, order="C"))
+    batch = batch.as_strided((1, 3, *pixels.shape[:2]), (batch.numel(), 1, 3 * pixels.shape[1], 3))
+    resized = torch.nn.functional.interpolate(batch, (height, width), mode="bilinear", antialias=True)
+    return resized[0].permute(1, 2, 0).numpy()
 
 
 def _share(random):

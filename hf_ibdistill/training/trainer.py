@@ -426,7 +426,8 @@ class ImageClassificationTrainer(PublishingTrainer):
         given = (table, [LABEL] if has_labels else [], logits, self.model.config.num_labels, views)
         given += (self._temperatures, self._views_per_image if is_training else 1)
         if not is_streamed:
-            return ImageRows(*given)
+            # A test set is read once.
+            return ImageRows(*given, keeps_images=what != "test set")
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         buffer_size = getattr(self.args, "shuffle_buffer_size", 0)
         return StreamedImageRows(
