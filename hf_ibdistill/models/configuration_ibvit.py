@@ -41,6 +41,8 @@ class IBViTConfig(PreTrainedConfig):
         hidden_act: activation of the feed-forward layers and the stems.
         hidden_dropout_prob: dropout on embeddings and residual branches.
         attention_probs_dropout_prob: dropout on attention probabilities.
+        drop_path_rate: probability that training drops a residual branch of the last layer for a whole image (stochastic
+            depth, arXiv 1603.09382). It rises linearly over the layers, from 0 in the first.
         initializer_range: standard deviation of the initial tokens and position embeddings. It is above the 0.02 of ViT,
             because patch embeddings have a deviation of 1. From few images, a student would be slow to learn positions that
             are small beside them.
@@ -52,7 +54,8 @@ class IBViTConfig(PreTrainedConfig):
 
     Raises:
         StrictDataclassClassValidationError: the fusion or patch embedding is unknown, a teacher name is repeated, sizes do
-            not divide each other, or an operator does not allow the shape of its stem.
+            not divide each other, an operator does not allow the shape of its stem, or `drop_path_rate` is no probability
+            below 1.
 
     Example:
 
@@ -82,6 +85,7 @@ class IBViTConfig(PreTrainedConfig):
     hidden_act: str = "gelu"
     hidden_dropout_prob: float | int = 0.0
     attention_probs_dropout_prob: float | int = 0.0
+    drop_path_rate: float | int = 0.0
     initializer_range: float = 0.5
     layer_norm_eps: float = 1e-12
     image_size: int = 224
@@ -135,6 +139,8 @@ class IBViTConfig(PreTrainedConfig):
         for name in sizes:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        if not 0 <= self.drop_path_rate < 1:
+            raise ValueError(f"drop_path_rate={self.drop_path_rate} must be at least 0 and below 1.")
         if self.hidden_size % self.num_attention_heads != 0:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} must divide hidden_size={self.hidden_size}."

@@ -172,6 +172,14 @@ class IBViTEmbeddings(nn.Module):
         return self.dropout(embeddings + positions)
 
 
+class IBViTDropPath(nn.Dropout):
+    """A residual branch (N, tokens, hidden_size), in training dropped for whole images with probability `p` and otherwise
+    divided by 1 − `p` (arXiv 1603.09382)."""
+
+    def forward(self, branch: torch.Tensor) -> torch.Tensor:
+        return branch * super().forward(torch.ones_like(branch[:, :1, :1])) if self.training else branch
+
+
 class IBViTPreTrainedModel(PreTrainedModel):
     config: IBViTConfig
     base_model_prefix = "ibvit"
@@ -231,6 +239,11 @@ class IBViTModel(IBViTPreTrainedModel):
         super().__init__(config)
         self.embeddings = IBViTEmbeddings(config)
         self.layers = nn.ModuleList([ViTLayer(config) for _ in range(config.num_hidden_layers)])
+        if config.drop_path_rate:
+            # The first layer drops nothing.
+            for i, layer in enumerate(self.layers[1:], start=1):
+                rate = config.drop_path_rate * i / (len(self.layers) - 1)
+                layer.dropout = nn.Sequential(layer.dropout, IBViTDropPath(rate))
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
 

@@ -119,6 +119,7 @@ METHODS = {
     "pretrained_pseudo_labels": Method(
         "pseudo-labels of the pretrained", _PRETRAINED, "row", _PSEUDO_LABELS, uses_unlabelled=True
     ),
+    "both_online": Method("both, online", _BOTH, "online"),
     "co_advise": Method("Co-advise: both, online", _BOTH, "online", {"temperature": 1.0}),
 }
 
@@ -158,6 +159,23 @@ class Recipe:
     patch_size: int = 4
     student: str = "ibvit"
     views_per_image: int = 1
+    # Ingredients of strong recipes; see ingredients.py.
+    mixing: str = "none"
+    drop_path: float = 0.0
+    ema: float = 0.0
+    rand_augment: int = 0
+
+    def __post_init__(self):
+        method = METHODS[self.method]
+        if method.logits in ("row", "views") and (self.mixing != "none" or self.rand_augment):
+            raise ValueError(
+                f"mixing={self.mixing} and rand_augment={self.rand_augment} change images, but {self.method} has stored "
+                "logits of unchanged images. Choose a method with online teachers, or none."
+            )
+        if self.drop_path and (method.preset or self.student != "ibvit"):
+            raise ValueError(
+                f"drop_path={self.drop_path} needs an IBViT. Leave it out for {self.method}, student={self.student}."
+            )
 
     def views(self) -> ViewRecipe:
         same = self.pick("num_views", "crop", "padding", "horizontal_flip", "erasing", "seed")
@@ -209,8 +227,14 @@ VARIATIONS = {
     "views_per_image_4": {"views_per_image": 4},
     "patience_0.5": {"patience": 0.5},
     "patience_2": {"patience": 2},
+    "patience_6": {"patience": 6},
     "erasing": {"erasing": 0.25},
     "resized": {"crop": "resized", "min_scale": 0.5},
+    "mixup": {"mixing": "mixup"},
+    "cutmix": {"mixing": "cutmix"},
+    "drop_path": {"drop_path": 0.1},
+    "ema": {"ema": 0.999},
+    "rand_augment": {"rand_augment": 7},
     "linear": {"patch_embedding": "linear"},
     "bias_stems": {"patch_embedding": "bias_stems"},
     **{family: {"student": family} for family in FAMILIES},
@@ -229,6 +253,7 @@ SAME_RECIPE = {
     "inv_row": "both_row",
     "conv_views": "both_views",
     "inv_views": "both_views",
+    "both_online": "both_views",
     "pretrained_row": "both_views",
     "pretrained_all": "both_all",
     "pretrained_pseudo_labels": "pseudo_labels",

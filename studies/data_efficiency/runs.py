@@ -47,6 +47,12 @@ from hf_ibdistill.training.arguments import has_bf16_units
 from hf_ibdistill.training.finetuning import freeze_backbone
 
 from ..pretrained import save_efficientnet
+from .ingredients import (
+    AveragedWeights,
+    MixedClassificationTrainer,
+    MixedDistillationTrainer,
+    RandAugmentCollator,
+)
 from .recipes import DATASETS, FAMILIES, METHODS, DataSet, Recipe
 
 
@@ -276,9 +282,11 @@ class Study:
         return table, json.loads(path.read_text())
 
     def _trainer(self, recipe, model, processor, train, **kwargs):
-        arguments, trainer, loss = ImageTrainingArguments, ImageClassificationTrainer, {}
+        arguments, loss = ImageTrainingArguments, {}
+        trainers = {"plain": ImageClassificationTrainer, "mixed": MixedClassificationTrainer}
         if METHODS[recipe.method].teachers:
-            arguments, trainer, loss = DistillationArguments, EnsembleDistillationTrainer, recipe.loss()
+            arguments, loss = DistillationArguments, recipe.loss()
+            trainers = {"plain": EnsembleDistillationTrainer, "mixed": MixedDistillationTrainer}
         args = arguments(
             str(self.folder(recipe) / "trainer"),
             max_steps=recipe.steps,
@@ -293,7 +301,15 @@ class Study:
             **loss,
         )
         kwargs |= {"train_dataset": train, "processing_class": processor, "views": recipe.views()}
-        return trainer(model, args, **kwargs)
+        if recipe.ema:
+            kwargs["callbacks"] = [AveragedWeights(recipe.ema)]
+        if recipe.mixing == "none":
+            trainer = trainers["plain"](model, args, **kwargs)
+        else:
+            trainer = trainers["mixed"](model, args, mixing=recipe.mixing, **kwargs)
+        if recipe.rand_augment:
+            trainer.data_collator = RandAugmentCollator(trainer.data_collator, recipe.rand_augment)
+        return trainer
 
 
 def build_model(recipe: Recipe, classes: dict, image_size: int) -> PreTrainedModel:
@@ -307,6 +323,7 @@ def build_model(recipe: Recipe, classes: dict, image_size: int) -> PreTrainedMod
     shape = {"image_size": image_size, "intermediate_size": 2 * recipe.hidden_size}
     shape |= recipe.pick("fusion", "patch_embedding", "patch_size")
     shape |= recipe.pick("hidden_size", "num_hidden_layers", "num_attention_heads")
+    shape["drop_path_rate"] = recipe.drop_path
     # A token whose loss has no weight would stay untaught.
     names = method.teachers if recipe.teacher_weight else ()
     return IBViTForImageClassification(IBViTConfig(teacher_names=names, **shape, **classes))

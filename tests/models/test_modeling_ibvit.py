@@ -60,6 +60,8 @@ def small_model(**overrides):
         ),
         ({"num_attention_heads": 5}, "num_attention_heads=5 .*hidden_size=24"),
         ({"image_size": 18}, "patch_size=4 .*image_size=18"),
+        ({"drop_path_rate": 1.0}, "drop_path_rate=1.0"),
+        ({"drop_path_rate": -0.1}, "drop_path_rate=-0.1"),
     ],
 )
 def test_configuration_errors_name_field_and_value(overrides, message):
@@ -78,7 +80,7 @@ def test_stems_alternate_over_the_teachers_unless_given():
 def test_fields_shared_with_vit_have_vits_names_and_defaults():
     config, vit = IBViTConfig(), ViTConfig()
     own = {"teacher_names", "fusion", "patch_embedding", "stem_channels", "num_stem_layers"}
-    own |= {"teacher_spatial_operators", "model_type"}
+    own |= {"teacher_spatial_operators", "model_type", "drop_path_rate"}
     own |= {"initializer_range"}  # tokens and positions only; see its documentation
     shared = config.to_dict().keys() - own
     assert {name: getattr(config, name) for name in shared} == {name: getattr(vit, name) for name in shared}
@@ -91,6 +93,7 @@ def test_configuration_survives_saving(tmp_path):
         patch_embedding="bias_stems",
         teacher_spatial_operators=("involution", "convolution", "involution"),
         num_channels=1,
+        drop_path_rate=0.25,
     )
     config.save_pretrained(tmp_path)
     assert IBViTConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
@@ -395,6 +398,46 @@ def test_dropout_acts_in_training_only():
     assert torch.equal(model(pixel_values).logits, model(pixel_values).logits)
     model.train()
     assert not torch.equal(model(pixel_values).logits, model(pixel_values).logits)
+
+
+def test_drop_path_drops_both_branches_of_a_row_and_keeps_their_expectation(tmp_path):
+    small_model(drop_path_rate=0.4, num_hidden_layers=5).save_pretrained(tmp_path)
+    model = IBViTForImageClassification.from_pretrained(tmp_path)
+    layers, hidden_states = model.ibvit.layers, torch.randn(2000, 1, 24)
+    for layer, rate in zip(layers, (0, 0.1, 0.2, 0.3, 0.4), strict=True):
+        # Every row is the same, so that rows differ by what was dropped alone.
+        rows = hidden_states[:1].expand(2000, -1, -1)
+        branch = layer.attention(layer.layernorm_before(rows), None)[0]
+        layer.mlp = nn.Identity()
+        layer.layernorm_after = nn.Identity()
+        torch.testing.assert_close(layer(rows), 2 * (rows + branch))
+        layer.train()
+        keep = 1 - rate
+        # (rows + a · branch) · (1 + b) with a and b of 0 or 1 / keep.
+        kinds = {(a, b): (rows[0] + a * branch[0]) * (1 + b) for a in (0, 1 / keep) for b in (0, 1 / keep)}
+        output = layer(rows)
+        counts = {
+            kind: int(torch.isclose(output, wanted, rtol=1e-4, atol=1e-5).all((1, 2)).sum())
+            for kind, wanted in kinds.items()
+        }
+        assert sum(counts.values()) == 2000
+        for (a, b), count in counts.items():
+            probability = (keep if a else rate) * (keep if b else rate)
+            assert count / 2000 == pytest.approx(probability, abs=0.045)  # four deviations
+        layer.eval()
+
+
+def test_without_drop_path_training_draws_no_random_numbers():
+    torch.manual_seed(0)
+    model = small_model().train()
+    state = torch.get_rng_state()
+    model(torch.randn(2, 3, 16, 16, generator=torch.Generator()), labels=torch.tensor([0, 1])).loss.backward()
+    assert torch.equal(torch.get_rng_state(), state)
+    dropping = small_model(drop_path_rate=0.5)
+    assert dropping.state_dict().keys() == model.state_dict().keys()
+    dropping.load_state_dict(model.state_dict())
+    pixel_values = torch.randn(2, 3, 16, 16)
+    assert torch.equal(dropping(pixel_values).logits, model.eval()(pixel_values).logits)
 
 
 # Embeddings
