@@ -59,8 +59,8 @@ DATASETS = {
         "CIFAR-10 (as JPEG)",
         "uoft-cs/cifar10",
         ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
-        steps={1000: 4000, 5000: 4000},
-        teacher_steps={1000: 600, 5000: 1500},
+        steps={1000: 4000, 5000: 4000, 50000: 10000},
+        teacher_steps={1000: 600, 5000: 1500, 50000: 6000},
         search_steps=600,
         max_stored_views=8,
     ),
@@ -81,7 +81,7 @@ DATASETS = {
 class Method:
     """The teachers of a student, and the source of their logits: "row" (one stored un-augmented row), "views" (stored
     views) or "online". With `uses_unlabelled` it trains on all images, of which `images` have a label. A method with a
-    `preset` is a teacher."""
+    `preset` is a teacher. One with teachers and no `logits` is their mean probability, and trains nothing."""
 
     title: str
     teachers: tuple[str, ...] = ()
@@ -90,16 +90,27 @@ class Method:
     uses_unlabelled: bool = False
     preset: str | None = None
 
+    @property
+    def is_ensemble(self) -> bool:
+        return bool(self.teachers) and self.logits is None
+
 
 _DEIT = {"distillation_mode": "hard", "teacher_weight": 0.5, "label_weight": 0.5}
 _TEACHER = {"learning_rate": 1e-2}
+_SECOND_TEACHER = {**_TEACHER, "seed_offset": 100}
 # The labels and the teachers' choices as labels, nothing else.
 _PSEUDO_LABELS = {"unlabelled_target": "pseudo_labels", "min_confidence": 0.0, "teacher_weight": 0.0}
 _BOTH, _PRETRAINED = tuple(TEACHERS), ("pretrained",)
+# Two teachers of one kind, which differ by their seed.
+_TWO_CONV, _TWO_INV = ("conv", "conv_b"), ("inv", "inv_b")
 METHODS = {
     "conv": Method("convolution teacher", recipe=_TEACHER, preset=TEACHERS["conv"]),
     "inv": Method("involution teacher", recipe=_TEACHER, preset=TEACHERS["inv"]),
+    "conv_b": Method("convolution teacher of another seed", recipe=_SECOND_TEACHER, preset=TEACHERS["conv"]),
+    "inv_b": Method("involution teacher of another seed", recipe=_SECOND_TEACHER, preset=TEACHERS["inv"]),
     "ensemble": Method("both teachers, mean probability", _BOTH),
+    "two_conv_ensemble": Method("two convolution teachers, mean probability", _TWO_CONV),
+    "two_inv_ensemble": Method("two involution teachers, mean probability", _TWO_INV),
     "pretrained": Method(
         "EfficientNet-Lite0 of ImageNet-1k, linear probe", recipe={"learning_rate": 1e-3}, preset="efficientnet-lite0"
     ),
@@ -112,6 +123,8 @@ METHODS = {
     "conv_views": Method("convolution, stored views", ("conv",), "views"),
     "inv_views": Method("involution, stored views", ("inv",), "views"),
     "both_views": Method("both, stored views", _BOTH, "views"),
+    "two_conv": Method("two convolution teachers, stored views", _TWO_CONV, "views"),
+    "two_inv": Method("two involution teachers, stored views", _TWO_INV, "views"),
     "both_all": Method("both, stored views, with unlabelled images", _BOTH, "views", uses_unlabelled=True),
     "pseudo_labels": Method("pseudo-labels of both", _BOTH, "views", _PSEUDO_LABELS, uses_unlabelled=True),
     "pretrained_row": Method("pretrained, one stored row", _PRETRAINED, "row"),
@@ -122,11 +135,14 @@ METHODS = {
     "both_online": Method("both, online", _BOTH, "online"),
     "co_advise": Method("Co-advise: both, online", _BOTH, "online", {"temperature": 1.0}),
 }
+# Students of two teachers → the mean of these teachers. Does a second kind of teacher teach more than a second teacher?
+PAIRS = {"both_views": "ensemble", "two_conv": "two_conv_ensemble", "two_inv": "two_inv_ensemble"}
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything except the code that decides the result of a cell."""
+    """Everything except the code that decides the result of a cell. `seed` chooses the images; with `seed_offset` added, it
+    is the seed of the weights, of the order and of the views."""
 
     method: str
     images: int
@@ -164,6 +180,7 @@ class Recipe:
     drop_path: float = 0.0
     ema: float = 0.0
     rand_augment: int = 0
+    seed_offset: int = 0
 
     def __post_init__(self):
         method = METHODS[self.method]
@@ -177,9 +194,13 @@ class Recipe:
                 f"drop_path={self.drop_path} needs an IBViT. Leave it out for {self.method}, student={self.student}."
             )
 
+    @property
+    def training_seed(self) -> int:
+        return self.seed + self.seed_offset
+
     def views(self) -> ViewRecipe:
-        same = self.pick("num_views", "crop", "padding", "horizontal_flip", "erasing", "seed")
-        return ViewRecipe(scale=(self.min_scale, 1.0), **same)
+        same = self.pick("num_views", "crop", "padding", "horizontal_flip", "erasing")
+        return ViewRecipe(scale=(self.min_scale, 1.0), seed=self.training_seed, **same)
 
     def loss(self) -> dict:
         same = self.pick("distillation_mode", "label_weight", "standardize_logits", "confidence_weighting")
@@ -246,7 +267,7 @@ TRIALS = {
     **dict.fromkeys(("undistilled", "deit", "co_advise", "pseudo_labels"), _LABEL_TRIALS),
     **dict.fromkeys(("both_row", "both_views", "both_all"), _LOGITS_TRIALS),
 }
-# A longer baseline, or a method with one teacher, takes the recipe of the method it is compared with.
+# A longer baseline, or a method with other teachers, takes the recipe of the method it is compared with.
 SAME_RECIPE = {
     "undistilled_long": "undistilled",
     "conv_row": "both_row",
@@ -254,6 +275,8 @@ SAME_RECIPE = {
     "conv_views": "both_views",
     "inv_views": "both_views",
     "both_online": "both_views",
+    "two_conv": "both_views",
+    "two_inv": "both_views",
     "pretrained_row": "both_views",
     "pretrained_all": "both_all",
     "pretrained_pseudo_labels": "pseudo_labels",

@@ -21,7 +21,7 @@ from hf_ibdistill.rows import ImageRows
 
 from . import tables
 from .plots import plot_accuracy, plot_attention, plot_corrections
-from .recipes import DATASETS, FAMILIES, METHODS, TEACHERS, Recipe
+from .recipes import DATASETS, METHODS, TEACHERS, Recipe
 from .runs import Study, build_model, study_folders
 from .tables import OURS
 
@@ -51,11 +51,7 @@ def write_sections(name: str, variations: dict, labels: np.ndarray, search: Path
     unlabelled = {
         f"{METHODS[method].title}, against": tables.difference_table(cells, labels, method, rivals)
         for method, rivals in WITH_UNLABELLED.items()
-        if method in cells
     }
-    families = {}
-    if FAMILIES.keys() & variations.keys():
-        families["Students of several families"] = tables.family_table(variations)
     sections = {
         "Test accuracy (%)": tables.accuracy_table(cells),
         **unlabelled,
@@ -63,14 +59,19 @@ def write_sections(name: str, variations: dict, labels: np.ndarray, search: Path
         f"{METHODS['both_row'].title}, against": rows,
         "Share of the distance to the better teacher": tables.gap_table(cells),
         "The teachers and the tokens of the student (%)": tables.teacher_table(cells, labels),
+        "Two kinds of teachers, or two teachers of one kind": tables.pair_table(cells, labels),
+        "With the linear patch embedding": tables.patch_embedding_table(variations, labels),
+        "Stored logits, or teachers in every step (Co-advise)": tables.online_table(variations, labels),
         "Fusions of the same heads (%)": tables.fusion_table(cells),
         "Stored logits of the training images": tables.logits_table(cells),
-        **families,
+        "Students of several families": tables.family_table(variations, labels),
         "Changes of the recipe, against it": tables.ablation_table(variations, labels),
         "Processor seconds, one thread": tables.time_table(tables.on_one_machine(cells)),
         "Search on held-out images": tables.trial_table(search),
     }
-    return "\n\n".join([HEADER.format(name), *(f"## {title}\n\n{table}" for title, table in sections.items())]) + "\n"
+    # A table without rows, of cells that this data set has not, is its two lines of header.
+    filled = (f"## {title}\n\n{table}" for title, table in sections.items() if len(table.splitlines()) > 2)
+    return "\n\n".join([HEADER.format(name), *filled]) + "\n"
 
 
 def draw_lines(title: str, cells: dict, folder: Path) -> None:

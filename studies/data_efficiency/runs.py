@@ -182,7 +182,7 @@ class Study:
                 return cell
         train, held_out = self.rows(recipe)
         measured = self.test_rows() if held_out is None else held_out
-        if recipe.method == "ensemble":
+        if METHODS[recipe.method].is_ensemble:
             cell = self._measure_ensemble(recipe, measured)
         else:
             cell = self._train_and_measure(recipe, train, measured, model_folder)
@@ -297,7 +297,8 @@ class Study:
             logging_steps=max(1, recipe.steps // 10),
             disable_tqdm=True,
             bf16=self.bf16,
-            **recipe.pick("seed", "learning_rate", "weight_decay", "views_per_image"),
+            seed=recipe.training_seed,
+            **recipe.pick("learning_rate", "weight_decay", "views_per_image"),
             **loss,
         )
         kwargs |= {"train_dataset": train, "processing_class": processor, "views": recipe.views()}
@@ -314,7 +315,7 @@ class Study:
 
 def build_model(recipe: Recipe, classes: dict, image_size: int) -> PreTrainedModel:
     """An untrained teacher or student."""
-    set_seed(recipe.seed)
+    set_seed(recipe.training_seed)
     method = METHODS[recipe.method]
     if method.preset:
         return IBResNetForImageClassification(IBResNetConfig.from_preset(method.preset, **classes))
@@ -331,7 +332,7 @@ def build_model(recipe: Recipe, classes: dict, image_size: int) -> PreTrainedMod
 
 def build_pretrained(recipe: Recipe, folder: Path, classes: dict) -> tuple[PreTrainedModel, BaseImageProcessor]:
     """A teacher with a new head on the frozen weights of ImageNet-1k."""
-    set_seed(recipe.seed)
+    set_seed(recipe.training_seed)
     model = load_with_classes(save_efficientnet(folder, image_size=96), **classes)
     freeze_backbone(model)
     return model, AutoImageProcessor.from_pretrained(folder)

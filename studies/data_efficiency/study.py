@@ -103,7 +103,7 @@ def finalists(study: Study, method: str) -> list[str]:
 def choose(study: Study, methods: list[str]) -> None:
     """Fix the recipe of each method: the best trial of its last round."""
     recipes = json.loads(study.recipes_path.read_text()) if study.recipes_path.exists() else {}
-    recipes |= {method: {} for method in METHODS if METHODS[method].preset or method == "ensemble"}
+    recipes |= {name: {} for name, method in METHODS.items() if method.preset or method.is_ensemble}
     for method in (name for name in TRIALS if name in methods):
         names = finalists(study, method)
         if not any(trial_paths(study, method, name) for name in names):

@@ -1,6 +1,7 @@
 """Cells → Markdown tables. Cells are grouped by method, number of images and seed."""
 
 import json
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,12 +12,12 @@ from hf_ibdistill.evaluation import paired_difference
 from hf_ibdistill.models.configuration_ibvit import FUSIONS
 from hf_ibdistill.publishing.cards import markdown_table, mean_and_spread
 
-from .recipes import FAMILIES, METHODS, TEACHERS
+from .recipes import FAMILIES, METHODS, PAIRS, TEACHERS
 
 
 OURS = "both_views"
 # The methods that ours is compared with, pair by pair; the teachers last.
-RIVALS = (*(name for name in METHODS if name not in (OURS, *TEACHERS)), *TEACHERS)
+RIVALS = (*(name for name, method in METHODS.items() if name != OURS and method.preset is None), *TEACHERS)
 
 
 def read_cells(folder: Path) -> dict:
@@ -119,7 +120,7 @@ def _interval(difference):
 
 def gap_table(cells: dict) -> str:
     """The share of the distance from the undistilled student to the better teacher that each method closes."""
-    students = [name for name in cells if name not in (*TEACHERS, "undistilled")]
+    students = [name for name in cells if name != "undistilled" and METHODS[name].preset is None]
     rows = []
     for images, by_seed in sorted(cells["undistilled"].items()):
         teachers = [np.mean(accuracies(cells[name][images])) for name in TEACHERS if images in cells[name]]
@@ -147,17 +148,101 @@ def teacher_table(cells: dict, labels: np.ndarray) -> str:
     rows = []
     for images, ours in sorted(cells[OURS].items()):
         seeds = set(ours).intersection(*(cells[name][images] for name in TEACHERS))
-        pairs = [[cells[name][images][seed] for name in TEACHERS] for seed in sorted(seeds)]
-        choices = [[predicted(cell) for cell in pair] for pair in pairs]
-        agree = np.mean([first == second for first, second in choices])
-        either = np.mean([(first == labels) | (second == labels) for first, second in choices])
-        errors = [np.mean([pair[i]["metrics"]["expected_calibration_error"] for pair in pairs]) for i in (0, 1)]
+        pair = [{seed: cells[name][images][seed] for seed in seeds} for name in TEACHERS]
+        overlap = _overlap(*pair, labels)
+        errors = [np.mean([cell["metrics"]["expected_calibration_error"] for cell in of.values()]) for of in pair]
         heads = [*(f"{token}_token_accuracy" for token in ("class", *TEACHERS)), "accuracy"]
         own = [np.mean([ours[seed]["metrics"][head] for seed in seeds]) for head in heads]
-        rows.append([f"{images:,}", *(f"{100 * value:.1f}" for value in (*errors, agree, either, *own))])
+        rows.append([f"{images:,}", *(f"{100 * value:.1f}" for value in (*errors, *overlap, *own))])
     header = ["images", "calibration error: convolution", "involution", "teachers agree", "either is right",
               "class token", "convolution token", "involution token", "fused"]  # fmt: skip
     return markdown_table(header, rows)
+
+
+def pair_table(cells: dict, labels: np.ndarray) -> str:
+    """Two teachers of two kinds, against two of one kind: how much more a pair has to teach, and what its student learned. All
+    figures of a size are of the seeds that have every pair of that size."""
+    rows = []
+    for images, ours in sorted(cells.get(OURS, {}).items()):
+        found = [student for student in PAIRS if images in cells.get(student, {})]
+        parts = [name for student in found for name in (student, PAIRS[student], *METHODS[student].teachers)]
+        seeds = sorted(set(ours).intersection(*(cells.get(name, {}).get(images, {}) for name in parts)))
+        if len(found) < 2 or not seeds:
+            continue
+        for student in found:
+            members = METHODS[student].teachers
+            of = {
+                name: {s: cells[name][images][s] for s in seeds} for name in (OURS, student, PAIRS[student], *members)
+            }
+            overlap = (f"{100 * share:.1f}" for share in _overlap(*(of[name] for name in members), labels))
+            shown = (mean_and_spread(accuracies(of[name])) for name in (*members, PAIRS[student], student))
+            against = ["–"] * 3 if student == OURS else _difference(of[OURS], of[student], labels)[1:]
+            rows.append([f"{images:,}", METHODS[student].title, len(seeds), *overlap, *shown, *against])
+    header = ["images", "student", "seeds", "teachers agree (%)", "either is right (%)", "first teacher (%)", "second teacher (%)",
+              "mean of the teachers (%)", "student (%)", f"points of {METHODS[OURS].title} above it", *_DIFFERENCE[2:]]  # fmt: skip
+    return markdown_table(header, rows)
+
+
+def _overlap(first: dict, second: dict, labels: np.ndarray) -> tuple[float, float]:
+    """The share of test images on which two teachers agree, and on which either is right; mean over the seeds."""
+    choices = [(predicted(first[seed]), predicted(second[seed])) for seed in first]
+    agree = np.mean([one == other for one, other in choices])
+    return float(agree), float(np.mean([(one == labels) | (other == labels) for one, other in choices]))
+
+
+def patch_embedding_table(variations: dict, labels: np.ndarray) -> str:
+    """Students with the linear patch embedding, which looks at each patch alone, beside the same methods with the convolution
+    stem: the gain over the undistilled student of the same embedding."""
+    linear, rows = variations.get("linear", {}), []
+    teachers = {name: variations["base"][name] for name in TEACHERS if name in variations["base"]}
+    for images in sorted(linear.get("undistilled", {})):
+        for title, cells in (("convolution", variations["base"]), ("linear", teachers | linear)):
+            names = [name for name in (*TEACHERS, *linear) if images in cells.get(name, {})]
+            baseline = cells.get("undistilled", {}).get(images, {})
+            for name in names:
+                by_seed, against, share = cells[name][images], ["–"] * 4, "–"
+                if name != "undistilled" and by_seed.keys() & baseline.keys():
+                    against = _difference(by_seed, baseline, labels)
+                    share = _share(cells, name, images)
+                rows.append([f"{images:,}", title, METHODS[name].title, _accuracy(by_seed), *against, share])
+    header = ["images", "patch embedding", "method", "test accuracy (%)", *_DIFFERENCE]
+    header[5] = "points above no teachers"
+    return markdown_table([*header, "of the distance to the better teacher"], rows)
+
+
+def online_table(variations: dict, labels: np.ndarray) -> str:
+    """A student of stored views against one whose teachers run in every step. The time is that of recording and training,
+    without the teachers' own training, over the seeds of which one kind of machine made both."""
+    rows = []
+    for variation, cells in sorted(variations.items()):
+        stored, online = cells.get(OURS, {}), cells.get("co_advise", {})
+        for images in sorted(stored.keys() & online.keys()):
+            pairs = [
+                (stored[images][seed], online[images][seed]) for seed in stored[images].keys() & online[images].keys()
+            ]
+            if not pairs:
+                continue
+            comparable = [pair for pair in pairs if _machine(pair[0]) == _machine(pair[1])]
+            spent = [sum(map(_own_seconds, side)) for side in zip(*comparable)]
+            seconds = [f"{side / len(comparable):.0f}" for side in spent] or ["–", "–"]
+            ratio = f"{spent[0] / spent[1]:.2f}" if spent else "–"
+            difference = _difference(stored[images], online[images], labels)
+            rows.append([f"{images:,}", variation, *difference, len(comparable), *seconds, ratio])
+    header = [
+        "images",
+        "change",
+        *_DIFFERENCE,
+        "pairs of one machine",
+        "processor seconds: stored",
+        "online",
+        "stored / online",
+    ]
+    return markdown_table(header, rows)
+
+
+def _own_seconds(cell):
+    """Processor seconds of recording and training."""
+    return cell["seconds"]["training"]["cpu"] + cell["seconds"].get("recording", {}).get("cpu", 0.0)
 
 
 def fusion_table(cells: dict) -> str:
@@ -188,39 +273,63 @@ def logits_table(cells: dict) -> str:
     return markdown_table(header, rows)
 
 
-def family_table(variations: dict) -> str:
-    """Students of several families, each with and without teachers, from the same tables."""
-    rows = []
-    for family in ("base", *FAMILIES):
-        # Of the student that the study is about, only methods that another family was trained by.
-        trained = {name for other in FAMILIES for name in variations.get(other, {})}
-        for name, images, by_seed in walk(variations.get(family, {})):
-            if name in trained:
-                cells = list(by_seed.values())
-                spent = np.mean([cell["seconds"]["training"]["cpu"] for cell in cells])
-                speeds = [cell["seconds"].get("prediction") for cell in cells]
-                speed = np.mean([found["images"] / found["cpu"] for found in speeds if found] or [np.nan])
-                title = "IBViT" if family == "base" else family
-                found = [title, f"{cells[0]['parameters']:,}", METHODS[name].title, f"{images:,}", _accuracy(by_seed)]
-                rows.append([*found, f"{spent:.0f}", "–" if np.isnan(speed) else f"{speed:.0f}"])
-    header = ["student", "parameters", "method", "images", "test accuracy (%)", "training, processor seconds",
+def family_table(variations: dict, labels: np.ndarray) -> str:
+    """Students of several families, each with and without teachers, from the same tables. Speeds are of the cells of the kind
+    of machine that made most."""
+    # Of the student that the study is about, only what another family was trained by.
+    trained = {(name, images) for family in FAMILIES for name, images, _ in walk(variations.get(family, {}))}
+    found = [
+        (family, name, images, by_seed)
+        for family in ("base", *FAMILIES)
+        for name, images, by_seed in walk(variations.get(family, {}))
+        if (name, images) in trained
+    ]
+    usual, rows = _usual_machine(cell for *_, by_seed in found for cell in by_seed.values()), []
+    for family, name, images, by_seed in found:
+        cells = list(by_seed.values())
+        comparable = [cell for cell in cells if _machine(cell) == usual]
+        spent = [cell["seconds"]["training"]["cpu"] for cell in comparable]
+        trained_images = [_images_trained(cell) / cell["seconds"]["training"]["cpu"] for cell in comparable]
+        speeds = [cell["seconds"]["prediction"] for cell in comparable if "prediction" in cell["seconds"]]
+        alone = variations[family].get("undistilled", {}).get(images, {})
+        against = ["–"] * 3
+        if name != "undistilled" and by_seed.keys() & alone.keys():
+            against = _difference(by_seed, alone, labels)[:3]
+        measured = [spent, trained_images, [speed["images"] / speed["cpu"] for speed in speeds]]
+        title = "IBViT" if family == "base" else family
+        title = [title, f"{cells[0]['parameters']:,}", METHODS[name].title, f"{images:,}", _accuracy(by_seed)]
+        rows.append([*title, *against, *(f"{np.mean(values):,.0f}" if values else "–" for values in measured)])
+    header = ["student", "parameters", "method", "images", "test accuracy (%)", "pairs", "points above no teachers",
+              "95 % interval over seeds", "training, processor seconds", "trained images per processor second",
               "predicted images per processor second"]  # fmt: skip
     return markdown_table(header, rows)
 
 
+def _images_trained(cell):
+    """Images of all steps; the last batch of an epoch is smaller."""
+    recipe, rows = cell["recipe"], cell["rows"]
+    return recipe["steps"] * rows / math.ceil(rows / recipe["batch_size"])
+
+
 def on_one_machine(cells: dict) -> dict:
     """The cells whose seconds compare: made, with their teachers, on the kind of machine that made most of their size."""
-    kinds = defaultdict(Counter)
+    made = defaultdict(list)
     for _, images, by_seed in walk(cells):
-        kinds[images].update(map(_machine, by_seed.values()))
+        made[images].extend(by_seed.values())
     kept = defaultdict(dict)
     for name, images, by_seed in walk(cells):
-        usual = kinds[images].most_common(1)[0][0]
+        usual = _usual_machine(made[images])
         sources = [by_seed, *(cells[teacher][images] for teacher in METHODS[name].teachers)]
         seeds = [seed for seed in by_seed if all(_machine(source[seed]) == usual for source in sources)]
         if seeds:
             kept[name][images] = {seed: by_seed[seed] for seed in seeds}
     return kept
+
+
+def _usual_machine(cells):
+    """The kind of machine that made most of these cells; `None` without cells."""
+    counts = Counter(map(_machine, cells))
+    return counts.most_common(1)[0][0] if counts else None
 
 
 def _machine(cell):
