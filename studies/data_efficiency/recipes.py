@@ -6,6 +6,8 @@ from hf_ibdistill import ViewRecipe
 
 
 TEACHERS = {"conv": "convolution-small", "inv": "involution-small"}
+# Parts of the labelled images that teachers leave out of their training, one part each.
+FOLDS = 5
 
 
 @dataclass(frozen=True)
@@ -80,14 +82,16 @@ DATASETS = {
 @dataclass(frozen=True)
 class Method:
     """The teachers of a student, and the source of their logits: "row" (one stored un-augmented row), "views" (stored
-    views) or "online". With `uses_unlabelled` it trains on all images, of which `images` have a label. A method with a
-    `preset` is a teacher. One with teachers and no `logits` is their mean probability, and trains nothing."""
+    views) or "online". With `uses_unlabelled` it trains on all images, of which `images` have a label. With `uses_folds` the
+    logits of a labelled image are those of teachers that did not train on it. A method with a `preset` is a teacher. One with
+    teachers and no `logits` is their mean probability, and trains nothing."""
 
     title: str
     teachers: tuple[str, ...] = ()
     logits: str | None = None
     recipe: dict = field(default_factory=dict)
     uses_unlabelled: bool = False
+    uses_folds: bool = False
     preset: str | None = None
 
     @property
@@ -126,6 +130,14 @@ METHODS = {
     "two_conv": Method("two convolution teachers, stored views", _TWO_CONV, "views"),
     "two_inv": Method("two involution teachers, stored views", _TWO_INV, "views"),
     "both_all": Method("both, stored views, with unlabelled images", _BOTH, "views", uses_unlabelled=True),
+    "both_folds": Method("both, stored views, out of fold", _BOTH, "views", uses_folds=True),
+    "both_all_folds": Method(
+        "both, stored views, out of fold, with unlabelled images",
+        _BOTH,
+        "views",
+        uses_unlabelled=True,
+        uses_folds=True,
+    ),
     "pseudo_labels": Method("pseudo-labels of both", _BOTH, "views", _PSEUDO_LABELS, uses_unlabelled=True),
     "pretrained_row": Method("pretrained, one stored row", _PRETRAINED, "row"),
     "pretrained_all": Method("pretrained, with unlabelled images", _PRETRAINED, "row", uses_unlabelled=True),
@@ -142,7 +154,8 @@ PAIRS = {"both_views": "ensemble", "two_conv": "two_conv_ensemble", "two_inv": "
 @dataclass(frozen=True)
 class Recipe:
     """Everything except the code that decides the result of a cell. `seed` chooses the images; with `seed_offset` added, it
-    is the seed of the weights, of the order and of the views."""
+    is the seed of the weights, of the order and of the views. A teacher with a `fold` does not train on that part of the
+    labelled images. `consistency` is the confidence from which another view teaches the class token; `None` is never."""
 
     method: str
     images: int
@@ -181,6 +194,8 @@ class Recipe:
     ema: float = 0.0
     rand_augment: int = 0
     seed_offset: int = 0
+    fold: int | None = None
+    consistency: float | None = None
 
     def __post_init__(self):
         method = METHODS[self.method]
@@ -225,6 +240,8 @@ FAMILIES = {
     "resnet": {"embedding_size": 32, "hidden_sizes": [32, 64, 128], "depths": [2, 2, 2], "layer_type": "basic"},
     "convnext": {"patch_size": 2, "hidden_sizes": [32, 64, 128], "depths": [2, 2, 2], "num_stages": 3},
 }
+# Another view of an unlabelled image teaches the class token, instead of the teachers.
+_CONSISTENCY = {"consistency": 0.0, "views_per_image": 2, "unlabelled_target": "none"}
 # Changes of the recipe; "+" joins several. "patience" multiplies the steps.
 VARIATIONS = {
     "base": {},
@@ -246,6 +263,8 @@ VARIATIONS = {
     "views_64": {"num_views": 64},
     "views_per_image_2": {"views_per_image": 2},
     "views_per_image_4": {"views_per_image": 4},
+    "consistency": _CONSISTENCY,
+    "consistency_confident": {**_CONSISTENCY, "consistency": 0.95},
     "patience_0.5": {"patience": 0.5},
     "patience_2": {"patience": 2},
     "patience_6": {"patience": 6},
@@ -277,6 +296,8 @@ SAME_RECIPE = {
     "both_online": "both_views",
     "two_conv": "both_views",
     "two_inv": "both_views",
+    "both_folds": "both_views",
+    "both_all_folds": "both_all",
     "pretrained_row": "both_views",
     "pretrained_all": "both_all",
     "pretrained_pseudo_labels": "pseudo_labels",

@@ -40,6 +40,7 @@ from hf_ibdistill import (
 from hf_ibdistill.data.classes import label_ids
 from hf_ibdistill.evaluation import classification_metrics, log_mean_probability
 from hf_ibdistill.files import write_text
+from hf_ibdistill.logits.provenance import attach_record, only_record
 from hf_ibdistill.models.configuration_ibvit import FUSIONS
 from hf_ibdistill.publishing.machine import describe_machine
 from hf_ibdistill.students import build_student, load_with_classes
@@ -53,7 +54,8 @@ from .ingredients import (
     MixedDistillationTrainer,
     RandAugmentCollator,
 )
-from .recipes import DATASETS, FAMILIES, METHODS, DataSet, Recipe
+from .recipes import DATASETS, FAMILIES, FOLDS, METHODS, SAME_RECIPE, DataSet, Recipe
+from .targets import ConsistencyTrainer
 
 
 def study_folders(name: str, results_dir: str | None, work_dir: str | None) -> tuple[Path, Path]:
@@ -115,6 +117,8 @@ class Study:
         rows = images * 4 // 5 if self.is_search and not self.data.validates_on_split else images
         if METHODS[method].uses_unlabelled:
             rows = len(self._splits["train"] if self.is_search else self.train)
+        if values.get("fold") is not None:
+            rows = rows * (FOLDS - 1) // FOLDS
         # A view of each image for every epoch; but to store a view costs more than the step that it saves.
         views = math.ceil(steps * Recipe.batch_size / rows)
         if METHODS[method].logits == "views":
@@ -131,7 +135,9 @@ class Study:
             return {}
         if not self.recipes_path.exists():
             raise ValueError(f"There is no {self.recipes_path}. Run --stage search, then --stage choose.")
-        return json.loads(self.recipes_path.read_text())[method]
+        recipes = json.loads(self.recipes_path.read_text())
+        # A method that came after the search has the recipe of the one that it is compared with.
+        return recipes[method if method in recipes else SAME_RECIPE.get(method, method)]
 
     def rows(self, recipe: Recipe) -> tuple[Dataset, Dataset | None]:
         """The rows to train on and, in a search, the held-out rows."""
@@ -148,6 +154,8 @@ class Study:
             mixed = select_per_class(source, images_per_class, seed=recipe.seed, keep_rest=True)
             rest = np.flatnonzero(label_ids(mixed) == -1)
             train = concatenate_datasets([train, mixed.select(rest)])
+        if recipe.fold is not None:
+            train = train.select(np.flatnonzero(fold_numbers(train, recipe.seed) != recipe.fold))
         return train, held_out
 
     def test_rows(self) -> Dataset:
@@ -171,7 +179,9 @@ class Study:
             ValueError: the file was made by another recipe.
         """
         stage = "search" if recipe.held_out else "grid"
-        path = self.results_dir / stage / f"{recipe.images}_{recipe.method}_{variation}_{recipe.seed}.json"
+        # The teachers of folds serve a method, and are none themselves.
+        folder = self.results_dir / stage / ("" if recipe.fold is None else "folds")
+        path = folder / f"{recipe.images}_{recipe.method}_{variation}_{recipe.seed}.json"
         model_folder = self.folder(recipe) / f"{recipe.method}_{variation}"
         if path.exists():
             cell = json.loads(path.read_text())
@@ -234,7 +244,7 @@ class Study:
     def _measure_ensemble(self, recipe, measured):
         """The mean of the teachers' probabilities."""
         logits, parameters = [], 0
-        for folder in self._teachers(recipe).values():
+        for folder in self._teachers(recipe)[0].values():
             model = AutoModelForImageClassification.from_pretrained(folder)
             outputs = predict(model, AutoImageProcessor.from_pretrained(folder), measured, batch_size=256)
             logits.append(outputs["logits"])
@@ -247,31 +257,70 @@ class Study:
             "predictions": digits(logits.argmax(-1)),
         }
 
-    def _teachers(self, recipe) -> dict[str, str]:
-        """The folders of the teachers of a cell, which are trained if they are not there."""
-        folders = {}
+    def _teachers(self, recipe, fold: int | None = None) -> tuple[dict[str, str], list[dict[str, float]]]:
+        """The folders of the teachers of a cell, which are trained if they are not there, and the seconds of their training.
+        With a `fold`, they did not train on this part of the labelled rows."""
+        folders, seconds, variation = {}, [], "base" if fold is None else f"fold_{fold}"
         for name in METHODS[recipe.method].teachers:
-            self.run_cell(self.recipe(name, recipe.images, recipe.seed, self.chosen(name)), "base")
-            folders[name] = str(self.folder(recipe) / f"{name}_base")
-        return folders
+            changes = {**self.chosen(name), "fold": fold}
+            cell = self.run_cell(self.recipe(name, recipe.images, recipe.seed, changes), variation)
+            folders[name] = str(self.folder(recipe) / f"{name}_{variation}")
+            seconds.append(cell["seconds"]["training"])
+        return folders, seconds
 
     def _prepare(self, recipe, model, processor, train):
         """The trainer, the seconds of recording, and the metrics of the recorded logits."""
-        method, teachers = METHODS[recipe.method], self._teachers(recipe)
-        if method.logits == "online":
-            return self._trainer(recipe, model, processor, train, teachers=teachers), {}, {}
+        method = METHODS[recipe.method]
         if method.logits is None:
             return self._trainer(recipe, model, processor, train), {}, {}
-        views = recipe.views() if method.logits == "views" else None
-        table, seconds = self._record(recipe, train, teachers, views)
+        if method.logits == "online":
+            return self._trainer(recipe, model, processor, train, teachers=self._teachers(recipe)[0]), {}, {}
+        if method.uses_folds:
+            table, seconds = self._record_folds(recipe, train)
+        else:
+            views = recipe.views() if method.logits == "views" else None
+            table, recording = self._record(recipe, train, self._teachers(recipe)[0], views)
+            seconds = {"recording": recording}
         logits = logits_metrics(table, temperature=recipe.temperature)
-        return self._trainer(recipe, model, processor, table), {"recording": seconds}, logits
+        return self._trainer(recipe, model, processor, table), seconds, logits
 
-    def _record(self, recipe, train, teachers, views):
+    def _record_folds(self, recipe, train):
+        """The table whose labelled rows have the logits of teachers that did not train on them, in the order of `train`. Rows
+        without a label have those of the teachers of all labelled rows. Also the seconds of all these teachers and of
+        recording."""
+        folds = fold_numbers(train, recipe.seed)
+        parts, order, recording, training = [], [], [], []
+        for fold in np.unique(folds):
+            rows = np.flatnonzero(folds == fold)
+            if fold < 0:
+                teachers, seconds = self._teachers(recipe)
+                # The table of the method without folds, which may be there already.
+                table, spent = self._record(recipe, train, teachers, recipe.views())
+                part = table.select(rows)
+            else:
+                teachers, seconds = self._teachers(recipe, int(fold))
+                part, spent = self._record(recipe, train.select(rows), teachers, recipe.views(), int(fold))
+            parts.append(part)
+            order.append(rows)
+            recording.append(spent)
+            training += seconds
+        table = concatenate_datasets(parts).select(np.argsort(np.concatenate(order)))
+        # The package refuses several teachers of one name. To the student, the teachers of the parts are one.
+        records = [only_record(part) for part in parts]
+        described = []
+        for same in zip(*(record["teachers"] for record in records)):
+            weights = "".join(teacher["weights_sha256"] for teacher in same)
+            described.append({**same[0], "weights_sha256": hashlib.sha256(weights.encode()).hexdigest()})
+        attach_record(table, {**records[0], "teachers": described})
+        return table, {"recording": total(recording), "teachers": total(training)}
+
+    def _record(self, recipe, train, teachers, views, fold=None):
         kind = "row"
         if views is not None:
             kind = hashlib.sha256(json.dumps(views.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
-        if METHODS[recipe.method].uses_unlabelled:
+        if fold is not None:
+            kind += f"_fold_{fold}"
+        elif METHODS[recipe.method].uses_unlabelled:
             kind += "_all"
         folder = self.folder(recipe) / "tables" / "_".join([*teachers, kind])
         path = folder.with_suffix(".json")
@@ -283,10 +332,10 @@ class Study:
 
     def _trainer(self, recipe, model, processor, train, **kwargs):
         arguments, loss = ImageTrainingArguments, {}
-        trainers = {"plain": ImageClassificationTrainer, "mixed": MixedClassificationTrainer}
+        trainer, mixed_trainer = ImageClassificationTrainer, MixedClassificationTrainer
         if METHODS[recipe.method].teachers:
             arguments, loss = DistillationArguments, recipe.loss()
-            trainers = {"plain": EnsembleDistillationTrainer, "mixed": MixedDistillationTrainer}
+            trainer, mixed_trainer = EnsembleDistillationTrainer, MixedDistillationTrainer
         args = arguments(
             str(self.folder(recipe) / "trainer"),
             max_steps=recipe.steps,
@@ -301,16 +350,27 @@ class Study:
             **recipe.pick("learning_rate", "weight_decay", "views_per_image"),
             **loss,
         )
+        if recipe.consistency is not None:
+            trainer, kwargs["min_target_confidence"] = ConsistencyTrainer, recipe.consistency
         kwargs |= {"train_dataset": train, "processing_class": processor, "views": recipe.views()}
         if recipe.ema:
             kwargs["callbacks"] = [AveragedWeights(recipe.ema)]
-        if recipe.mixing == "none":
-            trainer = trainers["plain"](model, args, **kwargs)
-        else:
-            trainer = trainers["mixed"](model, args, mixing=recipe.mixing, **kwargs)
+        if recipe.mixing != "none":
+            trainer, kwargs["mixing"] = mixed_trainer, recipe.mixing
+        trainer = trainer(model, args, **kwargs)
         if recipe.rand_augment:
             trainer.data_collator = RandAugmentCollator(trainer.data_collator, recipe.rand_augment)
         return trainer
+
+
+def fold_numbers(rows: Dataset, seed: int) -> np.ndarray:
+    """The fold of each row, 0 to FOLDS - 1, each with the same share of every class; -1 for a row without a label."""
+    labels, random = label_ids(rows), np.random.default_rng(seed)
+    folds = np.full(len(labels), -1)
+    for class_id in np.unique(labels[labels >= 0]):
+        of_class = np.flatnonzero(labels == class_id)
+        folds[random.permutation(of_class)] = np.arange(len(of_class)) % FOLDS
+    return folds
 
 
 def build_model(recipe: Recipe, classes: dict, image_size: int) -> PreTrainedModel:
@@ -356,6 +416,11 @@ def stopwatch() -> Callable[[], dict[str, float]]:
     processes on the machine do not lengthen."""
     wall, cpu = time.perf_counter(), time.process_time()
     return lambda: {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+
+
+def total(seconds: list[dict[str, float]]) -> dict[str, float]:
+    """The sums of several measurements of a stopwatch."""
+    return {clock: sum(found[clock] for found in seconds) for clock in ("wall", "cpu")}
 
 
 def digits(classes) -> str:

@@ -339,7 +339,10 @@ def _machine(cell):
 def seconds(cells: dict, method: str, images: int, seed: int) -> dict[str, float]:
     """Processor seconds of the parts of a cell: its teachers, the recording, its own training."""
     own = cells[method][images][seed]["seconds"]
-    teachers = sum(cells[name][images][seed]["seconds"]["training"]["cpu"] for name in METHODS[method].teachers)
+    if "teachers" in own:  # those of folds, which are no cells of a method
+        teachers = own["teachers"]["cpu"]
+    else:
+        teachers = sum(cells[name][images][seed]["seconds"]["training"]["cpu"] for name in METHODS[method].teachers)
     recording = own.get("recording", {}).get("cpu", 0.0)
     return {"teachers": teachers, "recording": recording, "training": own["training"]["cpu"]}
 

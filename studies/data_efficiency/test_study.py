@@ -1,6 +1,7 @@
 """The data-efficiency study."""
 
 import json
+import math
 import re
 import shutil
 import statistics
@@ -9,11 +10,15 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 from huggingface_hub import ModelCard
 from scipy.stats import ttest_rel
-from transformers import pipeline
+from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
-from studies.data_efficiency import report, study, tables
+from hf_ibdistill import EnsembleDistillationTrainer
+from hf_ibdistill.images.views import make_view, row_key
+from hf_ibdistill.logits.provenance import stored_views
+from studies.data_efficiency import report, runs, study, tables, targets
 from studies.data_efficiency.recipes import TRIALS, combine
 
 
@@ -250,3 +255,135 @@ def test_the_study_ends_in_tables_pictures_and_cards(tmp_path):
     report.main(flags)
     again = ModelCard.load(tmp_path / "cards" / "fashion_mnist_100_student.md")
     assert again.content == card.content
+
+
+def few_cells(results, methods):
+    """The cells of the grid of `run_study` with these methods, 100 labelled images, seed 0."""
+    return {name: json.loads((results / f"grid/100_{name}_base_0.json").read_text()) for name in methods}
+
+
+def test_teachers_of_folds_record_what_they_did_not_train_on(tmp_path, monkeypatch):
+    results, fitted, tables_of = tmp_path / "results", {}, {}
+    results.mkdir()
+    # Methods that came after the search have the recipe of those that they are compared with.
+    recipes = {name: {} for name in ("conv", "inv", "both_views")} | {"both_all": {"temperature": 1.0}}
+    (results / "recipes.json").write_text(json.dumps(recipes))
+    make_trainer = runs.Study._trainer
+
+    def keep(self, recipe, model, processor, train, **kwargs):
+        trainer = make_trainer(self, recipe, model, processor, train, **kwargs)
+        kept = tables_of if "conv_logits" in train.column_names else fitted
+        kept[recipe.method, recipe.fold] = trainer.train_dataset.table
+        return trainer
+
+    monkeypatch.setattr(runs.Study, "_trainer", keep)
+    run_study(tmp_path, "--methods", "both_folds", "both_all_folds", "--seeds", "0")
+
+    def keys(table):
+        return [row_key(image.convert("RGB")) for image in table["image"]]
+
+    seen = {key: set(keys(table)) for key, table in fitted.items()}
+    folders = sorted(path.name for path in (tmp_path / "work/100_0").iterdir() if path.name.startswith("conv_"))
+    assert folders == ["conv_base", *(f"conv_fold_{fold}" for fold in range(5))]
+    labelled = seen["conv", None]
+    assert len(labelled) == 100
+    for method, num_rows in (("both_folds", 100), ("both_all_folds", 1437)):
+        table = tables_of[method, None]
+        assert len(table) == num_rows
+        assert table["row_key"] == keys(table)
+        views, places = stored_views(table), np.array([label is not None for label in table["label"]])
+        rows = [*np.flatnonzero(places)[::9].tolist(), *np.flatnonzero(~places)[::300].tolist()]
+        for name in ("conv", "inv"):
+            used = set()
+            for row in rows:
+                key, stored = table[row]["row_key"], np.array(table[row][f"{name}_logits"])
+                unseen = [fold for fold in range(5) if key in labelled and key not in seen[name, fold]]
+                assert len(unseen) == (table[row]["label"] is not None)
+                folder = tmp_path / "work/100_0" / (f"{name}_fold_{unseen[0]}" if unseen else f"{name}_base")
+                # What the saved teacher says about the first view, one image at a time.
+                view = make_view(table[row]["image"].convert("RGB"), views, key, 0)
+                model = AutoModelForImageClassification.from_pretrained(folder).eval()
+                inputs = AutoImageProcessor.from_pretrained(folder)(view, return_tensors="pt")
+                expected = model(**inputs).logits[0].detach().numpy()
+                np.testing.assert_allclose(stored[0], expected, atol=5e-3)
+                used.add(folder.name)
+            assert len(used) > 3
+        labels = np.array([-1 if label is None else label for label in table["label"]])
+        for fold in range(5):
+            left_out = labelled - seen["inv", fold]
+            of_fold = [label for key, label in zip(table["row_key"], labels) if key in left_out and label >= 0]
+            assert np.bincount(of_fold).tolist() == [2] * 10
+    cells = few_cells(results, ["both_folds", "both_all_folds", "conv", "inv"])
+    assert {name: cell["rows"] for name, cell in cells.items()} == {
+        "both_folds": 100, "both_all_folds": 1437, "conv": 100, "inv": 100
+    }  # fmt: skip
+    assert (
+        cells["both_all_folds"]["recipe"]["temperature"] == 1.0 and cells["both_folds"]["logits"]["conv_entropy"] > 0
+    )
+    # Their seconds are those of all their teachers.
+    folds = [json.loads(path.read_text()) for path in (results / "grid/folds").iterdir()]
+    assert len(folds) == 10 and {cell["rows"] for cell in folds} == {80}
+    spent = sum(cell["seconds"]["training"]["cpu"] for cell in folds)
+    assert tables.seconds(tables.read_cells(results / "grid")["base"], "both_folds", 100, 0)["teachers"] == (
+        pytest.approx(spent)
+    )
+
+
+def test_another_view_teaches_the_class_token_of_unlabelled_images(tmp_path, monkeypatch):
+    batches, compute = [], EnsembleDistillationTrainer.compute_loss
+
+    def watch(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = compute(self, model, inputs, True, num_items_in_batch)
+        batches.append((loss.item(), outputs.class_logits, outputs.teacher_token_logits, inputs["labels"]))
+        return (loss, outputs) if return_outputs else loss
+
+    def watch_sum(self, *args, **kwargs):
+        loss = add(self, *args, **kwargs)
+        sums.append(loss.item())
+        return loss
+
+    sums, add = [], targets.ConsistencyTrainer.compute_loss
+    monkeypatch.setattr(EnsembleDistillationTrainer, "compute_loss", watch)
+    monkeypatch.setattr(targets.ConsistencyTrainer, "compute_loss", watch_sum)
+    search = ["--stage", "search", "--methods", "both_all", "--seeds", "0", "--variations"]
+    # So many steps that every image has two views.
+    steps = 24
+    # With the teachers' targets, which the variation replaces.
+    run_study(tmp_path, *search, "target_teachers+consistency", "consistency_confident", "--student_steps", f"{steps}")
+    assert len(sums) == len(batches) == 2 * steps
+    for step, (loss, class_logits, token_logits, labels) in enumerate(batches):
+        classes = torch.cat((class_logits[:, None], token_logits), 1).detach().double().softmax(-1)
+        expected = confident = 0.0
+        for row in range(len(labels)):
+            other = classes[row + 1 if row % 2 == 0 else row - 1].mean(0)
+            if labels[row] < 0:
+                term = sum(p * (p.log() - q.log()) for p, q in zip(other, classes[row, 0])).item()
+                expected += term / len(labels)
+                confident += term / len(labels) * (other.max().item() >= 0.95)
+        assert (labels < 0).any() and expected > confident == 0.0  # an untrained student is not sure of anything
+        assert sums[step] - loss == pytest.approx(expected if step < steps else confident, abs=1e-5)
+        assert labels[::2].tolist() == labels[1::2].tolist()
+    cells = [json.loads(path.read_text()) for path in (tmp_path / "results/search").glob("*both_all*")]
+    assert {(c["recipe"]["consistency"], c["recipe"]["unlabelled_target"]) for c in cells} == {
+        (0.0, "none"), (0.95, "none")
+    }  # fmt: skip
+
+
+def test_only_confident_views_teach_and_no_gradient_flows_into_them():
+    # The first image: both views sure, of different classes. The second: one of two views is sure. The third has a label.
+    fused = torch.tensor([[9.0, 0, 0], [0, 9, 0], [9, 0, 0], [1, 0, 0], [9, 0, 0], [9, 0, 0]], requires_grad=True)
+    classes, labels = torch.zeros(6, 3, requires_grad=True), torch.tensor([-1, -1, -100, -100, 0, 0])
+    loss = targets.consistency_loss(classes, fused, labels, min_confidence=0.95)
+    sure = fused[0].detach().softmax(-1)
+    assert loss.item() == pytest.approx(3 * (math.log(3) + (sure * sure.log()).sum().item()) / 6)
+    loss.backward()
+    assert fused.grad is None
+    # Pushed to the class of the other view; the view whose other view is unsure is not taught.
+    assert classes.grad.argmin(-1)[:2].tolist() == [1, 0]
+    assert [bool(row.any()) for row in classes.grad] == [True, True, False, True, False, False]
+
+
+def test_consistency_needs_pairs_of_views(tmp_path):
+    with pytest.raises(ValueError, match="views_per_image=4"):
+        cell = ["--stage", "search", "--methods", "both_all", "--seeds", "0"]
+        run_study(tmp_path, *cell, "--variations", "consistency+views_per_image_4", "--student_steps", "90")
