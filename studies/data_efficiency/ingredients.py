@@ -34,19 +34,15 @@ def draw_mixture(kind: str, height: int, width: int, random: np.random.Generator
     top, bottom = max(row - half_height, 0), min(row + half_height, height)
     left, right = max(column - half_width, 0), min(column + half_width, width)
     # The border may have cut the box.
-    return 1 - (bottom - top) * (right - left) / (height * width), (
-        top / height,
-        left / width,
-        bottom / height,
-        right / width,
-    )
+    share = 1 - (bottom - top) * (right - left) / (height * width)
+    return share, (top / height, left / width, bottom / height, right / width)
 
 
 def mix(images: torch.Tensor, share: float, box: tuple | None) -> torch.Tensor:
     """Images (N, channels, H, W), each mixed with that at the mirrored place of the batch.
 
     Args:
-        images: in random order.
+        images: in random order; those of a teacher may be larger than the student's.
         share: of the image itself, without a box.
         box: top, left, bottom and right of what the other image replaces, as shares of height and width.
     """
@@ -76,18 +72,18 @@ class _MixesImages:
         super().__init__(*args, **kwargs)
         # On the CPU, so that no step waits for the device.
         self._mixing, self._random = mixing, np.random.default_rng(self.args.seed)
-        is_distilled, target = (
-            isinstance(self, EnsembleDistillationTrainer),
-            getattr(self.args, "unlabelled_target", "none"),
-        )
+        accumulated, processes = self.args.gradient_accumulation_steps, self.args.world_size
         refused = {
-            f"gradient_accumulation_steps={self.args.gradient_accumulation_steps}": self.args.gradient_accumulation_steps
-            > 1,
-            f"world_size={self.args.world_size}": self.args.world_size > 1,
-            "teachers=None": not self.teachers if is_distilled else self._is_student,
-            "confidence_weighting=True": getattr(self.args, "confidence_weighting", False),
-            f"unlabelled_target={target}": target != "none",
+            f"gradient_accumulation_steps={accumulated}": accumulated > 1,
+            f"world_size={processes}": processes > 1,
         }
+        if isinstance(self, EnsembleDistillationTrainer):
+            refused["teachers=None"] = not self.teachers
+            refused["confidence_weighting=True"] = self.args.confidence_weighting
+            refused[f"unlabelled_target={self.args.unlabelled_target}"] = self.args.unlabelled_target != "none"
+        else:
+            # Their heads would learn the labels of unmixed images.
+            refused[f"teacher_names={getattr(self.model.config, 'teacher_names', ())}"] = self._is_student
         for argument, is_refused in refused.items():
             if is_refused:
                 raise ValueError(f"{argument} does not fit mixing={mixing}. Leave one of them out.")
@@ -129,7 +125,7 @@ class MixedDistillationTrainer(_MixesImages, EnsembleDistillationTrainer):
 
 class RandAugmentCollator:
     """RandAugment (arXiv 1909.13719: two operations, shears, shifts and rotations among them), then another collator, so
-    that student and teachers get the same image.
+    that student and teachers get the same image. It draws from the random numbers of its process.
 
     Args:
         collator: what makes a batch of rows.

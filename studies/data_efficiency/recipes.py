@@ -188,7 +188,7 @@ class Recipe:
     patch_size: int = 4
     student: str = "ibvit"
     views_per_image: int = 1
-    # Ingredients of strong recipes; see ingredients.py.
+    # Of ingredients.py. `ema` is the decay of the average, `rand_augment` a magnitude.
     mixing: str = "none"
     drop_path: float = 0.0
     ema: float = 0.0

@@ -11,8 +11,14 @@ from torch.nn import functional as F
 from torchvision.transforms import InterpolationMode, v2
 from transformers import AutoModelForImageClassification, TrainerCallback
 
-from hf_ibdistill import ViewRecipe, build_image_processor, class_config
-from studies.data_efficiency.ingredients import AveragedWeights, RandAugmentCollator, draw_mixture, mix
+from hf_ibdistill import ImageTrainingArguments, ViewRecipe, build_image_processor, class_config
+from studies.data_efficiency.ingredients import (
+    AveragedWeights,
+    MixedClassificationTrainer,
+    RandAugmentCollator,
+    draw_mixture,
+    mix,
+)
 from studies.data_efficiency.recipes import METHODS, VARIATIONS, Recipe, combine
 from studies.data_efficiency.runs import Study, build_model
 
@@ -187,6 +193,9 @@ def test_what_mixed_images_do_not_fit(folder):
         args = type(trainer.args)(str(folder / "trainer"), use_cpu=True, eval_strategy="no", **{argument: value})
         with pytest.raises(ValueError, match=f"{argument}={value} .*mixing=mixup"):
             type(trainer)(trainer.model, args, teachers=online, **kwargs)
+    args = ImageTrainingArguments(str(folder / "trainer"), use_cpu=True, eval_strategy="no")
+    with pytest.raises(ValueError, match=r"teacher_names=\['conv', 'inv'\] .*mixing=mixup"):
+        MixedClassificationTrainer(trainer.model, args, **kwargs)
 
 
 # RandAugment
