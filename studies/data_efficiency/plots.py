@@ -10,6 +10,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator
 
 
+_COLORS = (*(f"C{i}" for i in range(10)), "black", "gold")
+
+
 def plot_accuracy(
     path: str | Path,
     panels: Mapping[str, Mapping[str, Mapping[float, Sequence[float]]]],
@@ -48,7 +51,8 @@ def plot_accuracy(
             spreads = [value.std(ddof=1) if len(value) > 1 else 0.0 for value in values]
             beside = step ** (i - (len(methods) - 1) / 2)
             places = [place * beside if counts[place] > 1 else place for place in places]
-            style = {"color": f"C{i}" if i < 10 else ("black", "gold")[i % 2], "zorder": 3 if name == highlight else 2}
+            style = {"color": _COLORS[i % len(_COLORS)], "linestyle": "-" if i < len(_COLORS) else "--"}
+            style["zorder"] = 3 if name == highlight else 2
             style |= {"linewidth": 3 if name == highlight else 1.2, "marker": "o", "markersize": 4, "capsize": 3}
             drawn[name] = axes.errorbar(places, [value.mean() for value in values], spreads, **style)
         axes.set(xscale="log", xlabel=xlabel, ylabel="test accuracy (%)", title=title)

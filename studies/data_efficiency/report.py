@@ -75,7 +75,8 @@ def write_sections(name: str, variations: dict, labels: np.ndarray, search: Path
 
 
 def draw_lines(title: str, cells: dict, folder: Path) -> None:
-    """Accuracy against the number of images, and against processor time."""
+    """Accuracy against the number of images, and against processor time. Pairs of one kind have a table of their own."""
+    cells = {name: of for name, of in cells.items() if not {"conv_b", "inv_b"} & {name, *METHODS[name].teachers}}
     sizes = sorted({images for _, images, _ in tables.walk(cells)})
     by_images = {
         METHODS[name].title: {images: tables.accuracies(by_seed) for images, by_seed in by_size.items()}

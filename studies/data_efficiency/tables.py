@@ -136,7 +136,7 @@ def _share(cells, method, images):
     teachers = [name for name in TEACHERS if images in cells[name]]
     by_method = {name: cells[name].get(images, {}) for name in (method, "undistilled", *teachers)}
     seeds = set.intersection(*map(set, by_method.values()))
-    if not seeds:
+    if not seeds or not teachers:
         return "–"
     means = {name: np.mean(accuracies({s: by_seed[s] for s in seeds})) for name, by_seed in by_method.items()}
     bottom, top = means["undistilled"], max(means[name] for name in teachers)
@@ -171,9 +171,8 @@ def pair_table(cells: dict, labels: np.ndarray) -> str:
             continue
         for student in found:
             members = METHODS[student].teachers
-            of = {
-                name: {s: cells[name][images][s] for s in seeds} for name in (OURS, student, PAIRS[student], *members)
-            }
+            names = (OURS, student, PAIRS[student], *members)
+            of = {name: {seed: cells[name][images][seed] for seed in seeds} for name in names}
             overlap = (f"{100 * share:.1f}" for share in _overlap(*(of[name] for name in members), labels))
             shown = (mean_and_spread(accuracies(of[name])) for name in (*members, PAIRS[student], student))
             against = ["–"] * 3 if student == OURS else _difference(of[OURS], of[student], labels)[1:]
@@ -205,9 +204,9 @@ def patch_embedding_table(variations: dict, labels: np.ndarray) -> str:
                     against = _difference(by_seed, baseline, labels)
                     share = _share(cells, name, images)
                 rows.append([f"{images:,}", title, METHODS[name].title, _accuracy(by_seed), *against, share])
-    header = ["images", "patch embedding", "method", "test accuracy (%)", *_DIFFERENCE]
-    header[5] = "points above no teachers"
-    return markdown_table([*header, "of the distance to the better teacher"], rows)
+    header = ["images", "patch embedding", "method", "test accuracy (%)", "pairs", "points above no teachers",
+              *_DIFFERENCE[2:], "of the distance to the better teacher"]  # fmt: skip
+    return markdown_table(header, rows)
 
 
 def online_table(variations: dict, labels: np.ndarray) -> str:
@@ -217,26 +216,18 @@ def online_table(variations: dict, labels: np.ndarray) -> str:
     for variation, cells in sorted(variations.items()):
         stored, online = cells.get(OURS, {}), cells.get("co_advise", {})
         for images in sorted(stored.keys() & online.keys()):
-            pairs = [
-                (stored[images][seed], online[images][seed]) for seed in stored[images].keys() & online[images].keys()
-            ]
-            if not pairs:
+            seeds = stored[images].keys() & online[images].keys()
+            if not seeds:
                 continue
+            pairs = [(stored[images][seed], online[images][seed]) for seed in sorted(seeds)]
             comparable = [pair for pair in pairs if _machine(pair[0]) == _machine(pair[1])]
             spent = [sum(map(_own_seconds, side)) for side in zip(*comparable)]
             seconds = [f"{side / len(comparable):.0f}" for side in spent] or ["–", "–"]
             ratio = f"{spent[0] / spent[1]:.2f}" if spent else "–"
             difference = _difference(stored[images], online[images], labels)
             rows.append([f"{images:,}", variation, *difference, len(comparable), *seconds, ratio])
-    header = [
-        "images",
-        "change",
-        *_DIFFERENCE,
-        "pairs of one machine",
-        "processor seconds: stored",
-        "online",
-        "stored / online",
-    ]
+    header = ["images", "change", *_DIFFERENCE, "pairs of one machine", "processor seconds: stored", "online",
+              "stored / online"]  # fmt: skip
     return markdown_table(header, rows)
 
 
