@@ -19,7 +19,8 @@ from hf_ibdistill import EnsembleDistillationTrainer
 from hf_ibdistill.images.views import make_view, row_key
 from hf_ibdistill.logits.provenance import stored_views
 from studies.data_efficiency import report, runs, study, tables, targets
-from studies.data_efficiency.recipes import TRIALS, combine
+from studies.data_efficiency.recipes import METHODS, TRIALS, Recipe, combine
+from studies.data_efficiency.runs import Study, build_model
 
 
 RESULTS = Path(__file__).parents[2] / "results" / "data_efficiency"
@@ -158,6 +159,160 @@ def test_seconds_compare_on_the_machine_that_made_most_of_a_size():
     assert points == {"conv": {10: [0.01, 0.09]}, "inv": {20: [0.02]}, "undistilled": {}, "deit": {40: [0.03, 0.2]}}
 
 
+def made_up(random, labels, seeds, wrong, machine="fast", **fields):
+    """Cells of predictions, of which about this share is drawn at random."""
+    cells = {}
+    for seed in seeds:
+        choices = np.where(random.random(len(labels)) < wrong, random.integers(0, 10, len(labels)), labels)
+        cells[seed] = {"metrics": {"accuracy": float((choices == labels).mean())}, "machine": {"cpu": machine}}
+        cells[seed] |= {"predictions": "".join(map(str, choices)), **fields}
+    return cells
+
+
+def right(cell, labels):
+    return [int(int(digit) == label) for digit, label in zip(cell["predictions"], labels)]
+
+
+def signed_interval(first, second, labels):
+    """The points between two methods' cells, and their interval over the seeds, by scipy."""
+    means = [[100 * statistics.mean(right(of[seed], labels)) for seed in sorted(of)] for of in (first, second)]
+    interval = ttest_rel(*means).confidence_interval()
+    points = statistics.mean(means[0]) - statistics.mean(means[1])
+    return f"{points:+.2f} | {interval.low:+.2f} … {interval.high:+.2f}"
+
+
+def test_pairs_of_two_kinds_are_measured_against_pairs_of_one_kind():
+    random = np.random.default_rng(0)
+    labels = random.integers(0, 10, 200)
+    pairs = {"both_views": ("ensemble", "conv", "inv"), "two_conv": ("two_conv_ensemble", "conv", "conv_b")}
+    names = {name for student, parts in pairs.items() for name in (student, *parts)}
+    found = {name: {1000: made_up(random, labels, range(4), random.uniform(0.1, 0.5))} for name in sorted(names)}
+    # One teacher of the last seed is missing: nothing of a size with this seed counts.
+    del found["conv_b"][1000][3]
+    rows = [line.strip("| ").split(" | ") for line in tables.pair_table(found, labels).splitlines()[2:]]
+    assert [row[1] for row in rows] == [METHODS[name].title for name in pairs]
+    of = {name: {seed: by_size[1000][seed] for seed in range(3)} for name, by_size in found.items()}
+    for row, (student, (ensemble, first, second)) in zip(rows, pairs.items()):
+        agree, either = [], []
+        for seed in range(3):
+            one, other = of[first][seed], of[second][seed]
+            agree += [a == b for a, b in zip(one["predictions"], other["predictions"])]
+            either += [a or b for a, b in zip(right(one, labels), right(other, labels))]
+        assert row[2:5] == ["3", f"{100 * statistics.mean(agree):.1f}", f"{100 * statistics.mean(either):.1f}"]
+        for shown, name in zip(row[5:9], (first, second, ensemble, student)):
+            values = [100 * statistics.mean(right(cell, labels)) for cell in of[name].values()]
+            assert shown == f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+    assert rows[0][9:] == ["–"] * 3
+    assert " | ".join(rows[1][9:11]) == signed_interval(of["both_views"], of["two_conv"], labels)
+    # There is nothing to compare without a second pair.
+    assert not tables.pair_table({"both_views": found["both_views"]}, labels).splitlines()[2:]
+
+
+def test_the_linear_patch_embedding_stands_beside_the_convolution():
+    random = np.random.default_rng(1)
+    labels = random.integers(0, 10, 200)
+    wrong = {"conv": 0.2, "inv": 0.3, "undistilled": 0.7, "both_views": 0.4}
+    base = {name: {5000: made_up(random, labels, range(3), share)} for name, share in wrong.items()}
+    linear = {name: {5000: made_up(random, labels, range(3), wrong[name])} for name in ("undistilled", "both_views")}
+    table = tables.patch_embedding_table({"base": base, "linear": linear}, labels)
+    rows = {tuple(line.strip("| ").split(" | ")[1:3]): line for line in table.splitlines()[2:]}
+    assert len(rows) == 8
+
+    def mean(cells):
+        return statistics.mean(cell["metrics"]["accuracy"] for cell in cells[5000].values())
+
+    for title, cells in (("convolution", base), ("linear", linear)):
+        ours, alone = cells["both_views"], cells["undistilled"]
+        share = (mean(ours) - mean(alone)) / (mean(base["conv"]) - mean(alone))
+        row = rows[title, METHODS["both_views"].title]
+        assert f"| 3 | {signed_interval(ours[5000], alone[5000], labels)} |" in row
+        assert row.endswith(f"| {100 * share:.0f} % |")
+        assert rows[title, METHODS["conv"].title].endswith("| 100 % |")
+        assert f"| {100 * mean(alone):.1f} ± " in rows[title, METHODS["undistilled"].title]
+    assert not tables.patch_embedding_table(
+        {"base": base, "linear": {"both_views": base["conv"]}}, labels
+    ).splitlines()[2:]
+
+
+def test_stored_logits_and_online_teachers_compare_in_time_on_one_machine():
+    random = np.random.default_rng(2)
+    labels = random.integers(0, 10, 200)
+    seconds = {"seconds": {"training": {"cpu": 100.0}, "recording": {"cpu": 20.0}}}
+    stored = made_up(random, labels, range(4), 0.3, **seconds)
+    online = made_up(random, labels, range(3), 0.3, seconds={"training": {"cpu": 400.0}})
+    online[2] |= {"machine": {"cpu": "slow"}, "seconds": {"training": {"cpu": 9000.0}}}
+    found = {"linear": {"both_views": {1000: stored}, "co_advise": {1000: online}}}
+    (row,) = tables.online_table(found, labels).splitlines()[2:]
+    common = {seed: stored[seed] for seed in range(3)}
+    assert row.startswith(f"| 1,000 | linear | 3 | {signed_interval(common, online, labels)} |")
+    assert row.endswith("| 2 | 120 | 400 | 0.30 |")
+    for cell in online.values():
+        cell["machine"] = {"cpu": "slow"}
+    (row,) = tables.online_table(found, labels).splitlines()[2:]
+    assert row.endswith("| 0 | – | – | – |")
+
+
+def test_families_compare_with_and_without_teachers():
+    random = np.random.default_rng(3)
+    labels = random.integers(0, 10, 200)
+
+    def cells(training, machine="fast"):
+        spent = {"training": {"cpu": training}, "prediction": {"cpu": 4.0, "images": 1000}}
+        fields = {"seconds": spent, "parameters": 1234, "rows": 100, "recipe": {"steps": 40, "batch_size": 64}}
+        return made_up(random, labels, range(3), 0.3, machine, **fields)
+
+    alone, taught = cells(10.0), cells(20.0)
+    base = {"undistilled": {1000: cells(30.0, "slow")}, "both_views": {1000: cells(30.0)}}
+    found = {"base": base, "resnet": {"undistilled": {1000: alone}, "pretrained_all": {1000: taught}}}
+    rows = tables.family_table(found, labels).splitlines()[2:]
+    # The stored views were given to no other family. 20 epochs of 100 images: 64 and 36 a step.
+    assert (
+        len(rows) == 3 and rows[0].startswith("| IBViT | 1,234 | no teachers |") and rows[0].endswith("| – | – | – |")
+    )
+    assert rows[1].startswith("| resnet | 1,234 | no teachers |") and rows[1].endswith(
+        "| – | – | – | 10 | 200 | 250 |"
+    )
+    assert rows[2].endswith(f"| 3 | {signed_interval(taught, alone, labels)} | 20 | 100 | 250 |")
+
+
+def test_a_second_teacher_differs_by_its_seed_and_sees_the_same_images(tmp_path):
+    results = tmp_path / "results"
+    results.mkdir()
+    run_study(tmp_path, "--stage", "choose", "--methods", "two_conv")
+    methods = ["two_conv", "two_conv_ensemble"]
+    chosen = json.loads((results / "recipes.json").read_text())
+    (results / "recipes.json").write_text(json.dumps({**chosen, "two_conv": {}}))
+    run_study(tmp_path, "--methods", *methods, "--seeds", "0")
+    cells = {path.stem: json.loads(path.read_text()) for path in (results / "grid").iterdir()}
+    assert cells.keys() == {f"100_{name}_base_0" for name in ("conv", "conv_b", *methods)}
+    student = cells["100_two_conv_base_0"]
+    assert {"conv_token_accuracy", "conv_b_token_accuracy"} < student["metrics"].keys()
+    assert cells["100_two_conv_ensemble_base_0"]["parameters"] == 2 * cells["100_conv_base_0"]["parameters"]
+    try_out = Study("fashion_mnist", "digits", results, tmp_path / "work", teacher_steps=1, student_steps=2)
+    first, second, other = (
+        try_out.recipe(*cell, {}) for cell in (("conv", 100, 0), ("conv_b", 100, 0), ("conv", 100, 100))
+    )
+    images = [[image.tobytes() for image in try_out.rows(recipe)[0]["image"]] for recipe in (first, second, other)]
+    assert images[0] == images[1] != images[2]
+    # Everything else is of the other seed, as the views are.
+    weights = [build_model(recipe, {"num_labels": 10}, 8).state_dict() for recipe in (first, second, other)]
+    name = next(name for name, value in weights[0].items() if value.dim() == 4)
+    assert weights[1][name].equal(weights[2][name]) and not weights[0][name].equal(weights[1][name])
+    assert second.views() == other.views() != first.views()
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*/recipes.json")), ids=lambda path: path.parent.name)
+def test_the_recipes_of_today_are_those_of_the_committed_cells(path):
+    made = Study(path.parent.name, "not opened", path.parent, path.parent / "no models")
+    for file in (path.parent / "grid").glob("*.json"):
+        cell = json.loads(file.read_text())
+        recipe = Recipe(**cell["recipe"])
+        # The number of views of unlabelled images follows from the number of all images.
+        if not METHODS[recipe.method].uses_unlabelled:
+            changes = {**made.chosen(recipe.method), **combine(cell["variation"])}
+            assert made.recipe(recipe.method, recipe.images, recipe.seed, changes) == recipe, file.name
+
+
 @pytest.mark.parametrize("name", sorted(file.parent.name for file in RESULTS.glob("*/tables.md")))
 def test_the_committed_tables_are_those_of_the_committed_cells(name):
     folder = RESULTS / name
@@ -191,7 +346,8 @@ def test_methods_with_unlabelled_images_train_on_every_image(tmp_path):
     tables_before = sorted((tmp_path / "work/100_0/tables").iterdir())
     run_study(tmp_path, "--methods", "both_all", "--seeds", "0", "--variations", "resnet")
     assert sorted((tmp_path / "work/100_0/tables").iterdir()) == tables_before
-    text = tables.family_table(tables.read_cells(results / "grid"))
+    labels = tables.undigits(json.loads((results / "test_labels.json").read_text()))
+    text = tables.family_table(tables.read_cells(results / "grid"), labels)
     rows = [line.split(" | ") for line in text.splitlines()[2:]]
     assert [(row[0], row[2]) for row in rows] == [
         (f"| {student}", "both, stored views, with unlabelled images") for student in ("IBViT", "resnet")
