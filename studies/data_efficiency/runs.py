@@ -120,7 +120,7 @@ class Study:
         if values.get("fold") is not None:
             rows = rows * (FOLDS - 1) // FOLDS
         # A view of each image for every epoch; but to store a view costs more than the step that it saves.
-        views = math.ceil(steps * Recipe.batch_size / rows)
+        views = max(math.ceil(steps * Recipe.batch_size / rows), values.get("views_per_image", 1))
         if METHODS[method].logits == "views":
             views = min(views, self.data.max_stored_views)
         return Recipe(method, images, seed, self.is_search, steps, **{"num_views": views, **values})
