@@ -446,7 +446,8 @@ def test_teachers_of_folds_record_what_they_did_not_train_on(tmp_path, monkeypat
     for method, num_rows in (("both_folds", 100), ("both_all_folds", 1437)):
         table = tables_of[method, None]
         assert len(table) == num_rows
-        assert table["row_key"] == keys(table)
+        # In the order without folds, so that both methods train on the same batches.
+        assert table["row_key"] == keys(table) and table["row_key"][:100] == keys(fitted["conv", None])
         views, places = stored_views(table), np.array([label is not None for label in table["label"]])
         rows = [*np.flatnonzero(places)[::9].tolist(), *np.flatnonzero(~places)[::300].tolist()]
         for name in ("conv", "inv"):
@@ -461,7 +462,7 @@ def test_teachers_of_folds_record_what_they_did_not_train_on(tmp_path, monkeypat
                 model = AutoModelForImageClassification.from_pretrained(folder).eval()
                 inputs = AutoImageProcessor.from_pretrained(folder)(view, return_tensors="pt")
                 expected = model(**inputs).logits[0].detach().numpy()
-                np.testing.assert_allclose(stored[0], expected, atol=5e-3)
+                np.testing.assert_allclose(stored[0], expected, rtol=1e-3, atol=5e-4)
                 used.add(folder.name)
             assert len(used) > 3
         labels = np.array([-1 if label is None else label for label in table["label"]])
