@@ -33,7 +33,7 @@ class StudyArguments:
     name: str = HfArg(help=f"The data set: {', '.join(DATASETS)}.")
     dataset: str | None = HfArg(default=None, help="Its folder; by default its Hub id.")
     stage: str = HfArg(default="grid", help="search, choose or grid.")
-    images: list[int] = HfArg(default_factory=lambda: [3000], help="Sizes of the training subset.")
+    images: list[int] | None = HfArg(default=None, help="Sizes of the training subset; by default all of the study.")
     methods: list[str] = HfArg(default_factory=lambda: list(METHODS), help=", ".join(METHODS))
     variations: list[str] = HfArg(
         default_factory=lambda: ["base"],
@@ -54,7 +54,7 @@ class StudyArguments:
         is_round = self.stage == "search" and self.variations in (["trials"], ["finalists"])
         names = [] if is_round else [name for variation in self.variations for name in variation.split("+")]
         known_sizes = DATASETS[self.name].steps if self.name in DATASETS else ()
-        sizes = [] if self.student_steps and self.teacher_steps else self.images
+        sizes = [] if self.student_steps and self.teacher_steps else self.images or []
         for argument, given, known in (
             ("name", [self.name], DATASETS),
             ("stage", [self.stage], ["search", "choose", "grid"]),
@@ -66,6 +66,7 @@ class StudyArguments:
                 if value not in known:
                     raise ValueError(f"{argument}={value} is unknown. Choose from {', '.join(map(str, known))}.")
         self.dataset = self.dataset or DATASETS[self.name].source
+        self.images = self.images or list(known_sizes)
 
 
 def trial_paths(study: Study, method: str, variation: str) -> dict[tuple[str, str], Path]:
