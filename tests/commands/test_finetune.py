@@ -104,6 +104,19 @@ def test_frozen_layers_stay_as_they_are(flags, frozen, setting, student, images,
     assert setting in (tmp_path / "README.md").read_text()
 
 
+@pytest.mark.parametrize(("flags", "rate"), [([], 2e-4), (["--linear_probe"], 1e-3)])
+def test_a_teacher_from_a_model_takes_the_default_rate_of_its_kind(flags, rate, student, images, tmp_path):
+    """Adam's first step is the learning rate, so it is on the weights as well as in the results."""
+    flags += ["--max_steps", "1", "--warmup_steps", "0", "--weight_decay", "0", "--adam_epsilon", "1e-12", "--num_views", "1"]
+    run("train-teacher", "--model", student, "--dataset", images, "--output_dir", tmp_path, *flags)
+    assert results_in(tmp_path)["recipe"]["learning_rate"] == rate
+    before, after = load_file(student / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    same_shape = [name for name in before if before[name].shape == after[name].shape]
+    largest = max((after[name] - before[name]).abs().max().item() for name in same_shape)
+    # A probe changes new heads alone.
+    assert largest == (0 if "--linear_probe" in flags else pytest.approx(rate, rel=0.02))
+
+
 def test_each_layer_takes_steps_of_its_own_size(student, images, tmp_path):
     rates = ["--learning_rate", "1e-2", "--layer_decay", "0.5", "--weight_decay", "0"]
     before, after = tune(student, images, tmp_path, "--max_steps", "1", "--adam_epsilon", "1e-12", *rates)
