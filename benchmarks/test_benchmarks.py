@@ -17,6 +17,7 @@ FLAGS = {
     "involution": [*ONCE, "--large_size", "64", "--large_batch_size", "1", "--small_sizes", "8", "--small_batch_size", "2"],
     "loading": [*ONCE, "--rows", "20", "40", "--classes", "10", "--rows_read", "8", "--num_views", "2"],
     "memory": ["--num_rows", "300", "--num_classes", "10", "--megapixels", "0.01", "--num_photos", "2"],
+    "reading": [*ONCE, "--num_images", "20", "--side", "8", "--batch_size", "8"],
     "recording": [
         *ONCE, "--teachers", *["convolution-small"] * 4, "--images", "8", "--batch_size", "4", "--light_sizes", "16",
         "--light_images", "32", "--light_batch_size", "16", "--num_classes", "10",

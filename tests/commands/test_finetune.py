@@ -107,7 +107,18 @@ def test_frozen_layers_stay_as_they_are(flags, frozen, setting, student, images,
 @pytest.mark.parametrize(("flags", "rate"), [([], 2e-4), (["--linear_probe"], 1e-3)])
 def test_a_teacher_from_a_model_takes_the_default_rate_of_its_kind(flags, rate, student, images, tmp_path):
     """Adam's first step is the learning rate, so it is on the weights as well as in the results."""
-    flags += ["--max_steps", "1", "--warmup_steps", "0", "--weight_decay", "0", "--adam_epsilon", "1e-12", "--num_views", "1"]
+    flags += [
+        "--max_steps",
+        "1",
+        "--warmup_steps",
+        "0",
+        "--weight_decay",
+        "0",
+        "--adam_epsilon",
+        "1e-12",
+        "--num_views",
+        "1",
+    ]
     run("train-teacher", "--model", student, "--dataset", images, "--output_dir", tmp_path, *flags)
     assert results_in(tmp_path)["recipe"]["learning_rate"] == rate
     before, after = load_file(student / "model.safetensors"), load_file(tmp_path / "model.safetensors")
