@@ -43,6 +43,7 @@ _PUBLIC_NAMES = {
     "training.arguments": ["DistillationArguments", "ImageTrainingArguments"],
     "training.finetuning": ["freeze_layers", "layer_decay_groups"],
     "training.losses": ["ensemble_distillation_loss"],
+    "training.together": ["train_together"],
     "training.trainer": ["EnsembleDistillationTrainer", "ImageClassificationTrainer"],
 }
 _MODULE_OF = {name: module for module, names in _PUBLIC_NAMES.items() for name in names}

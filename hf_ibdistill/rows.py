@@ -19,7 +19,7 @@ from .data.classes import check_streamed_labels
 from .data.columns import IMAGE, LABEL
 from .images.cache import ImageCache, build_cache
 from .images.decoding import decode_image
-from .images.preprocessing import pixel_values
+from .images.preprocessing import pixel_values, processor_settings
 from .images.views import ViewRecipe, make_views, row_key
 from .logits.encoding import ROW_KEY, StoredLogits, column_name, decode, describe_column
 
@@ -191,18 +191,29 @@ class ImageRows(_RowDecoder, torch.utils.data.Dataset):
     def __getitems__(self, indices: Sequence[int] | Sequence[tuple[int, int]]) -> Sequence[dict]:
         return _LazyRows(self, indices)
 
-    def read(self, indices: Iterable[int] | Iterable[tuple[int, int]]) -> Iterator[dict]:
+    def read(
+        self, indices: Iterable[int] | Iterable[tuple[int, int]], with_logits: bool = True
+    ) -> Iterator[dict]:
         """The rows of these indices, with one decoded image at a time."""
-        current = self.views_of_pass(self.epoch)[0]
-        pairs = [index if isinstance(index, tuple) else (index, current) for index in indices]
+        pairs = self.with_views(indices)
         numbers, views = zip(*pairs) if pairs else ((), ())
-        logits = {
-            name: self._decode_logits(stored.read, name, numbers, numbers, views)
-            for name, stored in self._stored_logits.items()
-        }
+        logits = self.read_logits(pairs) if with_logits else {}
         distinct = {number: place for place, number in enumerate(dict.fromkeys(numbers))}
         rows = _as_rows(self._encoded[list(distinct)])
         return self._decode(_with_logits([rows[distinct[number]] for number in numbers], logits), numbers, views)
+
+    def with_views(self, indices: Iterable[int] | Iterable[tuple[int, int]]) -> list[tuple[int, int | None]]:
+        """The indices as (row, view). Those without a view get that of the epoch."""
+        current = self.views_of_pass(self.epoch)[0]
+        return [index if isinstance(index, tuple) else (index, current) for index in indices]
+
+    def read_logits(self, pairs: Sequence[tuple[int, int | None]]) -> dict[str, np.ndarray]:
+        """Column → the logits (N, classes) of N pairs (row, view)."""
+        numbers, views = zip(*pairs) if pairs else ((), ())
+        return {
+            name: self._decode_logits(stored.read, name, numbers, numbers, views)
+            for name, stored in self._stored_logits.items()
+        }
 
 
 class SeveralViews(torch.utils.data.Sampler):
@@ -401,20 +412,9 @@ class DistillationCollator:
         self.teacher_image_processors = dict(teacher_image_processors or {})
 
     def __call__(self, rows: Sequence[dict]) -> dict:
-        others = []
-
-        def images():
-            for row in rows:
-                others.append({name: value for name, value in row.items() if name != IMAGE})
-                yield row[IMAGE]
-
         # No teacher has the name "": names are identifiers.
-        tensors = pixel_values(images(), {"": self.image_processor, **self.teacher_image_processors})
-        labels = [row.get(LABEL) for row in others]
-        batch = {
-            "pixel_values": tensors.pop(""),
-            "labels": torch.tensor([-100 if label in (None, -1) else int(label) for label in labels]),
-        }
+        tensors, labels, others = _preprocess(rows, {"": self.image_processor, **self.teacher_image_processors})
+        batch = {"pixel_values": tensors.pop(""), "labels": labels}
         if self.logits_columns and all(column in others[0] for column in self.logits_columns):
             # Not float32 yet: half the bytes are half the way to the device.
             logits = np.concatenate([row[column] for row in others for column in self.logits_columns])
@@ -423,6 +423,59 @@ class DistillationCollator:
         if tensors:
             batch["teacher_pixel_values"] = tensors
         return batch
+
+
+def _preprocess(rows: Iterable[dict], processors: Mapping) -> tuple[dict, torch.Tensor, list[dict]]:
+    """The pixel values of each image processor, the labels (N,), and the rows without their images, which are read as they
+    are needed."""
+    others = []
+
+    def images():
+        for row in rows:
+            others.append({name: value for name, value in row.items() if name != IMAGE})
+            yield row[IMAGE]
+
+    tensors = pixel_values(images(), processors)
+    labels = [row.get(LABEL) for row in others]
+    return tensors, torch.tensor([-100 if label in (None, -1) else int(label) for label in labels]), others
+
+
+class SharedCollator:
+    """Rows → one batch for several students. An image is decoded once, and preprocessed once for each different image
+    processor; logits are read once for each different choice of columns and temperatures.
+
+    Args:
+        rows: for each student, the [`ImageRows`] that it would read alone. They differ in their logits alone.
+        image_processors: for each student.
+
+    A batch has `labels` (N,), and `pixel_values` and `teacher_logits`, number of a student → tensor, each different one
+    once. [`batch_of`] makes the batch of one student of it.
+    """
+
+    def __init__(self, rows: Sequence[ImageRows], image_processors: Sequence[BaseImageProcessor]):
+        self.rows, self.image_processors = list(rows), list(image_processors)
+        # For each student, the first that takes the same.
+        self._pixels_of = _first_equal([processor_settings(processor) for processor in image_processors])
+        self._logits_of = _first_equal([list(one.temperatures.items()) for one in rows])
+
+    def __call__(self, rows: _LazyRows) -> dict:
+        # Views of the epoch of these rows, because those of a student that has ended stay where they are.
+        pairs = rows.rows.with_views(rows.indices)
+        processors = {place: self.image_processors[place] for place in set(self._pixels_of)}
+        tensors, labels, _ = _preprocess(rows.rows.read(pairs, with_logits=False), processors)
+        logits = {place: self.rows[place].read_logits(pairs) for place in set(self._logits_of)}
+        stacked = {place: torch.from_numpy(np.stack([*one.values()], 1)) for place, one in logits.items() if one}
+        return {"pixel_values": tensors, "labels": labels, "teacher_logits": stacked}
+
+    def batch_of(self, student: int, shared: dict) -> dict:
+        """The batch of this student, as [`DistillationCollator`] makes it."""
+        batch = {"pixel_values": shared["pixel_values"][self._pixels_of[student]], "labels": shared["labels"]}
+        logits = shared["teacher_logits"].get(self._logits_of[student])
+        return batch if logits is None else batch | {"teacher_logits": logits}
+
+
+def _first_equal(values: Sequence) -> list[int]:
+    return [values.index(value) for value in values]
 
 
 def default_num_workers(use_cpu: bool) -> int:

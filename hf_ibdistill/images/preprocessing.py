@@ -65,8 +65,7 @@ def pixel_values(
     """
     chosen, settings = {}, {}
     for name, processor in processors.items():
-        # The settings contain the name of the class, but code of two repositories may share a name.
-        settings[name] = (type(processor), processor.to_json_string()) if len(processors) > 1 else name
+        settings[name] = processor_settings(processor) if len(processors) > 1 else name
         chosen.setdefault(settings[name], processor)
     parts = {setting: [] for setting in chosen}
     for group in _groups(images):
@@ -76,6 +75,12 @@ def pixel_values(
         del group
     batches = {setting: _concatenate(made, chosen[setting]) for setting, made in parts.items() if made}
     return {name: batches[setting] for name, setting in settings.items() if setting in batches}
+
+
+def processor_settings(processor: BaseImageProcessor) -> tuple[type, str]:
+    """Equal for image processors that make the same of an image."""
+    # The settings contain the name of the class, but code of two repositories may share a name.
+    return type(processor), processor.to_json_string()
 
 
 def _groups(images):

@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,6 +14,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
+
+from ..files import read_json
 
 
 logger = logging.getLogger(__name__)
@@ -46,6 +48,52 @@ def checkpoint_to_resume(given: str | os.PathLike | bool | None, output_dir: str
         problem = f"{folder} is not a whole checkpoint, because {damage}."
         logger.warning("%s It is skipped.", problem)
     raise ValueError(f"resume_from_checkpoint=True: {problem}")
+
+
+def checkpoints_to_resume(
+    given: Sequence[str | os.PathLike] | bool | None, output_dirs: Sequence[str], models: Sequence[nn.Module]
+) -> list[str | None]:
+    """The checkpoints that several models resume from together, after a check. They are of the same step.
+
+    Args:
+        given: a folder for each model; `True` for the last step of which every folder in `output_dirs` has a whole
+            checkpoint; or `None` or `False` for none.
+        output_dirs: for each model, the folder of its run.
+        models: the models to train.
+
+    Raises:
+        ValueError: as from [`checkpoint_to_resume`], or the checkpoints are of different steps.
+    """
+    if not given:
+        return [None] * len(models)
+    if given is True:
+        found = [
+            {int(folder.rpartition("-")[2]): folder for folder in sort_checkpoints(output_dir) if not _damage(Path(folder))}
+            if os.path.isdir(output_dir)
+            else {}
+            for output_dir in output_dirs
+        ]
+        common = set.intersection(*map(set, found))
+        if not common:
+            listed = [f"{output_dir} has {', '.join(map(str, sorted(one))) or 'none'}" for output_dir, one in zip(output_dirs, found)]
+            raise ValueError(
+                f"resume_from_checkpoint=True: there is no step of which all have a whole checkpoint: {'; '.join(listed)}. "
+                "Train without resume_from_checkpoint."
+            )
+        given = [one[max(common)] for one in found]
+    given = [str(folder) for folder in ([given] if isinstance(given, (str, os.PathLike)) else given)]
+    if len(set(given)) < len(given) or len(given) != len(models):
+        raise ValueError(
+            f"resume_from_checkpoint={given} has {len(set(given))} folders for {len(models)} models. Give True, or a folder "
+            "for each."
+        )
+    for folder, model in zip(given, models):
+        check_checkpoint(folder, model)
+    steps = [read_json(Path(folder) / "trainer_state.json")["global_step"] for folder in given]
+    if len(set(steps)) > 1:
+        listed = ", ".join(f"{folder} of step {step}" for folder, step in zip(given, steps))
+        raise ValueError(f"resume_from_checkpoint={listed}: the steps differ. Give checkpoints of the same step.")
+    return given
 
 
 def check_checkpoint(folder: str | os.PathLike, model: nn.Module) -> None:

@@ -124,6 +124,8 @@ class ImageClassificationTrainer(PublishingTrainer):
 
     default_arguments = ImageTrainingArguments
     _learns_from_unlabelled = False
+    # Set by `train_together` while several trainers share one reading of the images.
+    shared_reading = None
 
     def __init__(
         self,
@@ -238,6 +240,8 @@ class ImageClassificationTrainer(PublishingTrainer):
             super()._load_best_model()
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
+        if self.shared_reading is not None:
+            epoch_iterator = iter(self.shared_reading.next_batches(epoch_iterator, num_batches))
         if self._counts_rows:
             batches, num_items = list(itertools.islice(epoch_iterator, num_batches)), None
         else:
@@ -311,6 +315,8 @@ class ImageClassificationTrainer(PublishingTrainer):
                 "dataloader_drop_last=True, or take another batch size than %d.",
                 self.args.train_batch_size,
             )
+        if self.shared_reading is not None:
+            getattr(loader, "base_dataloader", loader).collate_fn = self.shared_reading.collator
         return self._with_own_generator(loader)
 
     # `Trainer` offers no other place to choose the order of the rows.
