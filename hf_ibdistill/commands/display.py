@@ -112,11 +112,12 @@ class _TrainingDisplay(TrainerCallback):
 
 
 @contextmanager
-def training_display(trainer: Trainer, name: str) -> Iterator[None]:
-    """Show the training of this trainer as one stage of this name."""
+def training_display(trainer: Trainer, name: str, *others: Trainer) -> Iterator[None]:
+    """Show the training of this trainer, and of others that train together with it, as one stage of this name."""
     display = _TrainingDisplay(name)
-    for callback in (ProgressCallback, PrinterCallback):
-        trainer.remove_callback(callback)
+    for one in (trainer, *others):
+        for callback in (ProgressCallback, PrinterCallback):
+            one.remove_callback(callback)
     trainer.add_callback(display)
     try:
         yield

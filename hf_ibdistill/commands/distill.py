@@ -7,13 +7,20 @@ hf-ibdistill distill --dataset my_images/ --logits outputs/logits --output_dir o
 hf-ibdistill distill --student user/student --dataset outputs/table --output_dir outputs/student
 hf-ibdistill distill --student_config mobilenet_v2 depth_multiplier=0.5 --image_size 64 \\
     --dataset outputs/table --output_dir outputs/mobilenet
+hf-ibdistill distill --students '{name: small}' '{name: large, hidden_size: 192, seed: 1}' \\
+    --dataset outputs/table --output_dir outputs/students
 
 The third trains the same student on labels alone. The fourth reads logits that are stored without
-their images. The last two teach any image classifier: a saved one, or one from nothing.
+their images. The next two teach any image classifier: a saved one, or one from nothing. The last
+trains several students in one pass over the images.
 """
 
+import dataclasses
+import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import yaml
 from datasets import DatasetDict
@@ -21,28 +28,33 @@ from transformers import BaseImageProcessor, PreTrainedModel, set_seed
 from transformers.hf_argparser import HfArg
 
 from ..data.classes import class_config
+from ..data.sources import public_name
 from ..files import read_json
 from ..images.preprocessing import build_image_processor
 from ..logits.encoding import recorded_teachers
 from ..logits.provenance import described_teachers, stored_views
 from ..models.configuration_ibvit import IBViTConfig
 from ..models.modeling_ibvit import IBViTForImageClassification
+from ..publishing.results import evaluate_and_save
 from ..publishing.tables import open_tables
 from ..recording.attaching import attach_teacher_logits
 from ..students import build_student, check_fit, default_patch_size, load_image_processor, load_student
 from ..training.arguments import DistillationArguments
+from ..training.together import train_together
 from ..training.trainer import EnsembleDistillationTrainer, ImageClassificationTrainer
 from .arguments import (
     CLASSES_HELP,
     MixedDataArguments,
     ViewArguments,
     check_output_dir,
+    last_checkpoint,
     name_folders,
     parse,
+    result_split,
     run,
     train_and_save,
 )
-from .display import uses_of
+from .display import metric_text, show_results, training_display, uses_of
 
 
 @dataclass
@@ -72,6 +84,10 @@ class StudentArguments:
         default_factory=list,
         help="Train this architecture from nothing: a model type of transformers or timm/NAME, and FIELD=VALUE of its "
         "configuration.",
+    )
+    students: list[str] = HfArg(
+        default_factory=list,
+        help="Train several in one pass: for each '{name: A, ARGUMENT: VALUE, …}'.",
     )
     image_size: int | None = HfArg(
         default=None,
@@ -134,6 +150,9 @@ class StudentArguments:
         return IBViTForImageClassification(config), processor
 
 
+KINDS = MixedDataArguments, ViewArguments, StudentArguments, DistillationArguments
+
+
 def read_fields(pairs: list[str]) -> dict[str, object]:
     """`["depths=[2, 2]", …]` → field → value, read as YAML; `ValueError` if a pair has no "="."""
     fields = {}
@@ -159,15 +178,58 @@ def attach_splits(splits: DatasetDict, source: str) -> DatasetDict:
     return DatasetDict({**splits, **attached})
 
 
-def main(arguments):
-    data, views, student, args = parse(
-        "distill", __doc__, arguments, MixedDataArguments, ViewArguments, StudentArguments, DistillationArguments
-    )
-    splits = data.load()
-    if student.logits is not None:
-        splits = attach_splits(splits, student.logits)
-    recorded = {f"the teacher {t['name']}": t["source"] for t in described_teachers(splits["train"])}
-    check_output_dir(args.output_dir, recorded)
+def read_students(
+    arguments: list[str], student: StudentArguments, args: DistillationArguments
+) -> list[tuple[StudentArguments, DistillationArguments]]:
+    """The arguments of each of `--students`: those of the command, with its own on top. Its folder is in `output_dir`, and
+    the order of the images is the same for all.
+
+    Raises:
+        ValueError: a student has an argument that is unknown, malformed, without effect, or the same for all.
+    """
+    own = {field.name for kind in (StudentArguments, DistillationArguments) for field in dataclasses.fields(kind)}
+    # `parse` names the arguments that no student has.
+    common = {field.name for kind in (MixedDataArguments, ViewArguments) for field in dataclasses.fields(kind)}
+    common |= {"students", "output_dir", "logits", "teachers", "teacher_classes"} & own
+    data_seed = args.seed if args.data_seed is None else args.data_seed
+    found = {}
+    for number, text in enumerate(student.students):
+        try:
+            settings = yaml.safe_load(text)
+        except yaml.YAMLError:
+            settings = None
+        if not isinstance(settings, Mapping):
+            raise ValueError(f"students={text} is no mapping. Write for example {{name: small, hidden_size: 64}}.")
+        name = str(settings.pop("name", f"student_{number}"))
+        if name in found or name in ("", ".", "..") or Path(name).name != name:
+            raise ValueError(f"students={text}: name={name} is given twice, or cannot be the name of a folder.")
+        for key in settings:
+            if key in common:
+                raise ValueError(f"students={text}: {key} is the same for all students. Give it outside of students.")
+        folder = ["--output_dir", str(Path(args.output_dir) / name), "--data_seed", str(data_seed)]
+        try:
+            *_, one, training = parse("distill", "", [*arguments, *folder, *as_flags(settings)], *KINDS)
+        except ValueError as error:
+            raise ValueError(f"students={text}: {error}") from error
+        found[name] = one, training
+    return list(found.values())
+
+
+def as_flags(settings: Mapping[str, object]) -> list[str]:
+    """Argument → value, as on the command line; `None` leaves an argument out."""
+    flags = []
+    for name, value in settings.items():
+        if isinstance(value, list):
+            flags += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            flags.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
+    return flags
+
+
+def build_trainer(
+    splits: DatasetDict, views: ViewArguments, student: StudentArguments, args: DistillationArguments
+) -> ImageClassificationTrainer:
+    """The trainer of a student, with or without teachers."""
     set_seed(args.seed)
     names = student.names(splits["train"])
     model, processor = student.build(splits["train"])
@@ -179,14 +241,51 @@ def main(arguments):
         # A student without teachers gets the views of the table as well, so that both can be compared.
         "views": views.recipe() or stored_views(splits["train"]),
     }
-    if names:
-        classes = None if student.teacher_classes is None else read_json(student.teacher_classes)
-        given = {"teachers": name_folders(student.teachers) or None, "teacher_classes": classes}
-        trainer = EnsembleDistillationTrainer(model, args, teacher_names=names, **given, **shared)
+    if not names:
+        return ImageClassificationTrainer(model, args, **shared)
+    classes = None if student.teacher_classes is None else read_json(student.teacher_classes)
+    given = {"teachers": name_folders(student.teachers) or None, "teacher_classes": classes}
+    return EnsembleDistillationTrainer(model, args, teacher_names=names, **given, **shared)
+
+
+def main(arguments):
+    data, views, student, args = parse("distill", __doc__, arguments, *KINDS)
+    each = read_students(arguments, student, args) if student.students else [(student, args)]
+    splits = data.load()
+    if student.logits is not None:
+        splits = attach_splits(splits, student.logits)
+    recorded = {f"the teacher {t['name']}": t["source"] for t in described_teachers(splits["train"])}
+    for _, one in each:
+        check_output_dir(one.output_dir, recorded)
+    trainers = [build_trainer(splits, views, *one) for one in each]
+    facts = {"title": "Distilled student", "data_name": data.dataset}
+    if student.students:
+        train_several(trainers, splits, [one.student for one, _ in each], **facts)
     else:
-        trainer = ImageClassificationTrainer(model, args, **shared)
-    facts = {"title": "Distilled student", "data_name": data.dataset, "base_model": student.student}
-    train_and_save(trainer, splits, uses_of(args.output_dir), **facts)
+        train_and_save(trainers[0], splits, uses_of(args.output_dir), base_model=student.student, **facts)
+
+
+def train_several(
+    trainers: list[ImageClassificationTrainer], splits: DatasetDict, base_models: list[str | None], **facts: str
+) -> None:
+    """Train in one pass or resume, measure, save and publish each student, and show them in one table."""
+    split, folders = result_split(splits), [trainer.args.output_dir for trainer in trainers]
+    resumed = [last_checkpoint(trainer.args) for trainer in trainers]
+    with training_display(trainers[0], f"train {len(trainers)} students", *trainers[1:]):
+        outputs = train_together(trainers, resumed[0] if len({*resumed}) == 1 else resumed)
+    shown, rows = {}, []
+    for trainer, output, base_model in zip(trainers, outputs, base_models):
+        name = Path(trainer.args.output_dir).name
+        others = ", ".join(Path(folder).name for folder in folders if folder != trainer.args.output_dir)
+        notes = f"It was trained in one pass over the images with {others}." if others else ""
+        metrics = evaluate_and_save(trainer, splits[split], split, base_model=base_model, notes=notes, **facts)
+        if trainer.args.push_to_hub:
+            trainer.push_to_hub()
+        parameters, seconds = trainer.model.num_parameters(), output.metrics["train_own_seconds"]
+        shown[name] = {**metrics, "parameters": parameters, "train_own_seconds": seconds}
+        rows.append([name, metric_text("accuracy", metrics["accuracy"]), f"{parameters:,}", f"{seconds:.1f}"])
+    header = [f"{split} split of {public_name(facts['data_name'])}", "accuracy", "parameters", "own seconds"]
+    show_results(shown, header, rows, ["report", *folders])
 
 
 if __name__ == "__main__":
