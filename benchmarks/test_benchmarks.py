@@ -23,6 +23,10 @@ FLAGS = {
         "--light_images", "32", "--light_batch_size", "16", "--num_classes", "10",
     ],
     "scale": ["--rows", "50", "100", "--num_views", "2", "--repetitions", "1"],
+    "several_students": [
+        *ONCE, "--num_students", "1", "2", "--photo_size", "40", "30", "--image_size", "16", "--num_photos", "8", "--epochs",
+        "1", "--num_views", "4", "--batch_size", "4",
+    ],
     "storage": [
         "--rows", "20", "--num_views", "2", "--top_k", "10", "--temperatures", "2", "--teacher_steps", "2",
         "--teacher_images", "32", "--batch_size", "16", "--packed", "26", "--student_steps", "1", "--student_seeds", "0",

@@ -191,9 +191,7 @@ class ImageRows(_RowDecoder, torch.utils.data.Dataset):
     def __getitems__(self, indices: Sequence[int] | Sequence[tuple[int, int]]) -> Sequence[dict]:
         return _LazyRows(self, indices)
 
-    def read(
-        self, indices: Iterable[int] | Iterable[tuple[int, int]], with_logits: bool = True
-    ) -> Iterator[dict]:
+    def read(self, indices: Iterable[int] | Iterable[tuple[int, int]], with_logits: bool = True) -> Iterator[dict]:
         """The rows of these indices, with one decoded image at a time."""
         pairs = self.with_views(indices)
         numbers, views = zip(*pairs) if pairs else ((), ())

@@ -68,14 +68,21 @@ def checkpoints_to_resume(
         return [None] * len(models)
     if given is True:
         found = [
-            {int(folder.rpartition("-")[2]): folder for folder in sort_checkpoints(output_dir) if not _damage(Path(folder))}
+            {
+                int(folder.rpartition("-")[2]): folder
+                for folder in sort_checkpoints(output_dir)
+                if not _damage(Path(folder))
+            }
             if os.path.isdir(output_dir)
             else {}
             for output_dir in output_dirs
         ]
         common = set.intersection(*map(set, found))
         if not common:
-            listed = [f"{output_dir} has {', '.join(map(str, sorted(one))) or 'none'}" for output_dir, one in zip(output_dirs, found)]
+            listed = [
+                f"{output_dir} has {', '.join(map(str, sorted(one))) or 'none'}"
+                for output_dir, one in zip(output_dirs, found)
+            ]
             raise ValueError(
                 f"resume_from_checkpoint=True: there is no step of which all have a whole checkpoint: {'; '.join(listed)}. "
                 "Train without resume_from_checkpoint."

@@ -77,7 +77,7 @@ def train_together(
     models = [trainer.model for trainer in trainers]
     folders = checkpoints_to_resume(resume_from_checkpoint, [t.args.output_dir for t in trainers], models)
     collator = SharedCollator([t.train_dataset for t in trainers], [t.processing_class for t in trainers])
-    device, before = trainers[0].args.device, None
+    device = trainers[0].args.device
     before = _random_states(device)
     runs = [_Run(trainer, place, collator, folder) for place, (trainer, folder) in enumerate(zip(trainers, folders))]
     try:
@@ -144,14 +144,14 @@ class _Run:
         self._callback = _StopCallback(self)
         # Not waited for if Ctrl+C is pressed twice.
         self._thread = threading.Thread(target=self._train, name=self.name, daemon=True)
+        trainer.shared_reading = self
+        trainer.add_callback(self._callback)
 
     def turn(self, batches: list[dict] | None = None) -> None:
         """Go on with these batches; the first turn has none."""
         device, start = self.trainer.args.device, time.perf_counter()
         _set_random_states(self.random_states, device)
-        if not self._thread.is_alive():
-            self.trainer.shared_reading = self
-            self.trainer.add_callback(self._callback)
+        if batches is None:
             self._thread.start()
         else:
             self._given.put(batches)
@@ -267,7 +267,7 @@ def _refuse_shared(trainers):
 def _refuse_unsupported(trainer):
     args = trainer.args
     trackers = [name for name in args.report_to if name != "tensorboard"]
-    distributed = trainer.accelerator.distributed_type
+    events, distributed = os.environ.get("TENSORBOARD_LOGGING_DIR"), trainer.accelerator.distributed_type
     if trainer.train_dataset is not None:
         trainer._wrap_train_dataset()
     refused = {
@@ -287,6 +287,7 @@ def _refuse_unsupported(trainer):
             not args.accelerator_config.use_seedable_sampler
         ),
         f"report_to={trackers}: this tracker holds one run a process. Use tensorboard": bool(trackers),
+        f"TENSORBOARD_LOGGING_DIR={events} is one folder for all": bool(args.report_to and events),
     }
     for reason, is_refused in refused.items():
         if is_refused:

@@ -205,7 +205,7 @@ def test_own_seconds_leave_out_the_others(table, tmp_path):
     trainers = [make(tmp_path, table, name) for name in ("small", "large", "vit")]
     outputs = train_together(trainers)
     metrics = [output.metrics for output in outputs]
-    assert all(0 < one["train_own_seconds"] for one in metrics)
+    assert all(one["train_own_seconds"] > 0 for one in metrics)
     assert sum(one["train_own_seconds"] for one in metrics) < 1.5 * max(one["train_runtime"] for one in metrics) + 1
     assert [output.global_step for output in outputs] == [12, 12, 12]
 
@@ -316,6 +316,20 @@ def test_an_error_in_one_ends_all(failing, table, tmp_path):
     assert trainers[1].state.global_step == 12
 
 
+def test_an_error_at_the_start_of_one_ends_all(table, tmp_path):
+    class Start(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            raise OSError("no space")
+
+    for failing in ("small", "vit"):
+        trainers = [
+            make(tmp_path, table, name, callbacks=[Start()] if name == failing else None) for name in ("small", "vit")
+        ]
+        with pytest.raises(OSError, match="no space"):
+            train_together(trainers)
+        assert not threads() and [trainer.shared_reading for trainer in trainers] == [None, None]
+
+
 @pytest.mark.parametrize("place", ["step", "evaluation"])
 def test_ctrl_c_ends_all(place, table, tmp_path):
     pressed = []
@@ -371,7 +385,10 @@ def test_an_epoch_that_ends_early_is_refused(table, tmp_path):
     ],
 )
 def test_different_arguments_are_refused(name, value, expected, views, tmp_path, monkeypatch):
-    trainers = [make(tmp_path, views, "small"), make(tmp_path, views, "large", **{name: value} if name != "report_to" else {})]
+    trainers = [
+        make(tmp_path, views, "small"),
+        make(tmp_path, views, "large", **{name: value} if name != "report_to" else {}),
+    ]
     if name == "report_to":  # without the tracker itself
         trainers[1].args.report_to = [value]
     with pytest.raises(ValueError, match=expected):
@@ -411,6 +428,18 @@ def test_shared_models_and_folders_are_refused(table, tmp_path):
         train_together([])
     with pytest.raises(TypeError, match="trainers has a str"):
         train_together(["small"])
+
+
+def test_several_processes_and_one_folder_of_events_are_refused(table, tmp_path, monkeypatch):
+    trainer = make(tmp_path, table, "small")
+    with monkeypatch.context() as patch:
+        patch.setattr(type(trainer.args), "world_size", 2)
+        with pytest.raises(ValueError, match="world_size=2"):
+            train_together([trainer])
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "events")
+    trainer.args.report_to = ["tensorboard"]
+    with pytest.raises(ValueError, match="TENSORBOARD_LOGGING_DIR=events"):
+        train_together([trainer])
 
 
 def test_what_cannot_be_shared_is_refused(table, images, tmp_path):
