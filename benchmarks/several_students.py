@@ -41,7 +41,7 @@ class SeveralStudentsArguments:
     photo_size: list[int] = HfArg(default_factory=lambda: [500, 375], help="Width and height of the files.")
     image_size: int = HfArg(default=224, help="Side of a view.")
     num_photos: int = HfArg(default=128, help="Rows of the table.")
-    epochs: int = HfArg(default=2, help="Epochs of a run.")
+    epochs: int = HfArg(default=4, help="Epochs of a run.")
     num_views: int = HfArg(default=8, help="Stored views of a photo.")
     num_classes: int = HfArg(default=10, help="Classes, of random labels and logits.")
     hidden_size: int = HfArg(default=64, help="Width of the students.")
