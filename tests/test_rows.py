@@ -20,7 +20,7 @@ from hf_ibdistill.images import decoding
 from hf_ibdistill.images.views import make_view, row_key
 from hf_ibdistill.logits.encoding import LogitsEncoding
 from hf_ibdistill.recording import batches
-from hf_ibdistill.rows import DistillationCollator, ImageRows, StreamedImageRows, default_num_workers
+from hf_ibdistill.rows import DistillationCollator, ImageRows, SharedCollator, StreamedImageRows, default_num_workers
 
 
 RECIPE = ViewRecipe(num_views=3, crop="pad", horizontal_flip=0.5, photometric_ops=1)
@@ -438,6 +438,30 @@ def test_each_online_teacher_sees_the_images_of_its_own_processor():
     assert torch.equal(batch["pixel_values"], batch["teacher_pixel_values"]["same"])
     assert batch["teacher_pixel_values"]["larger"].shape == (6, 3, 12, 12)
     assert not torch.equal(batch["pixel_values"], batch["teacher_pixel_values"]["darker"])
+
+
+def test_a_shared_batch_has_the_batch_of_each_student():
+    table, _ = with_views([random_image(seed=seed) for seed in range(5)])
+    table = table.add_column("inv_logits", table["conv_logits"][::-1], feature=table.features["conv_logits"])
+    table = table.add_column("label", [0, 1, -1, 2, 0])
+    columns = [["conv_logits", "inv_logits"], ["inv_logits"], [], ["conv_logits", "inv_logits"]]
+    rows = [ImageRows(table, ["label"], names, 5, views=RECIPE) for names in columns]
+    processors = [image_processor(), image_processor(4), image_processor(), image_processor(mean=0.4)]
+    shared = SharedCollator(rows, processors)
+    # The rows that are read are at another epoch than those of the students.
+    reader = ImageRows(table, ["label"], ["conv_logits", "inv_logits"], 5, views=RECIPE)
+    reader.start_epoch(2)
+    indices = [3, (0, 1), 2, (0, 2)]
+    batch = shared(reader.__getitems__(indices))
+    assert len(batch["pixel_values"]) == 3 and len(batch["teacher_logits"]) == 2
+    for student, (names, processor) in enumerate(zip(columns, processors)):
+        alone = ImageRows(table, ["label"], names, 5, views=RECIPE)
+        alone.start_epoch(2)
+        collator = DistillationCollator(processor, [name.removesuffix("_logits") for name in names])
+        expected, found = collator(alone.__getitems__(indices)), shared.batch_of(student, batch)
+        assert found.keys() == expected.keys() == {"pixel_values", "labels"} | ({"teacher_logits"} if names else set())
+        for name, tensor in expected.items():
+            assert torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype
 
 
 def test_images_of_several_sizes_and_modes_make_one_batch():
