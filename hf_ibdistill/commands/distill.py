@@ -187,10 +187,8 @@ def read_students(
     Raises:
         ValueError: a student has an argument that is unknown, malformed, without effect, or the same for all.
     """
-    own = {field.name for kind in (StudentArguments, DistillationArguments) for field in dataclasses.fields(kind)}
-    # `parse` names the arguments that no student has.
     common = {field.name for kind in (MixedDataArguments, ViewArguments) for field in dataclasses.fields(kind)}
-    common |= {"students", "output_dir", "logits", "teachers", "teacher_classes"} & own
+    common |= {"students", "output_dir", "logits", "teachers", "teacher_classes", "config"}
     data_seed = args.seed if args.data_seed is None else args.data_seed
     found = {}
     for number, text in enumerate(student.students):

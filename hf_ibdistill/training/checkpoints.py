@@ -67,16 +67,7 @@ def checkpoints_to_resume(
     if not given:
         return [None] * len(models)
     if given is True:
-        found = [
-            {
-                int(folder.rpartition("-")[2]): folder
-                for folder in sort_checkpoints(output_dir)
-                if not _damage(Path(folder))
-            }
-            if os.path.isdir(output_dir)
-            else {}
-            for output_dir in output_dirs
-        ]
+        found = [_whole_checkpoints(output_dir) for output_dir in output_dirs]
         common = set.intersection(*map(set, found))
         if not common:
             listed = [
@@ -96,11 +87,21 @@ def checkpoints_to_resume(
         )
     for folder, model in zip(given, models):
         check_checkpoint(folder, model)
-    steps = [read_json(Path(folder) / "trainer_state.json")["global_step"] for folder in given]
+    steps = [_step(folder) for folder in given]
     if len(set(steps)) > 1:
         listed = ", ".join(f"{folder} of step {step}" for folder, step in zip(given, steps))
         raise ValueError(f"resume_from_checkpoint={listed}: the steps differ. Give checkpoints of the same step.")
     return given
+
+
+def _whole_checkpoints(output_dir: str) -> dict[int, str]:
+    """Step → folder."""
+    folders = sort_checkpoints(output_dir) if os.path.isdir(output_dir) else []
+    return {_step(folder): folder for folder in folders if not _damage(Path(folder))}
+
+
+def _step(folder: str) -> int:
+    return read_json(Path(folder) / "trainer_state.json")["global_step"]
 
 
 def check_checkpoint(folder: str | os.PathLike, model: nn.Module) -> None:

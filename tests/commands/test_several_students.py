@@ -73,6 +73,7 @@ def test_a_file_lists_students(outputs, tmp_path, capsys):
         (["{name: ../a}"], r"name=\.\./a "),
         (["{dataset: digits}"], "dataset is the same for all"),
         (["{num_views: 3}"], "num_views is the same for all"),
+        (["{config: x.yaml}"], "config is the same for all"),
         (["{output_dir: x}"], "output_dir is the same for all"),
         (["{hidden_sice: 3}"], "students=.*--hidden_sice; the nearest is --hidden_size"),
         (["{hidden_size: many}"], "students=.*many"),

@@ -1,6 +1,7 @@
 """Students that train together have the weights of students that train alone."""
 
 import os
+import shutil
 import signal
 import threading
 from collections import Counter
@@ -271,9 +272,11 @@ def test_checkpoints_of_different_steps_are_refused(table, tmp_path):
         train_together(trainers, resume_from_checkpoint=folders)
     with pytest.raises(ValueError, match="1 folders for 2 models"):
         train_together(trainers, resume_from_checkpoint=folders[:1])
-    for path in (tmp_path / "together" / "vit").glob("checkpoint-*"):
-        path.rename(path.parent / path.name.replace("checkpoint-", "checkpoint-1"))
-    with pytest.raises(ValueError, match="resume_from_checkpoint=True.*has 3, 6, 9, 12; .*has 13, 16, 19, 112"):
+    for step in (3, 6):
+        shutil.rmtree(tmp_path / "together" / "vit" / f"checkpoint-{step}")
+    for step in (9, 12):
+        (tmp_path / "together" / "small" / f"checkpoint-{step}" / "optimizer.pt").unlink()
+    with pytest.raises(ValueError, match="resume_from_checkpoint=True.*has 3, 6; .*has 9, 12"):
         train_together(trainers, resume_from_checkpoint=True)
 
 
@@ -314,6 +317,22 @@ def test_an_error_in_one_ends_all(failing, table, tmp_path):
     # One that was stopped can train alone.
     trainers[1].train()
     assert trainers[1].state.global_step == 12
+
+
+def test_an_image_that_cannot_be_read_ends_all(table, tmp_path, monkeypatch):
+    read, decode = [], rows_module.decode_image
+
+    def fail_late(cell, mode):
+        read.append(cell)
+        if len(read) == 20:
+            raise ValueError("cut off")
+        return decode(cell, mode)
+
+    trainers = [make(tmp_path, table, name, eval_strategy="no") for name in ("small", "vit")]
+    monkeypatch.setattr(rows_module, "decode_image", fail_late)
+    with pytest.raises(ValueError, match="Row [0-9]+: cut off"):
+        train_together(trainers)
+    assert not threads() and [trainer.state.global_step for trainer in trainers] == [4, 4]
 
 
 def test_an_error_at_the_start_of_one_ends_all(table, tmp_path):
