@@ -64,7 +64,12 @@ class _RowDecoder:
             encoded = encoded.cast_column(IMAGE, Image(decode=False))
         self._cache: ImageCache | None = None
         # Rows of a table come encoded in this format.
-        self._encoded = encoded.with_format("arrow")
+        if isinstance(encoded, IterableDataset):
+            encoded = encoded.with_format("arrow")
+        else:
+            # `with_format` would copy the description of every file.
+            encoded.set_format("arrow")
+        self._encoded = encoded
         self._mode = table.features[IMAGE].mode
         # Shared memory: persistent workers hold a copy of this object, made before the first epoch.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()

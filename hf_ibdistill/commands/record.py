@@ -59,7 +59,7 @@ class RecordingArguments:
     )
     batch_size: int = HfArg(default=64, help="Images (views) per forward pass.")
     shard_size: int | None = HfArg(
-        default=None, help="Rows per shard: what an interruption can cost. 4096, or a 128th of a larger table."
+        default=None, help="Rows per shard: what an interruption can cost. 4096, or a share of what is larger."
     )
     num_workers: int | None = HfArg(
         default=None, help="Processes that decode images; by default none on a CPU, up to 8 on an accelerator."

@@ -11,7 +11,7 @@ from datasets import ClassLabel, Dataset, DatasetDict
 from transformers import PreTrainedConfig
 
 from ..files import no_cache_files
-from .columns import LABEL, Table, as_image_table, require_table
+from .columns import LABEL, Table, as_image_table, in_arrow, require_table
 from .folders import sort_classes
 
 
@@ -35,7 +35,7 @@ def class_names(table: Table) -> list[str]:
 
 def label_values(table: Dataset) -> pa.ChunkedArray:
     """The column "label" as it is stored. No other column is read."""
-    return table.select_columns([LABEL]).with_format("arrow")[:][LABEL]
+    return in_arrow(table, [LABEL])[:][LABEL]
 
 
 def label_ids(table: Dataset) -> np.ndarray:

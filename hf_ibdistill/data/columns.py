@@ -6,12 +6,14 @@ from datasets import (
     ClassLabel,
     Dataset,
     DatasetDict,
+    DatasetInfo,
     Features,
     Image,
     IterableDataset,
     IterableDatasetDict,
     Value,
 )
+from datasets.table import InMemoryTable
 
 
 IMAGE, LABEL = "image", "label"
@@ -104,6 +106,23 @@ def require_table(table: object, what: str, streams: bool = False) -> None:
         raise TypeError(f"{what} is an IterableDataset, not {kinds}. Open it without streaming=True.")
     if not isinstance(table, (Dataset, IterableDataset)):
         raise TypeError(f"{what} is a {type(table).__name__}, not {kinds}. Open it with load_image_dataset.")
+
+
+def in_arrow(table: Dataset, columns: Sequence[str]) -> Dataset:
+    """These columns of a table, whose rows come as Arrow tables. It is for this process: a pickle would hold the content.
+
+    The time does not grow with the number of files. `select_columns` and `with_format` copy the description of each of them.
+    """
+    selected = Dataset(
+        InMemoryTable(table.data.table.select(list(columns))),
+        DatasetInfo(features=Features({name: table.features[name] for name in columns})),
+        # `select` and `shuffle` leave the files alone and list the rows here.
+        indices_table=table._indices,
+        # By default it would be a hash of the content.
+        fingerprint="in_arrow",
+    )
+    selected.set_format("arrow")
+    return selected
 
 
 def _rename_stream(table, names, image) -> IterableDataset:

@@ -27,6 +27,7 @@ from datasets import (
 )
 from datasets.exceptions import DatasetGenerationError
 
+from .columns import in_arrow
 from .folders import check_name, divide_rows, open_image_folder, report_files, split_in, walk
 from .splits import stratified_rows
 
@@ -70,7 +71,7 @@ def _divide_by_column(rows, source):
     column = next((name for name in rows.column_names if name.lower() == "split"), None)
     if column is None:
         return {"train": rows}
-    feature, values = rows.features[column], rows.select_columns([column]).with_format("arrow")[:][column].to_pylist()
+    feature, values = rows.features[column], in_arrow(rows, [column])[:][column].to_pylist()
     if isinstance(feature, ClassLabel):
         values = [value if value is None or value < 0 else feature.names[value] for value in values]
     return divide_rows(rows, [split_in(str(value)) for value in values], f'The column "{column}" of {source}')

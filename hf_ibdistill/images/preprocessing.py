@@ -11,7 +11,7 @@ from transformers import BaseImageProcessor, ViTImageProcessor
 from transformers.image_processing_backends import TorchvisionBackend
 
 from ..checks import check_numbers
-from ..data.columns import IMAGE, as_image_table, require_table
+from ..data.columns import IMAGE, as_image_table, in_arrow, require_table
 from .decoding import decode_image
 
 
@@ -30,7 +30,7 @@ def build_image_processor(
     """
     require_table(dataset, "dataset")
     if image_size is None:
-        table = as_image_table(dataset, image_column, needs_label=False).with_format("arrow")
+        table = in_arrow(as_image_table(dataset, image_column, needs_label=False), [IMAGE])
         try:
             largest = max(decode_image(table[:1][IMAGE][0].as_py()).size)
         except ValueError as error:

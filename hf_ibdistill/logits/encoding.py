@@ -313,7 +313,7 @@ class StoredLogits:
     """Random access to one view in a logits column. Indexing the table would first copy all views of the rows."""
 
     def __init__(self, dataset: Dataset, column: str):
-        self._dataset, self._column, self._chunks = dataset.select_columns([column]), column, None
+        self._dataset, self._column, self._chunks = dataset, column, None
 
     def __getstate__(self):
         # The arrays are mapped files. Pickling would copy their content into the other process.
@@ -454,11 +454,25 @@ def _expand(parts, num_classes, temperature):
 
 def largest_class(column: pa.Array, num_classes: int) -> int:
     """The largest class id in a top-k or packed column; `ValueError` if its ids are packed for another number of classes."""
-    parts = _to_parts(column)
-    if len(parts) == len(_TOP_K_PARTS):
-        return int(parts[0].max(initial=0))
+    return max(int(ids.max(initial=0)) for ids in _class_ids(_to_parts(column), num_classes))
+
+
+def _class_ids(parts, num_classes):
+    """The class ids in the parts of a column: none if it holds all logits."""
+    if len(parts) <= len(_TOP_K_PARTS):
+        return parts[: len(parts) // len(_TOP_K_PARTS)]
     *ids, top, _, _, _, _ = parts
-    return max(int(join_ids(ids, num_classes).max(initial=0)), int(top.max(initial=0)))
+    return [join_ids(ids, num_classes), top]
+
+
+def unusable_rows(column: pa.Array, num_classes: int) -> np.ndarray:
+    """The numbers of the rows that are missing in a logits column, or in which, in any view, a number is not finite or a class
+    does not exist: those of which [`decode`] makes NaN or infinite logits."""
+    parts = _to_parts(column)
+    bad = [~np.isfinite(part) for part in parts if part.dtype.kind == "f"]
+    bad += [ids >= num_classes for ids in _class_ids(parts, num_classes)]
+    rows = [np.flatnonzero(part.reshape(len(part), -1).any(axis=1)) for part in bad]
+    return np.unique(np.concatenate([missing_rows(column), *rows]))
 
 
 def concatenate_views(first: pa.Array | pa.ChunkedArray, second: pa.Array) -> pa.Array:

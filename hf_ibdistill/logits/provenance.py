@@ -18,7 +18,7 @@ import pyarrow as pa
 from datasets import Dataset, IterableDataset
 
 from ..data.classes import check_class_names
-from ..data.columns import IMAGE, require_table
+from ..data.columns import IMAGE, in_arrow, require_table
 from ..data.splits import spread
 from ..files import PART, read_json, sha256
 from ..images.decoding import decode_image, file_key
@@ -28,11 +28,11 @@ from .encoding import (
     ROW_KEY,
     check_keys,
     column_name,
-    decode,
     describe_column,
     largest_class,
     missing_rows,
     recorded_teachers,
+    unusable_rows,
 )
 
 
@@ -208,7 +208,7 @@ def check_complete(dataset: Dataset) -> None:
 def _rows_of_column(dataset, column, find: Callable[[pa.Array], np.ndarray]) -> list[int]:
     """The rows that `find` returns for each part of a column, counted from the first row of the table."""
     rows, start = [], 0
-    for batch in dataset.select_columns([column]).with_format("arrow").iter(batch_size=1024):
+    for batch in in_arrow(dataset, [column]).iter(batch_size=1024):
         values = batch[column].combine_chunks()
         rows += (start + find(values)).tolist()
         start += len(values)
@@ -240,13 +240,13 @@ def check_images(
     check_keys(dataset)
     if keys is None:
         names = [name for name in (ROW_KEY, FILE_KEY) if name in dataset.column_names]
-        keys = dataset.select_columns(names).with_format("arrow")[list(rows)].to_pydict() if names else {}
+        keys = in_arrow(dataset, names)[list(rows)].to_pydict() if names else {}
     recorded = list(zip(rows, *(keys.get(name, [None] * len(rows)) for name in (ROW_KEY, FILE_KEY)), strict=True))
     compared = [row for row in recorded if row[2] is not None]
     compared += spread([row for row in recorded if row[2] is None and row[1] is not None], _SAMPLE)
     if not compared or IMAGE not in dataset.column_names:
         return
-    encoded = dataset.select_columns([IMAGE]).with_format("arrow")
+    encoded = in_arrow(dataset, [IMAGE])
     mode, changed = dataset.features[IMAGE].mode, []
     for start in range(0, len(compared), 64):
         group = compared[start : start + 64]
@@ -356,14 +356,6 @@ def check_same_teachers(dataset: Dataset | IterableDataset) -> None:
             )
 
 
-def unusable_rows(values: pa.Array, num_classes: int, num_views: int | None) -> np.ndarray:
-    """The numbers of the rows of a logits column that are missing, not finite, or name a class that does not exist; `decode`
-    makes all of them NaN."""
-    views = [None] if num_views is None else range(num_views)
-    finite = [np.isfinite(decode(values, num_classes, view)).all(axis=1) for view in views]
-    return np.flatnonzero(~np.all(finite, axis=0))
-
-
 def _check_column(dataset, column, num_classes):
     needed = f"logits of the student's {num_classes} classes are needed"
     try:
@@ -377,7 +369,7 @@ def _check_column(dataset, column, num_classes):
 
     # The generator of its own leaves the random numbers of the run as they are.
     size = max(1, min(_BLOCK_ROWS, _BLOCK_VALUES // (num_classes * (num_views or 1))))
-    starts, rows_of_block = range(0, len(dataset), size), dataset.select_columns([column]).with_format("arrow")
+    starts, rows_of_block = range(0, len(dataset), size), in_arrow(dataset, [column])
     starts = random.Random().sample(starts, min(len(starts), _BLOCKS))
     end, bad, checked = time.monotonic() + _SECONDS, [], 0
     for start in starts:
@@ -389,7 +381,7 @@ def _check_column(dataset, column, num_classes):
                 raise ValueError(f'The column "{column}": {error} {needed}.') from error
             if largest >= num_classes and not len(missing_rows(values)):
                 raise ValueError(f'The column "{column}" names class {largest}; {needed}.')
-        bad += (start + unusable_rows(values, num_classes, num_views)).tolist()
+        bad += (start + unusable_rows(values, num_classes)).tolist()
         checked += len(values)
         if time.monotonic() > end:
             break

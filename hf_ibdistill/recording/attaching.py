@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
 
-from ..data.columns import IMAGE, as_image_table, require_table
+from ..data.columns import IMAGE, as_image_table, in_arrow, require_table
 from ..data.splits import spread
 from ..files import no_cache_files
 from ..images.decoding import file_key
@@ -137,7 +137,7 @@ def _compare_pixels(images, logits_table, partner) -> None:
     sample = spread(np.flatnonzero(partner >= 0).tolist(), _SAMPLE)
     if not sample:
         return
-    recorded = logits_table.select_columns([ROW_KEY]).with_format("arrow")[partner[sample]][ROW_KEY]
+    recorded = in_arrow(logits_table, [ROW_KEY])[partner[sample]][ROW_KEY]
     differing = np.array(_PixelKeys(images).__getitems__(sample)) != recorded.to_numpy()
     if differing.any():
         logger.warning(
@@ -150,7 +150,7 @@ def _compare_pixels(images, logits_table, partner) -> None:
 
 def _find(keys, logits_table, column) -> np.ndarray:
     """The row of the table with each key, or −1."""
-    known = logits_table.select_columns([column]).with_format("arrow")[:][column]
+    known = in_arrow(logits_table, [column])[:][column]
     # A recording that an earlier version began has rows without file keys.
     rows = np.flatnonzero(known.is_valid().to_numpy())
     known = known.drop_null().to_numpy()

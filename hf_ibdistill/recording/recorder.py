@@ -120,7 +120,7 @@ def record_teacher_logits(
         bf16: run the teachers under bf16 autocast: faster on hardware with bf16 units, but rounded to three digits.
         batch_size: images (views) in a forward pass.
         shard_size: rows in a shard, rounded up to whole batches: what an interruption can cost. `None` is 4,096, or a 128th
-            of a larger table. A shard is a file of the finished table.
+            of a larger table, or a 32nd of the rows that a stream had before. A shard is a file of the finished table.
         num_workers: processes that decode images and make views ahead of the teachers, or threads if the images come from
             a stream. `None` is none on a CPU, and up to 8 on an accelerator.
         skip_unreadable: leave out rows whose image cannot be decoded, and report them, instead of stopping.
@@ -149,7 +149,7 @@ def record_teacher_logits(
     check_teacher_names(teacher.name for teacher in teachers)
     encoding = LogitsEncoding(dtype, top_k)
     layout = {"batch_size": batch_size, "shard_size": shard_size, "skip_unreadable": skip_unreadable}
-    check_numbers(1, whole=True, batch_size=batch_size, shard_size=4096 if shard_size is None else shard_size)
+    check_numbers(1, whole=True, batch_size=batch_size, shard_size=1 if shard_size is None else shard_size)
     check_numbers(0, whole=True, num_workers=num_workers or 0)
     if views is not None and not isinstance(views, ViewRecipe):
         raise TypeError(f"views={views!r} is not a ViewRecipe. Pass ViewRecipe(num_views=…).")
@@ -195,6 +195,8 @@ def record_teacher_logits(
 
 # Larger images stay where they are.
 _LARGE = 1 << 35
+# Rows of a shard; of a stream, it may also have this part of the rows before it.
+_SHARD_ROWS, _GROWTH = 4096, 32
 
 
 @dataclass
@@ -208,6 +210,7 @@ class _Plan:
     record: dict
     layout: dict  # what decides which rows share a batch and a shard, and what is kept of them
     features: Features  # the columns of the table
+    grows: bool  # whether later shards are larger, because the number of rows is not known
     warned: set[str] = field(default_factory=set)  # teachers whose large logits were reported
 
     @property
@@ -218,9 +221,10 @@ class _Plan:
     def rows_per_batch(self) -> int:
         return max(1, self.layout["batch_size"] // (1 if self.views is None else len(self.new_views)))
 
-    @property
-    def rows_per_shard(self) -> int:
-        return -(-self.layout["shard_size"] // self.rows_per_batch) * self.rows_per_batch
+    def rows_of_shard(self, first_row: int) -> int:
+        """The rows of the shard that begins at this row: whole batches."""
+        rows = max(self.layout["shard_size"], first_row // _GROWTH if self.grows else 0)
+        return -(-rows // self.rows_per_batch) * self.rows_per_batch
 
     def preparation(self, dataset) -> Preparation:
         return Preparation(
@@ -312,9 +316,10 @@ def _plan(dataset, teachers, views, encoding, layout, sample, with_images, keeps
         columns[column] = joined_feature(dataset.features[column], new) if teacher.name in old else new
     keys = dict.fromkeys((ROW_KEY, FILE_KEY), Value("int64"))
     is_streamed = isinstance(dataset, IterableDataset)
+    grows = is_streamed and layout["shard_size"] is None
     if layout["shard_size"] is None:
         # Opening a table takes time for each of its files.
-        layout = {**layout, "shard_size": 4096 if is_streamed else max(4096, -(-len(dataset) // 128))}
+        layout = {**layout, "shard_size": _SHARD_ROWS if is_streamed else max(_SHARD_ROWS, -(-len(dataset) // 128))}
     if with_images is None:
         with_images = is_streamed or sample.bytes_per_image * len(dataset) <= _LARGE
         if not with_images:
@@ -338,6 +343,7 @@ def _plan(dataset, teachers, views, encoding, layout, sample, with_images, keeps
         record=build_record(list({**old, **described}.values()), _describe_dataset(dataset, sample.keys), views),
         layout=layout,
         features=Features({**kept, **keys, **columns}),
+        grows=grows,
     )
 
 
@@ -427,10 +433,8 @@ def _record_table(accelerator, dataset, name, plan, folder, num_workers) -> list
     if accelerator.is_main_process:
         _adopt_old_shards(dataset, plan, folder)
     accelerator.wait_for_everyone()
-    parts = [
-        range(start, min(start + plan.rows_per_shard, len(dataset)))
-        for start in range(0, len(dataset), plan.rows_per_shard)
-    ]
+    size = plan.rows_of_shard(0)
+    parts = [range(start, min(start + size, len(dataset))) for start in range(0, len(dataset), size)]
     shards = {shard_path(folder, rows.start): rows for rows in parts}
     with accelerator.split_between_processes(list(shards)) as own:
         whole = {path: note for path in own if (note := read_note(path))}
@@ -476,7 +480,7 @@ def _record_stream(accelerator, stream, name, plan, folder, num_workers) -> list
         progress.skip(row)
         for first in batches:
             path, note = shard_path(folder, row, part), {"rows": [row, row], "part": part}
-            rest = islice(batches, plan.rows_per_shard // plan.rows_per_batch - 1)
+            rest = islice(batches, plan.rows_of_shard(row) // plan.rows_per_batch - 1)
             _write(accelerator, plan, path, chain([first], rest), progress, note)
             shards.append(path)
             row = note["rows"][1]

@@ -24,6 +24,7 @@ from ..logits.encoding import (
     column_name,
     describe_column,
     recorded_teachers,
+    unusable_rows,
 )
 from ..logits.provenance import (
     damaged_files,
@@ -32,7 +33,6 @@ from ..logits.provenance import (
     only_record,
     stored_views,
     teacher_differences,
-    unusable_rows,
 )
 from ..progress import Progress
 from ..rows import ImageRows
@@ -207,9 +207,7 @@ class _Blocks(torch.utils.data.Dataset):
     """What is wrong in each block of rows: the number of its rows, and problem → rows of the block."""
 
     def __init__(self, dataset, classes):
-        self.classes, self.views, features = classes, {}, dataset.features
-        for column in classes:
-            self.views[column] = describe_column(features[column])[1]
+        self.classes, features = classes, dataset.features
         self.mode = features[IMAGE].mode if IMAGE in features else None
         keys = [name for name in (ROW_KEY, FILE_KEY) if name in features]
         table = dataset.select_columns([*classes, *keys, *([IMAGE] if IMAGE in features else [])])
@@ -227,7 +225,7 @@ class _Blocks(torch.utils.data.Dataset):
         bad = {}
         for column, num_classes in self.classes.items():
             values = block[column].combine_chunks()
-            bad[f'"{column}" has no usable logits'] = unusable_rows(values, num_classes, self.views[column]).tolist()
+            bad[f'"{column}" has no usable logits'] = unusable_rows(values, num_classes).tolist()
         if IMAGE in block.column_names:
             keys = [
                 block[n].to_pylist() if n in block.column_names else [None] * len(block) for n in (ROW_KEY, FILE_KEY)

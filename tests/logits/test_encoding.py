@@ -20,6 +20,7 @@ from hf_ibdistill.logits.encoding import (
     describe_column,
     missing_rows,
     recorded_teachers,
+    unusable_rows,
 )
 
 
@@ -266,3 +267,37 @@ def test_rows_without_logits_move_no_others(dtype, top_k, num_views, tmp_path):
             [[[1.0, 2.0], [3.0, None]], [[1.0, 2.0], None], [[0.0, 0.0]] * 2], pa.list_(pa.list_(pa.float32(), 2), 2)
         )
         assert missing_rows(inner).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("num_views", [None, 3])
+@pytest.mark.parametrize("dtype, top_k", [("float16", None), ("float16", 4), ("packed", 8)])
+def test_unusable_rows_are_those_that_are_not_decoded(dtype, top_k, num_views):
+    """Random bytes are put over the column, so that every part of it is damaged somewhere."""
+    rng, encoding = np.random.default_rng(0), LogitsEncoding(dtype, top_k)
+    shape = (400, 100) if num_views is None else (400, num_views, 100)
+    column = encoding.encode(random_logits(*shape), views=num_views is not None)
+    valid = rng.random(len(column)) > 0.02
+
+    def damage(array):
+        buffers = []
+        for buffer in array.buffers():
+            content = None if buffer is None else np.frombuffer(buffer, np.uint8).copy()
+            if content is not None:
+                content[rng.integers(len(content), size=max(1, len(content) // 400))] = 0xFF
+            buffers.append(None if content is None else pa.py_buffer(content.tobytes()))
+        return pa.Array.from_buffers(array.type, len(array), buffers)
+
+    def rebuilt(array):
+        if pa.types.is_struct(array.type):
+            parts = [rebuilt(array.field(i)) for i in range(array.type.num_fields)]
+            return pa.StructArray.from_arrays(parts, fields=list(array.type), mask=pa.array(~valid))
+        if pa.types.is_fixed_size_list(array.type):
+            mask = pa.array(~valid) if len(array) == len(valid) and num_views != 1 else None
+            return pa.FixedSizeListArray.from_arrays(rebuilt(array.values), type=array.type, mask=mask)
+        return damage(array)
+
+    column = rebuilt(column).slice(3)
+    views = [None] if num_views is None else range(num_views)
+    is_whole = np.all([np.isfinite(decode(column, 100, view)).all(axis=1) for view in views], axis=0)
+    assert 10 < (~is_whole).sum() < 390
+    assert unusable_rows(column, 100).tolist() == np.flatnonzero(~is_whole).tolist()

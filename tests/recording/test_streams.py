@@ -35,6 +35,7 @@ NUM_ROWS = 50
 VIEWS = ViewRecipe(num_views=2, horizontal_flip=0.5)
 SETTINGS = {"views": VIEWS, "batch_size": 8, "shard_size": 12}
 ROWS_PER_SHARD = 12
+KEYS = ["row_key", "file_key"]
 
 
 @pytest.fixture(scope="module")
@@ -197,6 +198,30 @@ def test_a_killed_process_loses_less_than_a_shard(dataset, mapped, loaded, tmp_p
     table = record_teacher_logits(stream, loaded, output_dir=folder, **SETTINGS)
     assert len(kept) == 2 and kept.items() <= file_times(folder, "*.arrow").items()
     assert same_bytes(recorded_columns(table), recorded_columns(mapped))
+
+
+def test_shards_of_a_stream_grow_with_it(dataset, mapped, loaded, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_ibdistill.recording.recorder._SHARD_ROWS", 4)
+    monkeypatch.setattr("hf_ibdistill.recording.recorder._GROWTH", 2)
+    stream, sizes = dataset.to_iterable_dataset(), []
+
+    def stop(size):
+        sizes.append(size)
+        if len(sizes) == 22:
+            raise KeyboardInterrupt
+
+    hook = before_each_batch(loaded, stop)
+    with pytest.raises(KeyboardInterrupt):
+        record_teacher_logits(stream, loaded, output_dir=tmp_path, views=VIEWS, batch_size=2)
+    hook.remove()
+    assert len(file_times(tmp_path, "*.arrow")) == 4
+    table = record_teacher_logits(stream, loaded, output_dir=tmp_path, views=VIEWS, batch_size=2)
+    firsts = [int(name[5:17]) for name in sorted(file_times(tmp_path, "*.arrow"))]
+    assert firsts == [0, 4, 8, 12, 18, 27, 40]
+    assert same_bytes(recorded_columns(table).select_columns(KEYS), recorded_columns(mapped).select_columns(KEYS))
+    assert table["label"][:] == dataset["label"][:]
+    for column in ("conv_logits", "inv_logits"):
+        np.testing.assert_allclose(table[column][:], mapped[column][:], atol=1e-2)
 
 
 @pytest.mark.parametrize("num_workers", [1, 3])
