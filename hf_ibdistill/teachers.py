@@ -157,11 +157,11 @@ class Teacher:
             return outputs[:, [number for (number,) in groups]]
         return torch.stack([outputs[:, numbers].logsumexp(1) for numbers in groups], dim=1)
 
-    def describe(self, encoding: LogitsEncoding) -> dict:
+    def describe(self, encoding: LogitsEncoding, weights_sha256: str | None = None) -> dict:
         """The record that identifies the column of this teacher, as a dict for JSON.
 
         It holds source, hash of the weights, configuration, preprocessing, classes, precision, and the encoding of the
-        logits.
+        logits. The hash is computed if it is not given.
         """
         config = self.model.config
         settings = json.loads(config.to_json_string(use_diff=True))
@@ -172,7 +172,7 @@ class Teacher:
             "name": self.name,
             "source": config.name_or_path or None,
             "revision": self.revision,
-            "weights_sha256": self.weights_sha256(),
+            "weights_sha256": weights_sha256 or self.weights_sha256(),
             "config": settings,
             "image_processor": json.loads(self.image_processor.to_json_string()),
             "num_labels": len(self.class_names),

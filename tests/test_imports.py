@@ -16,6 +16,7 @@ PACKAGE = Path(hf_ibdistill.__file__).parent
 STAGES = [
     "checks",
     "files",
+    "processes",
     "progress",
     "models",
     "data.columns",

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 
@@ -54,6 +55,7 @@ from ..logits.provenance import (
     read_records,
     teacher_differences,
 )
+from ..processes import once_a_machine
 from ..progress import Progress
 from ..rows import SHUFFLE_BUFFER, default_num_workers, stream_steps
 from ..teachers import ClassMapping, Teacher, TeacherLike, load_teachers, on_device
@@ -158,21 +160,23 @@ def record_teacher_logits(
     splits = dataset if isinstance(dataset, Mapping) else {None: dataset}
     if isinstance(dataset, Mapping):
         check_folder_of_splits(output_dir)
-    plans, samples = {}, {}
-    for name, split in splits.items():
-        title = f'split "{name}"' if name else "dataset"
-        _check_before_recording(split, title, teachers)
-        recipe = views if name in (None, "train") else None
-        samples[name] = sample_images(split, title)
-        # If the training split takes more views, the others stay as they are.
-        keeps = name != "train" and "train" in splits
-        plans[name] = _plan(split, teachers, recipe, encoding, layout, samples[name], with_images, keeps)
     # The first to finish waits for the last, however long that takes.
     accelerator = Accelerator(
         # Without it, processes that torchrun starts on a CPU would not know of each other and all write the same files.
         cpu=not torch.accelerator.is_available(),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=30))],
     )
+    titles = {name: f'split "{name}"' if name else "dataset" for name in splits}
+    for name, split in splits.items():
+        _check_before_recording(split, titles[name], teachers)
+    hashes = once_a_machine(lambda: {teacher.name: teacher.weights_sha256() for teacher in teachers})
+    plans, samples = {}, {}
+    for name, split in splits.items():
+        recipe = views if name in (None, "train") else None
+        samples[name] = once_a_machine(partial(sample_images, split, titles[name]))
+        # If the training split takes more views, the others stay as they are.
+        keeps = name != "train" and "train" in splits
+        plans[name] = _plan(split, teachers, hashes, recipe, encoding, layout, samples[name], with_images, keeps)
     with ExitStack() as devices:
         for teacher in teachers:
             devices.enter_context(on_device(teacher.model, accelerator.device))
@@ -257,7 +261,8 @@ def _check_before_recording(dataset, title, teachers) -> None:
     if LABEL in dataset.column_names:
         names = class_names(dataset)
         if not is_streamed:
-            check_labels(dataset, unlabelled=True)
+            # Their number, because the labels would be sent to every process.
+            once_a_machine(lambda: len(check_labels(dataset, unlabelled=True)))
     else:
         names = teachers[0].class_names
     for teacher in teachers:
@@ -278,8 +283,8 @@ def _try(teacher, image, views) -> None:
     teacher.logits(inputs)
 
 
-def _plan(dataset, teachers, views, encoding, layout, sample, with_images, keeps_recorded) -> _Plan:
-    described = {teacher.name: teacher.describe(encoding) for teacher in teachers}
+def _plan(dataset, teachers, hashes, views, encoding, layout, sample, with_images, keeps_recorded) -> _Plan:
+    described = {teacher.name: teacher.describe(encoding, hashes[teacher.name]) for teacher in teachers}
     for teacher in teachers:
         encoding.feature(len(teacher.class_names), None if views is None else views.num_views)
     old, old_views = _recorded_so_far(dataset, views) if recorded_teachers(dataset) else ({}, None)
@@ -331,6 +336,7 @@ def _plan(dataset, teachers, views, encoding, layout, sample, with_images, keeps
     if not with_images:
         layout = {**layout, "with_images": False}
     kept = {name: feature for name, feature in dataset.features.items() if name not in {*keys, *columns}}
+    about_dataset = once_a_machine(lambda: _describe_dataset(dataset, sample.keys))
     # A stream holds encoded images; whoever reads the table wants images.
     kept[IMAGE] = Image(mode=kept[IMAGE].mode)
     if not (with_images or sample.in_files):
@@ -340,7 +346,7 @@ def _plan(dataset, teachers, views, encoding, layout, sample, with_images, keeps
         first_view=first_view,
         views=views,
         encoding=encoding,
-        record=build_record(list({**old, **described}.values()), _describe_dataset(dataset, sample.keys), views),
+        record=build_record(list({**old, **described}.values()), about_dataset, views),
         layout=layout,
         features=Features({**kept, **keys, **columns}),
         grows=grows,
@@ -349,8 +355,7 @@ def _plan(dataset, teachers, views, encoding, layout, sample, with_images, keeps
 
 def _recorded_so_far(dataset, views) -> tuple[dict[str, dict], ViewRecipe | None]:
     """The teachers whose logits the dataset holds already, and their views."""
-    check_files(dataset)
-    check_complete(dataset)
+    once_a_machine(lambda: (check_files(dataset), check_complete(dataset)))
     record = only_record(dataset)
     old_views = None if record["views"] is None else ViewRecipe(**record["views"])
     if (views is None) != (old_views is None) or (views is not None and not views.same_views(old_views)):

@@ -17,6 +17,7 @@ from ..evaluation import RunningMetrics
 from ..images.views import ViewRecipe
 from ..logits.encoding import check_teacher_names, column_name, describe_column, recorded_teachers
 from ..logits.provenance import check_columns, check_files, stored_views
+from ..processes import once_a_machine
 from ..rows import DistillationCollator, ImageRows, SeveralViews, StreamedImageRows
 from ..teachers import ClassMapping, TeacherLike, load_teachers, require_model
 from .arguments import DistillationArguments, ImageTrainingArguments
@@ -412,7 +413,7 @@ class ImageClassificationTrainer(PublishingTrainer):
             raise ValueError(f"The {what} is empty; it needs at least one row.")
         takes_unlabelled = is_training and self._learns_from_unlabelled
         try:
-            check_files(table, quickly=True)
+            once_a_machine(lambda: check_files(table, quickly=True))
             # With a weight of the labels, a column that is not found is a mistake.
             needs_label = not takes_unlabelled or self.args.label_weight > 0
             table = as_image_table(table, *columns, needs_label=needs_label)
@@ -422,7 +423,8 @@ class ImageClassificationTrainer(PublishingTrainer):
             if has_labels and not is_streamed:
                 # A row that is left out of a test set would shift the predictions of all rows after it.
                 if takes_unlabelled or what == "test set":
-                    check_labels(table, unlabelled=takes_unlabelled)
+                    # Their number, because the labels would be sent to every process.
+                    once_a_machine(lambda: len(check_labels(table, unlabelled=takes_unlabelled)))
                 else:
                     table = labelled_rows(table, f"The {what}")
             logits = self._logits_columns(table, is_training)
@@ -593,7 +595,7 @@ class EnsembleDistillationTrainer(ImageClassificationTrainer):
         # Evaluation uses the images as they are, and logits of views belong to other images.
         if not is_training and not (set(columns) <= set(table.column_names) and stored_views(table) is None):
             return []
-        check_columns(table, self.teacher_names, self._class_names)
+        once_a_machine(lambda: check_columns(table, self.teacher_names, self._class_names))
         # Top-k logits are decoded for one temperature, and p(y) is needed at 1.
         target = self.args.unlabelled_target
         is_softened = any(temperature != 1 for temperature in self._temperatures)

@@ -16,12 +16,12 @@ import numpy as np
 import PIL.ImageOps
 import pyarrow as pa
 import pytest
-import torch
 import tqdm.std
-from accelerate.state import AcceleratorState, PartialState
+from accelerate.state import PartialState
 from comparing import same_bytes
 from datasets import Dataset, DatasetDict, Image, concatenate_datasets, load_from_disk
-from interrupting import before_each_batch, file_times, give_own_lock, launch_two_processes
+from interrupting import before_each_batch, file_times
+from launching import give_own_lock, prepare_process, start_launcher
 
 from hf_ibdistill import ViewRecipe, logits_metrics, record_teacher_logits
 from hf_ibdistill.logits.provenance import read_records
@@ -297,10 +297,7 @@ def test_killed_at_any_instant_it_continues_to_the_same_table(finished, dataset,
 
 def record_twice(dataset, teachers, folder):
     """Run by each of two processes: record a whole table, then one during which the second process stops forever."""
-    give_own_lock(tqdm.std.tqdm)
-    torch.set_num_threads(1)
-    # The process that was forked has recorded alone.
-    AcceleratorState._reset_state(reset_partial_state=True)
+    prepare_process()
     sizes = []
 
     def stop_in_the_third_shard(size):
@@ -321,9 +318,7 @@ def test_two_processes_record_the_table_of_one_and_a_killed_one_leaves_its_shard
     finished, dataset, loaded, batches, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
-    processes = multiprocessing.get_context("fork")
-    launcher = processes.Process(target=launch_two_processes, args=(record_twice, dataset, loaded, tmp_path))
-    launcher.start()
+    launcher = start_launcher(record_twice, tmp_path, dataset, loaded, tmp_path)
     try:
         while launcher.is_alive() and not (tmp_path / "stopped").exists():
             time.sleep(0.01)

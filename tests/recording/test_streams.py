@@ -9,8 +9,6 @@ import time
 
 import numpy as np
 import pytest
-import torch
-from accelerate.state import AcceleratorState
 from comparing import same_bytes
 from datasets import (
     ClassLabel,
@@ -24,7 +22,8 @@ from datasets import (
     load_from_disk,
 )
 from datasets.distributed import split_dataset_by_node
-from interrupting import before_each_batch, file_times, give_own_lock, launch_two_processes
+from interrupting import before_each_batch, file_times
+from launching import give_own_lock, prepare_process, start_launcher
 from small import NAMES, image_bytes
 from tqdm.std import tqdm
 
@@ -280,10 +279,7 @@ def test_another_stream_does_not_continue_a_recording(dataset, images, loaded, t
 
 def record_in_part(stream, teachers, folder):
     """Run by each of two processes."""
-    give_own_lock(tqdm)
-    torch.set_num_threads(1)
-    # The process that was forked has recorded alone.
-    AcceleratorState._reset_state(reset_partial_state=True)
+    prepare_process()
     record_teacher_logits(stream, teachers, output_dir=folder / "t", **SETTINGS)
 
 
@@ -292,10 +288,7 @@ def test_two_processes_share_a_stream(num_shards, dataset, mapped, loaded, tmp_p
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
     # Of four files each process reads two; of three each reads every second row.
     stream = dataset.to_iterable_dataset(num_shards=num_shards)
-    launcher = multiprocessing.get_context("fork").Process(
-        target=launch_two_processes, args=(record_in_part, stream, loaded, tmp_path)
-    )
-    launcher.start()
+    launcher = start_launcher(record_in_part, tmp_path, stream, loaded, tmp_path)
     launcher.join()
     assert launcher.exitcode == 0
     table = load_from_disk(tmp_path / "t")
