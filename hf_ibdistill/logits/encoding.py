@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import pyarrow as pa
+import torch
 from datasets import Dataset, Features, List, Value
 
 from ..checks import check_numbers
@@ -117,12 +118,19 @@ class LogitsEncoding:
             "gap": a_list("uint8", 1),
         }
 
-    def encode(self, logits: np.ndarray, views: bool = False) -> pa.Array:
+    def encode(self, logits: np.ndarray | torch.Tensor, views: bool = False) -> pa.Array:
         """Logits (N, C), or (N, V, C) with `views`, → an Arrow array of the type of [`feature`].
+
+        The largest logits of a tensor on an accelerator are found there. The log-sum-exp of the others may then differ in its
+        last bit.
 
         Raises:
             NonFiniteLogitsError: a logit is NaN or infinite.
         """
+        is_far = isinstance(logits, torch.Tensor) and logits.device.type != "cpu"
+        if is_far and self.top_k is not None and not self.is_packed:
+            return self._to_column(*_top_k_of_tensor(logits, self.top_k), logits.shape[-1])
+        logits = logits.cpu().numpy() if isinstance(logits, torch.Tensor) else logits
         bad = np.flatnonzero(~np.isfinite(logits.reshape(len(logits), -1)).all(axis=1))
         if len(bad):
             raise NonFiniteLogitsError(bad)
@@ -139,21 +147,13 @@ class LogitsEncoding:
             parts = _pack(logits if views else logits[:, None], self.top_k)
             arrays = [_to_arrow(part if views else part[:, 0]) for part in parts]
             return pa.StructArray.from_arrays(arrays, names=list(feature)).cast(arrow_type)
-        ids = np.argpartition(-logits, self.top_k - 1, axis=-1)[..., : self.top_k]
-        # Equal logits keep the order of their classes, so that the same logits always give the same bytes.
-        ids = np.take_along_axis(ids, np.lexsort((ids, -np.take_along_axis(logits, ids, -1)), axis=-1), -1)
-        others = _differences(logits)
-        stored = np.take_along_axis(others, ids, -1)
-        is_other = np.ones(logits.shape, bool)
-        np.put_along_axis(is_other, ids, False, axis=-1)
-        rest, gap = _rest_and_gap(others, is_other)
-        parts = (
-            ids.astype(_id_dtype(num_classes)),
-            stored[..., 1:].astype(self.dtype),
-            rest.astype(self.dtype),
-            gap,
-        )
-        return pa.StructArray.from_arrays(map(_to_arrow, parts), names=_TOP_K_PARTS).cast(arrow_type)
+        return self._to_column(*_top_k(logits, self.top_k), num_classes)
+
+    def _to_column(self, ids, stored, rest, gap, num_classes):
+        feature = self.feature(num_classes, ids.shape[1] if ids.ndim == 3 else None)
+        parts = ids.astype(_id_dtype(num_classes)), stored[..., 1:].astype(self.dtype), rest.astype(self.dtype), gap
+        column = pa.StructArray.from_arrays(map(_to_arrow, parts), names=_TOP_K_PARTS)
+        return column.cast(Features({"column": feature}).arrow_schema.field("column").type)
 
 
 def _id_dtype(num_classes):
@@ -163,11 +163,51 @@ def _id_dtype(num_classes):
 _NARROW_PARTS = tuple(name for name in _PACKED_PARTS if name != "class_ids_high")
 
 
+def _largest(logits, k):
+    """The classes (…, k) of the k largest logits (…, C). Equal logits keep the order of their classes, so that the same logits
+    always give the same bytes."""
+    ids = np.argpartition(-logits, k - 1, axis=-1)[..., :k]
+    return np.take_along_axis(ids, np.lexsort((ids, -np.take_along_axis(logits, ids, -1)), axis=-1), -1)
+
+
+def _top_k(logits, k):
+    """Logits (…, C) → the classes of the k largest and their differences (…, k), and what [`_rest_and_gap`] returns."""
+    ids, differences = _largest(logits, k), _differences(logits)
+    is_other = np.ones(logits.shape, bool)
+    np.put_along_axis(is_other, ids, False, axis=-1)
+    return ids, np.take_along_axis(differences, ids, -1), *_rest_and_gap(differences, is_other)
+
+
+def _top_k_of_tensor(logits, k):
+    """[`_top_k`] on the device of the logits."""
+    logits = logits.float()
+    bad = (~torch.isfinite(logits)).flatten(1).any(1).nonzero()[:, 0]
+    if len(bad):
+        raise NonFiniteLogitsError(bad.cpu().numpy())
+    values, ids = logits.sort(dim=-1, descending=True, stable=True)
+    # Which of equal logits is the last to be stored is for numpy to choose, as ever.
+    is_tied = values[..., k - 1] == values[..., k]
+    ids = ids[..., :k].contiguous()
+    if is_tied.any():
+        chosen = _largest(logits[is_tied].cpu().numpy(), k)
+        ids[is_tied] = torch.from_numpy(chosen).to(ids.device)
+    differences = (logits - values[..., :1]).clamp(min=-LARGEST)
+    others = differences.scatter(-1, ids, -math.inf)
+    stored, rest = differences.gather(-1, ids), others.logsumexp(-1, keepdim=True)
+    num_others = logits.shape[-1] - k
+    mean = others.masked_fill(others == -math.inf, 0).sum(-1, keepdim=True) / num_others
+    gap = ((rest - math.log(num_others) - mean) * _GAP_STEPS).round().clamp(0, 255).to(torch.uint8)
+    return [part.cpu().numpy() for part in (ids, stored, rest, gap)]
+
+
 def _rest_and_gap(differences, is_other):
     """(…, C) → the log-sum-exp of the other classes (…, 1), and their gap in steps (…, 1)."""
     counts = is_other.sum(-1, keepdims=True)
     mean = np.where(is_other, differences, 0).sum(-1, keepdims=True) / counts
-    rest = np.logaddexp.reduce(np.where(is_other, differences, -np.inf), axis=-1, keepdims=True)
+    others = np.where(is_other, differences, -np.inf)
+    # Much faster than `np.logaddexp.reduce`.
+    largest = others.max(axis=-1, keepdims=True)
+    rest = largest + np.log(np.exp(others - largest).sum(axis=-1, keepdims=True))
     gap = rest - np.log(counts) - mean
     return rest, (gap * _GAP_STEPS).round().clip(0, 255).astype(np.uint8)
 

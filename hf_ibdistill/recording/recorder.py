@@ -530,7 +530,7 @@ def _run(plan, batch, inputs) -> pa.Table:
     numbers = batch.numbers
     columns = {name: batch.rows[name] for name in batch.rows.column_names if name in plan.features}
     with torch.inference_mode():
-        logits = {t.name: _logits_that_fit(t, inputs[t.name]).cpu().numpy() for t in plan.teachers}
+        logits = {t.name: _logits_that_fit(t, inputs[t.name]) for t in plan.teachers}
     for name, values in logits.items():
         column, first = column_name(name), plan.first_view[name]
         if plan.views is not None:
@@ -543,7 +543,7 @@ def _run(plan, batch, inputs) -> pa.Table:
                 f'The teacher "{name}" predicts NaN or infinite logits for row {rows[0]} '
                 f"({len(rows)} of its batch, rows {rows[:10]}). Check the teacher and these images."
             ) from error
-        largest = np.abs(values).reshape(len(numbers), -1).max(axis=1)
+        largest = values.abs().flatten(1).amax(1).cpu().numpy()
         if largest.max() > LARGEST and name not in plan.warned:
             plan.warned.add(name)
             logger.warning(

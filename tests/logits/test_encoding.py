@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import scipy.special
+import torch
 from datasets import Dataset, Features, List, Value, concatenate_datasets, load_from_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,6 +16,8 @@ from hf_ibdistill.logits.encoding import (
     LogitsEncoding,
     NonFiniteLogitsError,
     StoredLogits,
+    _top_k,
+    _top_k_of_tensor,
     concatenate_views,
     decode,
     describe_column,
@@ -301,3 +304,33 @@ def test_unusable_rows_are_those_that_are_not_decoded(dtype, top_k, num_views):
     is_whole = np.all([np.isfinite(decode(column, 100, view)).all(axis=1) for view in views], axis=0)
     assert 10 < (~is_whole).sum() < 390
     assert unusable_rows(column, 100).tolist() == np.flatnonzero(~is_whole).tolist()
+
+
+@pytest.mark.parametrize("shape", [(300, 200), (40, 5, 200)])
+@pytest.mark.parametrize("step", [None, 0.5, 2.0, 1e30])
+def test_an_accelerator_stores_what_the_processor_does(shape, step):
+    """Rounded logits tie, within the largest and at their end. The tensor is on the CPU here, and takes the same path."""
+    logits = random_logits(*shape)
+    logits = logits if step is None else (logits / min(step, 2.0)).round() * np.float32(step)
+    ids, stored, rest, gap = _top_k(logits, 10)
+    if step is not None:
+        by_size = np.sort(logits, axis=-1)
+        assert (by_size[..., -10] == by_size[..., -11]).any()
+    of_tensor = _top_k_of_tensor(torch.from_numpy(logits), 10)
+    np.testing.assert_array_equal(of_tensor[0], ids)
+    np.testing.assert_array_equal(of_tensor[1], stored)
+    np.testing.assert_allclose(of_tensor[2], rest, rtol=1e-5, atol=1e-5)
+    assert np.abs(of_tensor[3].astype(int) - gap.astype(int)).max() <= 1
+    # And both what scipy makes of the others, from differences that end at the largest number of float16.
+    differences = np.maximum(logits.astype(np.float64) - logits.max(-1, keepdims=True), -65504)
+    np.put_along_axis(differences, ids, -np.inf, axis=-1)
+    expected = scipy.special.logsumexp(differences, axis=-1, keepdims=True)
+    np.testing.assert_allclose(rest, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_an_accelerator_refuses_logits_that_are_not_finite():
+    logits = torch.zeros(4, 2, 20)
+    logits[2, 1, 3] = math.nan
+    with pytest.raises(NonFiniteLogitsError) as refused:
+        _top_k_of_tensor(logits, 5)
+    assert refused.value.rows.tolist() == [2]
