@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 
 import numpy as np
 import pyarrow as pa
@@ -135,8 +136,7 @@ class LogitsEncoding:
         if len(bad):
             raise NonFiniteLogitsError(bad)
         num_classes = logits.shape[-1]
-        feature = self.feature(num_classes, logits.shape[1] if views else None)
-        arrow_type = Features({"column": feature}).arrow_schema.field("column").type
+        arrow_type = _arrow_type(self, num_classes, logits.shape[1] if views else None)
         if self.top_k is None:
             is_large = (np.abs(logits) > np.finfo(self.dtype).max).any(axis=-1, keepdims=True)
             if is_large.any():
@@ -146,14 +146,18 @@ class LogitsEncoding:
         if self.is_packed:
             parts = _pack(logits if views else logits[:, None], self.top_k)
             arrays = [_to_arrow(part if views else part[:, 0]) for part in parts]
-            return pa.StructArray.from_arrays(arrays, names=list(feature)).cast(arrow_type)
+            return pa.StructArray.from_arrays(arrays, names=[field.name for field in arrow_type]).cast(arrow_type)
         return self._to_column(*_top_k(logits, self.top_k), num_classes)
 
     def _to_column(self, ids, stored, rest, gap, num_classes):
-        feature = self.feature(num_classes, ids.shape[1] if ids.ndim == 3 else None)
+        arrow_type = _arrow_type(self, num_classes, ids.shape[1] if ids.ndim == 3 else None)
         parts = ids.astype(_id_dtype(num_classes)), stored[..., 1:].astype(self.dtype), rest.astype(self.dtype), gap
-        column = pa.StructArray.from_arrays(map(_to_arrow, parts), names=_TOP_K_PARTS)
-        return column.cast(Features({"column": feature}).arrow_schema.field("column").type)
+        return pa.StructArray.from_arrays(map(_to_arrow, parts), names=_TOP_K_PARTS).cast(arrow_type)
+
+
+@lru_cache
+def _arrow_type(encoding, num_classes, num_views):
+    return Features({"column": encoding.feature(num_classes, num_views)}).arrow_schema.field("column").type
 
 
 def _id_dtype(num_classes):
