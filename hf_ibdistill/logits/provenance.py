@@ -20,7 +20,7 @@ from datasets import Dataset, IterableDataset
 from ..data.classes import check_class_names
 from ..data.columns import IMAGE, in_arrow, require_table
 from ..data.splits import spread
-from ..files import PART, read_json, sha256
+from ..files import PART, in_threads, read_json, sha256
 from ..images.decoding import decode_image, file_key
 from ..images.views import ViewRecipe, row_key
 from .encoding import (
@@ -170,7 +170,8 @@ def damaged_files(dataset: Dataset, *, quickly: bool = False) -> list[Path]:
     if quickly and len(parts) > _QUICK_PARTS:
         # Others in every run. The generator of its own leaves the random numbers of the run as they are.
         parts = random.Random().sample(parts, _QUICK_PARTS)
-    damaged += [path for path, part, checksum in parts if sha256(path, part) != checksum]
+    found = in_threads(lambda each: sha256(each[0], each[1]), parts)
+    damaged += [path for (path, _, checksum), one in zip(parts, found) if one != checksum]
     return list(dict.fromkeys(damaged))
 
 

@@ -30,7 +30,7 @@ from ..checks import check_numbers
 from ..data.classes import check_labels, class_names, label_ids
 from ..data.columns import IMAGE, LABEL, as_image_table, require_table
 from ..data.sources import open_saved
-from ..files import output_folder, write_text
+from ..files import in_threads, output_folder, write_text
 from ..images.preprocessing import pixel_values
 from ..images.views import ViewRecipe, make_view, row_key
 from ..logits.encoding import (
@@ -442,7 +442,7 @@ def _record_table(accelerator, dataset, name, plan, folder, num_workers) -> list
     parts = [range(start, min(start + size, len(dataset))) for start in range(0, len(dataset), size)]
     shards = {shard_path(folder, rows.start): rows for rows in parts}
     with accelerator.split_between_processes(list(shards)) as own:
-        whole = {path: note for path in own if (note := read_note(path))}
+        whole = {path: note for path, note in zip(own, in_threads(read_note, own)) if note}
         for path, note in whole.items():
             rows, keys = shard_keys(path, note)
             check_images(dataset, rows, keys)

@@ -21,7 +21,7 @@ from datasets.arrow_writer import ArrowWriter
 from filelock import FileLock, Timeout
 
 from ..data.sources import open_saved
-from ..files import checksums, explain_full_disk, flush, read_json, sha256, write_text, write_whole
+from ..files import checksums, explain_full_disk, flush, in_threads, read_json, sha256, write_text, write_whole
 from ..logits.encoding import FILE_KEY, ROW_KEY
 from ..logits.provenance import CHECKSUMS, attach_record, check_record, read_records, record_differences
 
@@ -223,14 +223,14 @@ def finish(folder: Path, info: DatasetInfo, split: NamedSplit | None, record: di
     Raises:
         OSError: the disk is full, or it changed what was written; whole shards are kept.
     """
-    notes = {path: read_note(path) for path in shards}
+    notes = dict(zip(shards, in_threads(read_note, shards)))
     damaged = [path for path, note in notes.items() if note is None]
     if damaged:
         raise OSError(
             f"{len(damaged)} of {len(shards)} shards are damaged: {', '.join(map(str, damaged[:3]))}. Call again: these are "
             "recorded again, and the others are kept."
         )
-    skipped = [row for note in notes.values() for row in note["skipped"]]
+    skipped = _skipped_rows(notes.values())
     if skipped:
         logger.warning("%d rows were left out because their images cannot be decoded: %s.", len(skipped), skipped)
         record = {**record, "skipped_rows": skipped}
@@ -243,6 +243,18 @@ def finish(folder: Path, info: DatasetInfo, split: NamedSplit | None, record: di
     for path in {*folder.glob("data-*.arrow")} - {*filled}:
         path.unlink()
     _remove_scaffolding(folder)
+
+
+def _skipped_rows(notes) -> list[int]:
+    """The numbers of the rows that were left out, counted over all parts of a stream, which follow one another."""
+    skipped, first, part, end = [], 0, None, 0
+    for note in notes:
+        if note.get("part") != part:
+            # Each process counts the rows of its part.
+            first, part = first + end, note.get("part")
+        end = note["rows"][1]
+        skipped += [first + row for row in note["skipped"]]
+    return skipped
 
 
 def _write_description(folder, info, split, record, shards, sums) -> None:

@@ -301,6 +301,29 @@ def test_two_processes_share_a_stream(num_shards, dataset, mapped, loaded, tmp_p
     assert same_bytes(again, table)
 
 
+def record_broken_images(stream, teachers, folder):
+    prepare_process()
+    record_teacher_logits(stream, teachers, output_dir=folder / "t", skip_unreadable=True, batch_size=4, shard_size=4)
+
+
+def test_two_processes_count_the_rows_that_they_leave_out_from_the_first(images, loaded, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+    broken = {2, 3, 9, 16}
+    stream = images(20, broken=broken).to_iterable_dataset(num_shards=3)
+    teachers = {"conv": loaded["conv"]}
+    launcher = start_launcher(record_broken_images, tmp_path, stream, teachers, tmp_path)
+    launcher.join()
+    assert launcher.exitcode == 0
+    # The parts of both processes, one after another.
+    parts = [[*split_dataset_by_node(stream.decode(False), rank, 2)] for rank in range(2)]
+    rows = [int(row["note"].split()[1]) for part in parts for row in part]
+    (record,) = read_records(load_from_disk(tmp_path / "t"))
+    assert [rows[number] for number in record["skipped_rows"]] == [row for row in rows if row in broken]
+    assert [int(note.split()[1]) for note in load_from_disk(tmp_path / "t")["note"]] == [
+        row for row in rows if row not in broken
+    ]
+
+
 # Without the images
 
 
