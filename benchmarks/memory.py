@@ -1,4 +1,4 @@
-"""Peak memory of recording, training and attaching: it should not grow with the rows of a dataset, nor with a batch of photos.
+"""Peak memory of recording, training (mapped and streamed) and attaching: it should not grow with the rows of a dataset, nor with a batch of photos.
 
     python benchmarks/memory.py --num_rows 10000 100000 --megapixels 1 12 50
 
@@ -34,6 +34,7 @@ from hf_ibdistill import (
     load_image_dataset,
     record_teacher_logits,
 )
+from hf_ibdistill.logits.provenance import attach_record, only_record
 from hf_ibdistill.publishing.cards import markdown_table
 
 
@@ -90,17 +91,27 @@ def attach(bench: MemoryArguments, folder: Path) -> None:
     attach_teacher_logits(load_from_disk(folder / "images"), table)
 
 
-def train(bench: MemoryArguments, folder: Path) -> None:
+def train(bench: MemoryArguments, folder: Path, is_streamed: bool = False) -> None:
     table = load_from_disk(folder / "table")
     config = IBViTConfig(
         teacher_names=("conv",), image_size=8, patch_size=4, hidden_size=32, num_hidden_layers=1,
         num_attention_heads=2, intermediate_size=32, num_labels=bench.num_classes,
     )  # fmt: skip
+    length = {"max_steps": 1, "shuffle_buffer_size": 1000} if is_streamed else {"num_train_epochs": 1}
     args = DistillationArguments(
-        str(folder / "student"), num_train_epochs=1, per_device_train_batch_size=256, eval_strategy="no", use_cpu=True
+        str(folder / "student"), **length, per_device_train_batch_size=256, eval_strategy="no", use_cpu=True
     )
     student, processor = IBViTForImageClassification(config), build_image_processor(table, image_size=8)
+    if is_streamed:
+        # Its rows come from the mapped file, which counts as such, and not from a download.
+        stream = table.to_iterable_dataset()
+        attach_record(stream, only_record(table))
+        table = stream
     EnsembleDistillationTrainer(student, args, train_dataset=table, processing_class=processor).train()
+
+
+def train_streamed(bench: MemoryArguments, folder: Path) -> None:
+    train(bench, folder, is_streamed=True)
 
 
 def measure(bench: MemoryArguments, make, size: float, steps) -> tuple[dict, list]:
@@ -119,7 +130,7 @@ def main():
     bench, results = parse(MemoryArguments, __doc__), {}
     for what, make, sizes, steps in (
         ("rows", make_images, bench.num_rows, (record, train)),
-        ("megapixels", make_photos, bench.megapixels, (record_views, train, attach)),
+        ("megapixels", make_photos, bench.megapixels, (record_views, train, train_streamed, attach)),
     ):
         measured = [measure(bench, make, size, steps) for size in sizes]
         results[what] = [{what: size, **entry} for size, (entry, _) in zip(sizes, measured)]

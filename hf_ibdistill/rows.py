@@ -284,7 +284,7 @@ class StreamedImageRows(_RowDecoder, torch.utils.data.IterableDataset):
     Raises:
         ValueError: `datasets` would take wrong rows out of a shuffled stream. On reading, if an image cannot be decoded,
             logits are not finite, a label is no class, or no row has a label; the message counts rows from the first that
-            this worker was given.
+            this worker was given. A row decodes its image when that is read.
     """
 
     def __init__(
@@ -311,15 +311,12 @@ class StreamedImageRows(_RowDecoder, torch.utils.data.IterableDataset):
 
     def __iter__(self):
         views = self.views_of_pass(self.epoch)
-        rows = self._shuffle(self._read(views))
-        while group := list(itertools.islice(rows, 64)):
-            numbers = [number for number, _ in group for _ in views]
-            every = (
-                row | {name: row[name][place] for name in self.logits_columns}
-                for _, row in group
-                for place in range(len(views))
-            )
-            yield from self._decode(every, numbers, itertools.cycle(views))
+        for number, row in self._shuffle(self._read(views)):
+            images = _LazyImages(self, row, number, views)
+            shown = {name: value for name, value in row.items() if self.views is None or name != ROW_KEY}
+            for place in range(len(views)):
+                logits = {name: row[name][place] for name in self.logits_columns}
+                yield _LazyRow(shown | logits, images, place)
 
     def _read(self, views: Sequence[int | None]) -> Iterator[tuple[int, dict]]:
         """(number, row with an encoded image and the logits of these views), in the order of the stream."""
@@ -361,6 +358,41 @@ class StreamedImageRows(_RowDecoder, torch.utils.data.IterableDataset):
                 yield row
         random.shuffle(held)
         yield from held
+
+
+class _LazyImages:
+    """A row of a stream in several views. They are made when the first is asked for, and each is given away once."""
+
+    def __init__(self, rows: StreamedImageRows, row: dict, number: int, views: Sequence[int | None]):
+        self.rows, self.row, self.number, self.views, self.made = rows, row, number, views, {}
+
+    def take(self, place: int) -> PIL.Image.Image | torch.Tensor:
+        if place not in self.made:
+            views = self.views[place:]
+            decoded = self.rows._decode([self.row] * len(views), [self.number] * len(views), views)
+            self.made = {place + i: row[IMAGE] for i, row in enumerate(decoded)}
+        return self.made.pop(place)
+
+
+class _LazyRow(Mapping):
+    """A row of a stream whose image is decoded when it is read. A data loader collects the rows of a batch, and decoded photos
+    would not fit into memory together."""
+
+    def __init__(self, row: dict, images: _LazyImages, place: int):
+        self.row, self.images, self.place = row, images, place
+
+    def __getitem__(self, name):
+        return self.images.take(self.place) if name == IMAGE else self.row[name]
+
+    def __iter__(self):
+        return iter(self.row)
+
+    def __len__(self):
+        return len(self.row)
+
+    # Another process gets the decoded row.
+    def __reduce__(self):
+        return dict, (dict(self),)
 
 
 def stream_steps(stream: IterableDataset) -> set[str] | None:
@@ -435,7 +467,7 @@ def _preprocess(rows: Iterable[dict], processors: Mapping) -> tuple[dict, torch.
 
     def images():
         for row in rows:
-            others.append({name: value for name, value in row.items() if name != IMAGE})
+            others.append({name: row[name] for name in row if name != IMAGE})
             yield row[IMAGE]
 
     tensors = pixel_values(images(), processors)

@@ -115,7 +115,7 @@ def test_the_row_of_an_unreadable_image_is_named(cell):
     with pytest.raises(ValueError, match="Row 3: "):
         ImageRows(table.select([3, 1, 0, 2]))[3]
     with pytest.raises(ValueError, match="Row 2: .*cannot be decoded"):
-        list(StreamedImageRows(stream(table)))
+        [row["image"] for row in StreamedImageRows(stream(table))]
 
 
 def test_the_rows_of_a_batch_are_decoded_as_they_are_read():
@@ -150,6 +150,22 @@ def test_a_batch_holds_few_decoded_photos(monkeypatch):
         monkeypatch.setattr(module, "decode_image", decode_and_count)
     batch = DistillationCollator(processor)(ImageRows(table, ["row"]).__getitems__(range(12)))
     assert 3 <= most[0] <= 5 and torch.equal(batch["pixel_values"], expected["pixel_values"])
+    # A data loader collects the rows of a stream before it makes a batch of them, here in the order of the stream and shuffled.
+    for buffer_size in (0, 6):
+        most[0] = 0
+        rows = StreamedImageRows(stream(table), ["row"], buffer_size=buffer_size)
+        (batch,) = torch.utils.data.DataLoader(rows, batch_size=12, collate_fn=DistillationCollator(processor))
+        assert 3 <= most[0] <= 5 and len(batch["pixel_values"]) == 12
+        if buffer_size == 0:
+            assert torch.equal(batch["pixel_values"], expected["pixel_values"])
+    # Two views of a photo are made together.
+    most[0], recipe = 0, ViewRecipe(num_views=4)
+    rows = StreamedImageRows(stream(table), ["row"], views=recipe, views_per_image=2)
+    (batch,) = torch.utils.data.DataLoader(rows, batch_size=24, collate_fn=DistillationCollator(processor))
+    assert most[0] <= 2
+    mapped = ImageRows(table, ["row"], views=recipe, views_per_image=2)
+    mapped = DistillationCollator(processor)([mapped[row, view] for row in range(12) for view in (0, 1)])
+    assert torch.equal(batch["pixel_values"], mapped["pixel_values"])
     most[0] = 0
     prepare = batches.Preparation({"t": processor}, None, None, None, False, embeds_files=True, keeps_keys=False)
     prepared = prepare(batches.EncodedRows(table).__getitems__(range(12)))
@@ -159,6 +175,18 @@ def test_a_batch_holds_few_decoded_photos(monkeypatch):
     prepare = batches.Preparation({"t": processor}, recipe, range(8), None, False, embeds_files=True, keeps_keys=False)
     assert prepare(batches.EncodedRows(table).__getitems__(range(12))).inputs["t"].shape == (96, 3, 8, 8)
     assert most[0] <= 2
+
+
+def test_a_row_of_a_stream_is_read_more_than_once():
+    image = random_image(seed=1)
+    table = cell_table([encoded(image)])
+    (row,) = StreamedImageRows(stream(table), ["row"])
+    assert row == {"image": row["image"], "row": 0} and len(row) == 2
+    assert row["image"].tobytes() == row["image"].tobytes() == image.convert("RGB").tobytes()
+    first, second = StreamedImageRows(stream(table), ["row"], views=RECIPE, views_per_image=2)
+    for _ in range(2):
+        for view, row in ((1, second), (0, first)):
+            assert torch.equal(row["image"], make_view(image, RECIPE, row_key(image), view))
 
 
 # Views
