@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -76,8 +77,14 @@ def output_folder(path: str | os.PathLike) -> Path:
     """The `output_dir` that a user gives, which need not exist yet.
 
     Raises:
-        ValueError: it is no path, or a file or a link to nothing is in its place or above it.
+        ValueError: it is no path but an address, or a file or a link to nothing is in its place or above it.
     """
+    # Windows has paths such as "C:/tables".
+    if (address := re.match("[a-z0-9+.-]{2,}:/", str(path), re.IGNORECASE)) is not None:
+        raise ValueError(
+            f"output_dir={path} is an address ({address[0]}…), not a folder of this machine. Give the path of a folder, and "
+            "upload what is written there: to the Hub by hf-ibdistill push --folder."
+        )
     folder = Path(user_path(path, "output_dir"))
     for part in (folder, *folder.parents):
         if os.path.lexists(part) and not part.is_dir():

@@ -130,6 +130,16 @@ def test_text_has_the_same_encoding_on_every_system():
             assert not (isinstance(node, ast.Call) and opens_text_without_encoding(node)), f"{path}:{node.lineno}"
 
 
+@pytest.mark.parametrize("path", ["hf://datasets/user/table", "memory://table", "s3://bucket/table", Path("gs+x://a")])
+def test_an_address_is_no_folder(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=f"output_dir={re.escape(str(path))} "):
+        output_folder(path)
+    assert not [*tmp_path.iterdir()]
+    # One letter is a drive, and a folder may have a colon in its name.
+    assert output_folder("c://tables").parts[-1] == "tables" and output_folder("a: b/c").parts == ("a: b", "c")
+
+
 def test_the_folder_of_a_user(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))

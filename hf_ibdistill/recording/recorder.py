@@ -147,6 +147,7 @@ def record_teacher_logits(
             be decoded, or a logit is not finite; the message names the row, and finished shards are kept.
         OSError: the disk is full; finished shards are kept.
     """
+    output_dir = output_folder(output_dir)
     teachers = load_teachers(teachers, bf16=bf16, trust_remote_code=trust_remote_code, classes=teacher_classes)
     check_teacher_names(teacher.name for teacher in teachers)
     encoding = LogitsEncoding(dtype, top_k)
@@ -155,7 +156,6 @@ def record_teacher_logits(
     check_numbers(0, whole=True, num_workers=num_workers or 0)
     if views is not None and not isinstance(views, ViewRecipe):
         raise TypeError(f"views={views!r} is not a ViewRecipe. Pass ViewRecipe(num_views=…).")
-    output_dir = output_folder(output_dir)
     dataset = as_image_table(dataset, image_column, label_column, needs_label=None)
     splits = dataset if isinstance(dataset, Mapping) else {None: dataset}
     if isinstance(dataset, Mapping):
