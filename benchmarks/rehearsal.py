@@ -107,7 +107,9 @@ def class_names(bench: RehearsalArguments) -> list[str]:
 def make_teachers(bench: RehearsalArguments, folder: Path) -> None:
     for name, preset in TEACHERS.items():
         names = dict(enumerate(class_names(bench)))
-        shape = {"depths": (1, 1, 1), "hidden_sizes": (16, 16, 32)}
+        # The stem divides the resolution by four: the teachers are to cost no more than the rest.
+        shape = {"stem": "imagenet", "embedding_size": 32}
+        shape |= {"depths": (1, 1), "hidden_sizes": (16, 32), "downsample_strides": (1, 2)}
         config = IBResNetConfig.from_preset(preset, **shape, num_labels=len(names), id2label=names)
         IBResNetForImageClassification(config).save_pretrained(folder / name)
         ViTImageProcessor(size={"height": SIZE, "width": SIZE}).save_pretrained(folder / name)

@@ -22,6 +22,10 @@ FLAGS = {
         *ONCE, "--teachers", *["convolution-small"] * 4, "--images", "8", "--batch_size", "4", "--light_sizes", "16",
         "--light_images", "32", "--light_batch_size", "16", "--num_classes", "10",
     ],
+    "rehearsal": [
+        "--rows", "96", "--num_classes", "20", "--num_views", "2", "--batch_size", "16", "--shard_size", "8", "--kills", "1",
+        "--steps", "10", "--train_batch_size", "8",
+    ],
     "scale": ["--rows", "50", "100", "--num_views", "2", "--repetitions", "1"],
     "several_students": [
         *ONCE, "--num_students", "1", "2", "--photo_size", "40", "30", "--image_size", "16", "--num_photos", "8", "--epochs",
