@@ -33,7 +33,7 @@ _PUBLIC_NAMES = {
     "publishing.results": ["evaluate_and_save"],
     "publishing.space": ["push_space_to_hub"],
     "publishing.tables": ["export_logits_table", "open_logits_table"],
-    "recording.assessment": ["logits_metrics"],
+    "recording.assessment": ["assess_table", "logits_metrics"],
     "recording.attaching": ["attach_teacher_logits"],
     "recording.recorder": ["record_teacher_logits"],
     "recording.verification": ["verify_rows", "verify_teacher_logits"],

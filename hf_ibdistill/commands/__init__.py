@@ -10,6 +10,7 @@ COMMANDS = {
     "quickstart": "run the whole method on bundled images: teachers, logits, students, card and pictures",
     "train-teacher": "train a light convolution or involution teacher",
     "record": "run the teachers once and store their logits in a table",
+    "assess": "show what is known about a recorded table before a student is trained",
     "distill": "train a student from stored logits, or from teachers that run in every step",
     "evaluate": "measure a model on a split",
     "report": "make a page of tables and pictures of a run, or compare several runs",

@@ -162,7 +162,7 @@ def metric_text(name: str, value: float | None) -> str:
     """A metric as it is shown: shares in percent."""
     if value is None:
         return "–"
-    is_share = name.endswith(("accuracy", "agreement", "calibration_error"))
+    is_share = name.endswith(("accuracy", "agreement", "calibration_error", "memorization", "gain"))
     return f"{100 * value:.1f} %" if is_share else f"{value:.3f}"
 
 

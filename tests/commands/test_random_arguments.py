@@ -16,6 +16,7 @@ from hf_ibdistill import (
     DistillationArguments,
     IBViTConfig,
     ViewRecipe,
+    assess_table,
     build_image_processor,
     class_config,
     logits_metrics,
@@ -71,6 +72,10 @@ def calls(teachers, tmp_path_factory, images):
         "distillation": (lambda **given: DistillationArguments(next(folders), use_cpu=True, **given), ours),
         "student": (lambda **given: IBViTConfig(**given), [*shape, "patch_size", "teacher_spatial_operators"]),
         "metrics": (lambda **given: logits_metrics(recorded, **given), ["temperature", "num_rows", "seed"]),
+        "assess": (
+            lambda **given: assess_table({"train": recorded}, **given),
+            ["temperature", "num_rows", "seed", "label_column"],
+        ),
         "verify": (lambda **given: verify_teacher_logits(recorded, conv, **given), ["num_rows", "seed", "tolerance"]),
         "select": (
             lambda **given: select_per_class(table, **{"images_per_class": 1, **given}),

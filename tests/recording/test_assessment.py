@@ -60,6 +60,8 @@ def test_the_metrics_equal_a_loop_over_rows_and_views(temperature):
     expected = {}
     for name in p:
         expected[f"{name}_accuracy"] = np.mean([p[name][n, v].argmax() == labels[n] for n in rows for v in views])
+        plain = softmax(logits[name].astype(np.float64), axis=-1)
+        expected[f"{name}_expected_calibration_error"] = calibration_error(plain, labels)
         expected[f"{name}_entropy"] = np.mean([entropy(p[name][n, v]) for n in rows for v in views])
         # The mean divergence of the views from their mean.
         expected[f"{name}_view_divergence"] = np.mean(
@@ -88,7 +90,8 @@ def test_the_metrics_of_a_sample_of_a_table_without_views():
     dataset = add_logits(images_and_labels(40), logits)
     found = logits_metrics(dataset)
     assert found.keys() == {
-        "conv_accuracy", "conv_entropy", "i_accuracy", "i_entropy", "conv_i_agreement", "conv_i_divergence",
+        "conv_accuracy", "conv_expected_calibration_error", "conv_entropy", "i_accuracy", "i_expected_calibration_error",
+        "i_entropy", "conv_i_agreement", "conv_i_divergence",
         "ensemble_accuracy", "ensemble_negative_log_likelihood", "ensemble_expected_calibration_error",
     }  # fmt: skip
     labels = np.array(dataset["label"][:])
@@ -113,6 +116,10 @@ def test_a_label_column_of_another_name():
         logits_metrics(named, label_column="label")
 
 
+def is_of_labelled_rows(name):
+    return name.startswith("ensemble") or name.endswith(("_accuracy", "_calibration_error"))
+
+
 def test_accuracies_are_those_of_the_rows_with_a_label():
     dataset, logits = views_table()
     labels = [None if n in (1, 4) else label for n, label in enumerate(dataset["label"])]
@@ -120,13 +127,12 @@ def test_accuracies_are_those_of_the_rows_with_a_label():
     labelled = dataset.select([n for n in range(9) if n not in (1, 4)])
     found, of_labels, of_all = map(logits_metrics, (mixed, labelled, dataset))
     for name, value in found.items():
-        is_of_labels = "accuracy" in name or name.startswith("ensemble")
+        is_of_labels = is_of_labelled_rows(name)
         assert value == pytest.approx((of_labels if is_of_labels else of_all)[name], abs=1e-9), name
     # Without labels, what needs none.
     unnamed = logits_metrics(dataset.remove_columns("label"))
     assert unnamed == pytest.approx({name: of_all[name] for name in unnamed}) and "conv_i" not in unnamed
-    assert not any("accuracy" in name or name.startswith("ensemble") for name in unnamed)
-    assert of_all.keys() - unnamed.keys() == {name for name in of_all if "accuracy" in name or "ensemble" in name}
+    assert of_all.keys() - unnamed.keys() == {name for name in of_all if is_of_labelled_rows(name)}
 
 
 def test_a_label_that_is_no_class_is_refused():
