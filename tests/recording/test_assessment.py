@@ -7,8 +7,23 @@ from datasets import ClassLabel, Dataset, DatasetDict, DatasetInfo, Features, Im
 from scipy.spatial.distance import jensenshannon
 from scipy.special import softmax
 from scipy.stats import entropy
+from transformers import set_seed
 
-from hf_ibdistill import logits_metrics
+import hf_ibdistill.recording.assessment
+from hf_ibdistill import (
+    IBResNetConfig,
+    IBResNetForImageClassification,
+    ImageClassificationTrainer,
+    ImageTrainingArguments,
+    ViewRecipe,
+    assess_table,
+    build_image_processor,
+    class_config,
+    load_image_dataset,
+    logits_metrics,
+    record_teacher_logits,
+    select_per_class,
+)
 from hf_ibdistill.logits.encoding import LogitsEncoding
 
 
@@ -153,3 +168,152 @@ def test_tables_without_logits_or_rows_are_refused():
     ):
         with pytest.raises(kind, match=message):
             logits_metrics(table)
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """A recorded table of digits, of which 60 training images have a label and 40 have none, with two views; of two teachers
+    that trained on the labelled ones for a few steps."""
+    folder = tmp_path_factory.mktemp("digits")
+    splits = load_image_dataset("digits")
+    splits["train"] = select_per_class(select_per_class(splits["train"], 10), 6, keep_rest=True)
+    splits["validation"] = splits["validation"].select(range(50))
+    labelled, teachers = splits["train"].filter(lambda label: label is not None, input_columns="label"), {}
+    for name, preset in (("conv", "convolution-small"), ("inv", "involution-small")):
+        shape = {"depths": (1, 1, 1), "hidden_sizes": (16, 16, 32)}
+        config = IBResNetConfig.from_preset(preset, **shape, **class_config(labelled))
+        processor = build_image_processor(labelled)
+        set_seed(0)
+        args = ImageTrainingArguments(
+            folder / name,
+            max_steps=30,
+            learning_rate=1e-2,
+            use_cpu=True,
+            eval_strategy="no",
+            report_to=[],
+            save_strategy="no",
+        )
+        model = IBResNetForImageClassification(config)
+        ImageClassificationTrainer(model, args, train_dataset=labelled, processing_class=processor).train()
+        teachers[name] = model, processor
+    views = ViewRecipe(num_views=2)
+    return record_teacher_logits(splits, teachers, views=views, dtype="float32", output_dir=folder / "table")
+
+
+def test_the_figures_of_a_recorded_table(digits):
+    """Against sums over its columns."""
+    tau, p, labels = 3.0, {}, {}
+    for split in ("train", "validation"):
+        labels[split] = np.array([-1 if label is None else label for label in digits[split]["label"]])
+        for name in ("conv", "inv"):
+            logits = np.array(digits[split][f"{name}_logits"][:], float)
+            # Views come first. The validation split has the images alone.
+            p[split, name] = logits.transpose(1, 0, 2) if split == "train" else logits[None]
+    is_labelled = labels["train"] != -1
+    groups = {
+        "labelled": ("train", is_labelled),
+        "unlabelled": ("train", ~is_labelled),
+        "validation": ("validation", slice(None)),
+    }
+    found = assess_table(digits, temperature=tau)
+    assert found["rows"] == {"labelled": 60, "unlabelled": 40, "validation": 50} and found["missing"] == []
+    right = {}
+    for group, (split, rows) in groups.items():
+        logits = {name: p[split, name][:, rows] for name in ("conv", "inv")}
+        own, metrics = labels[split][rows], found["metrics"][group]
+        plain = {name: softmax(values, axis=-1) for name, values in logits.items()}
+        plain["ensemble"] = (plain["conv"] + plain["inv"]) / 2
+        for name, values in plain.items():
+            right[group, name] = (values.argmax(-1) == own).mean()
+            if group == "unlabelled":
+                assert f"{name}_accuracy" not in metrics and f"{name}_expected_calibration_error" not in metrics
+                continue
+            assert metrics[f"{name}_accuracy"] == pytest.approx(right[group, name])
+            error = calibration_error(values.transpose(1, 0, 2), own)
+            assert metrics[f"{name}_expected_calibration_error"] == pytest.approx(error, abs=1e-5)
+        soft = {name: softmax(values / tau, axis=-1) for name, values in logits.items()}
+        for name, values in soft.items():
+            assert metrics[f"{name}_entropy"] == pytest.approx(entropy(values, axis=-1).mean(), abs=1e-5)
+            if split == "train":
+                divergence = jensenshannon(*values, axis=-1) ** 2
+                assert metrics[f"{name}_view_divergence"] == pytest.approx(divergence.mean(), abs=1e-5)
+            else:
+                assert f"{name}_view_divergence" not in metrics
+        divergence = jensenshannon(soft["conv"], soft["inv"], axis=-1) ** 2
+        assert metrics["conv_inv_divergence"] == pytest.approx(divergence.mean(), abs=1e-5)
+    # They learned something, or there would be nothing to measure.
+    assert right["labelled", "conv"] > 0.15
+    for name in ("conv", "inv"):
+        expected = right["labelled", name] - right["validation", name]
+        assert found["memorization"][name] == pytest.approx(expected)
+    best = max(right["validation", "conv"], right["validation", "inv"])
+    assert found["ensemble_gain"] == pytest.approx(right["validation", "ensemble"] - best)
+
+
+def test_blocks_samples_and_the_test_split_change_nothing_else(digits, monkeypatch):
+    found = assess_table(digits)
+    assert assess_table({name: digits[name] for name in ("train", "validation")}) == found
+    # Seven rows of two views and ten classes are read at once, so the last block is smaller.
+    monkeypatch.setattr(hf_ibdistill.recording.assessment, "_BLOCK_VALUES", 140)
+    in_blocks = assess_table(digits)
+    for group, metrics in found["metrics"].items():
+        assert in_blocks["metrics"][group] == pytest.approx(metrics, abs=1e-6)
+    # A sample is one of each group, is that of its seed, and leaves the numbers of rows alone.
+    sample = assess_table(digits, num_rows=20, seed=4)
+    assert sample == assess_table(digits, num_rows=20, seed=4) != assess_table(digits, num_rows=20, seed=5)
+    assert sample["rows"] == found["rows"]
+    assert (20 * sample["metrics"]["validation"]["conv_accuracy"]) % 1 == pytest.approx(0, abs=1e-9)
+
+
+def test_figures_that_cannot_be_given_are_named(digits):
+    train, validation = digits["train"], digits["validation"]
+    all_figures = assess_table(digits)
+    for tables, groups, words in (
+        ({"train": train}, {"labelled", "unlabelled"}, [["no validation split"]]),
+        (
+            {"train": train, "validation": validation.remove_columns(["conv_logits", "inv_logits"])},
+            {"labelled", "unlabelled"},
+            [["conv, inv", "no logits"]],
+        ),
+        ({"train": train, "validation": validation.remove_columns("inv_logits")}, None, [["for inv,", "no logits"]]),
+        (
+            {"train": train, "validation": validation.remove_columns("label")},
+            None,
+            [["no validation row has a label"]],
+        ),
+        (
+            {"train": train.remove_columns("label"), "validation": validation},
+            {"unlabelled", "validation"},
+            [["no training row has a label"]],
+        ),
+    ):
+        found = assess_table(tables)
+        assert found["metrics"].keys() == (groups or {"labelled", "unlabelled", "validation"})
+        assert len(found["missing"]) == len(words)
+        assert all(word in sentence for sentence, given in zip(found["missing"], words) for word in given)
+        known = {"conv": all_figures["memorization"]["conv"]} if words == [["for inv,", "no logits"]] else {}
+        assert found["memorization"] == known
+        # Labels of training rows are not needed for it.
+        is_known = words == [["no training row has a label"]]
+        assert found["ensemble_gain"] == (all_figures["ensemble_gain"] if is_known else None)
+
+
+def test_what_is_no_recorded_table_is_refused(digits):
+    train = digits["train"]
+    for tables, kind, message in (
+        (train, TypeError, "^tables is a Dataset"),
+        ({"test": train}, ValueError, "^tables has the splits test"),
+        ({}, ValueError, "^tables has the splits none"),
+        ({"train": train.to_iterable_dataset()}, TypeError, "train"),
+        ({"train": train.select([])}, ValueError, r'^tables\["train"\] has 0 rows'),
+        (
+            {"train": train.select_columns(["image", "label"])},
+            ValueError,
+            r'^tables\["train"\] has 100 rows of image, label,',
+        ),
+    ):
+        with pytest.raises(kind, match=message):
+            assess_table(tables)
+    for name, value in (("num_rows", 0), ("seed", -1), ("temperature", 0.0)):
+        with pytest.raises(ValueError, match=f"^{name}={value}"):
+            assess_table(digits, **{name: value})
