@@ -12,28 +12,30 @@ from hf_ibdistill.progress import Progress, describe_seconds
 
 
 WORK = """
-import sys, time
+import time
 from hf_ibdistill.progress import Progress
 
 print("before")
-with Progress("record {a}", 20, images_per_unit=3, is_shown=sys.argv[1] == "1") as bar:
-    bar.skip(4)
-    for number in range(16):
-        time.sleep(0.1)
-        bar.update(note="loss 0.5")
-print("after")
+for is_shown in (True, False):
+    with Progress("record {a}", 20, images_per_unit=3, is_shown=is_shown) as bar:
+        bar.skip(4)
+        for number in range(16):
+            time.sleep(0.1)
+            bar.update(note="loss 0.5")
+    print("after")
 """
 
 
-@pytest.mark.parametrize("is_shown", [True, False])
-def test_a_bar_on_a_terminal_is_gone_at_the_end(is_shown):
-    written, lines = run_on_terminal(["-c", WORK, int(is_shown)], columns=80)
-    assert lines == ["before", "after", ""]
-    shown = re.findall(
-        r"record \{a\} (█.*?) +([\d]+)/20 images, ([\d.]+) images/s, (\d\d:\d\d) left, loss 0.5", written
-    )
-    assert bool(shown) == is_shown
+def test_a_bar_on_a_terminal_is_gone_at_the_end_and_may_be_hidden():
+    written, lines = run_on_terminal(["-c", WORK], columns=80)
+    assert lines == ["before", "after", "after", ""]
     assert all(len(line) <= 80 for line in re.split(r"[\r\n]", written))
+    with_bar, hidden = written.split("after")[:2]
+    assert hidden.strip() == ""
+    shown = re.findall(
+        r"record \{a\} (█.*?) +([\d]+)/20 images, ([\d.]+) images/s, (\d\d:\d\d) left, loss 0.5", with_bar
+    )
+    assert shown
     for _, count, rate, left in shown:
         # At most ten updates a second, each of three images. The units before do not count.
         assert 10 < int(count) <= 20 and 5 < float(rate) <= 30 and left in ("00:00", "00:01")

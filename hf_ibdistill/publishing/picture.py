@@ -14,6 +14,7 @@ import matplotlib
 import numpy as np
 import PIL.Image
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 from matplotlib.ticker import LogLocator, MaxNLocator
@@ -57,9 +58,12 @@ def _figure(height: float) -> Figure:
 
 
 def _png(figure: Figure) -> bytes:
+    # `savefig` would draw twice, add transparency, and compress for as long as it draws.
+    figure.set_dpi(_DPI)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
     content = io.BytesIO()
-    # Without the version of the library, so that the same facts make the same file.
-    figure.savefig(content, format="png", dpi=_DPI, metadata={"Software": None})
+    PIL.Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").save(content, "PNG", compress_level=3)
     return content.getvalue()
 
 

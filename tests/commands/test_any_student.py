@@ -19,7 +19,7 @@ ARCHITECTURES = {
     "resnet": ["resnet", "embedding_size=8", "hidden_sizes=[8, 16]", "depths=[1, 1]", "layer_type=basic"],
     "vit": ["vit", "hidden_size=16", "num_hidden_layers=2", "num_attention_heads=2", "patch_size=8"],
     "poolformer": ["poolformer", "hidden_sizes=[8, 8, 8, 8]", "depths=[1, 1, 1, 1]"],
-    "timm": ["timm/mobilenetv3_small_050"],
+    "timm": ["timm/test_efficientnet"],
 }
 STEPS = ["--eval_strategy", "no", "--disable_tqdm", "--image_size", "32", "--max_steps", "4"]
 # A head that the labels teach, because its family has no token of a teacher.
@@ -32,10 +32,17 @@ def distill(outputs, architecture, folder, *arguments):
     return load_file(folder / "model.safetensors")
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_any_student(architecture, outputs, hub, monkeypatch, tmp_path, capsys):
-    folder = tmp_path / "student"
-    whole = distill(outputs, architecture, folder, "--save_strategy", "steps", "--save_steps", "2")
+@pytest.fixture(scope="module")
+def student(request, outputs, tmp_path_factory):
+    """The architecture of a student, its folder and its weights."""
+    folder = tmp_path_factory.mktemp("any") / "student"
+    whole = distill(outputs, request.param, folder, "--save_strategy", "steps", "--save_steps", "2")
+    return request.param, folder, whole
+
+
+@pytest.mark.parametrize("student", ARCHITECTURES, indirect=True)
+def test_any_student(student, outputs, hub, monkeypatch, tmp_path, capsys):
+    architecture, folder, whole = student
     results, card = json.loads((folder / "results.json").read_text()), ModelCard.load(folder / "README.md")
     assert {"conv_agreement", "inv_agreement", "accuracy"} <= results["metrics"].keys()
     assert "conv" in card.text and "inv" in card.text and card.data.pipeline_tag == "image-classification"
@@ -76,19 +83,20 @@ def test_any_student(architecture, outputs, hub, monkeypatch, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("architecture", "has_layers"), [("resnet", True), ("vit", True), ("poolformer", False), ("timm", True)]
+    ("student", "has_layers"),
+    [("resnet", True), ("vit", True), ("poolformer", False), ("timm", True)],
+    indirect=["student"],
 )
-def test_layers_are_frozen_and_decayed_where_the_family_has_them(architecture, has_layers, outputs, tmp_path):
-    folder = tmp_path / "student"
-    distill(outputs, architecture, folder)
+def test_layers_are_frozen_and_decayed_where_the_family_has_them(student, has_layers, outputs, tmp_path):
+    folder = student[1]
     tuned = ["finetune", "--model", folder, "--dataset", outputs.images, *STEPS, "--output_dir", tmp_path / "tuned"]
-    for flags in (["--layer_decay", "0.5"], ["--freeze_layers", "1"]):
-        if not has_layers:
+    flags = [["--layer_decay", "0.5"], ["--freeze_layers", "1"]]
+    if not has_layers:
+        for flag in flags:
             with pytest.raises(SystemExit, match="no list of layers"):
-                run(*tuned, *flags)
-        else:
-            run(*tuned, *flags)
-    if has_layers:
+                run(*tuned, *flag)
+    else:
+        run(*tuned, *flags[0], *flags[1])
         after, before = load_file(tmp_path / "tuned/model.safetensors"), load_student(folder).state_dict()
         kept = [name for name, tensor in after.items() if torch.equal(tensor, before[name])]
         assert 0 < len(kept) < len(after)

@@ -60,6 +60,7 @@ def check(results, input, kernel, grad_output, stride, dtypes):
 
 def interpret():
     """Check the kernels on CPU tensors, which the environment variable TRITON_INTERPRET allows."""
+    assert "cuda" in _involution._backend_fns and "hf_ibdistill.models.involution_triton" not in sys.modules
     from hf_ibdistill.models import involution_triton
 
     torch.manual_seed(0)
@@ -84,19 +85,12 @@ def interpret():
         assert gradients[0].shape == input.shape and torch.equal(gradients[1], torch.zeros_like(kernel))
 
 
-def test_the_interpreted_kernels_equal_plain_loops():
+def test_the_kernels_are_imported_at_the_first_call_and_equal_plain_loops():
     # In another process, because Triton reads the variable when it is imported.
     root = Path(__file__).parents[2]
     paths = [str(root), str(root / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
-def test_the_kernels_are_imported_at_the_first_call_on_a_gpu():
-    source = "import sys, hf_ibdistill, hf_ibdistill.models.involution as module; "
-    source += "assert 'cuda' in module._involution._backend_fns; assert 'hf_ibdistill.models.involution_triton' not in sys.modules"
-    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

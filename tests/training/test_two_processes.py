@@ -1,11 +1,11 @@
 """Two processes take the steps of one and leave its metrics.
 
-Run as a script, this file is one of the two processes.
+Run as a script, this file starts both processes.
 """
 
 import json
+import os
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -23,7 +23,8 @@ from distilling import (
     small_teachers,
     with_columns,
 )
-from running import ENVIRONMENT, ROOT
+from running import ENVIRONMENT, ROOT, run_process
+from torch.multiprocessing import start_processes
 from transformers import AutoModelForImageClassification
 
 from hf_ibdistill import (
@@ -79,29 +80,10 @@ def save_inputs(folder):
         model.save_pretrained(folder / name)
 
 
-def run_two_processes(folder):
-    """What a launcher does: the same script twice, with its number in the environment."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    environment = {**ENVIRONMENT, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "MASTER_ADDR": "127.0.0.1"}
-    environment |= {"MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    processes = []
-    try:
-        for rank in ("0", "1"):
-            with open(folder / f"errors-{rank}", "w") as errors:
-                ranked = {**environment, "RANK": rank, "LOCAL_RANK": rank}
-                command = [sys.executable, __file__, str(folder)]
-                processes.append(subprocess.Popen(command, env=ranked, stdout=errors, stderr=errors))
-        for rank, process in enumerate(processes):
-            assert process.wait(timeout=300) == 0, (folder / f"errors-{rank}").read_text()[-4000:]
-    finally:
-        for process in processes:
-            process.kill()
-
-
-def test_two_processes_take_the_steps_of_one_and_leave_its_metrics(tmp_path):
+def test_two_processes_take_the_steps_of_one_and_leave_its_metrics(tmp_path, monkeypatch):
     save_inputs(tmp_path)
-    run_two_processes(tmp_path)
+    monkeypatch.setitem(ENVIRONMENT, "PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}")
+    run_process(__file__, tmp_path)
     for name, settings in SCENARIOS.items():
         start = AutoModelForImageClassification.from_pretrained(
             tmp_path / settings.get("student", "student")
@@ -135,8 +117,10 @@ def test_two_processes_take_the_steps_of_one_and_leave_its_metrics(tmp_path):
     assert not [path for path in saved.rglob("*") if path.suffix in (".bin", ".pt", ".pth", ".pkl")]
 
 
-def main():
-    folder = Path(sys.argv[1])
+def work(rank, folder, port):
+    """One of the two processes, with the environment that a launcher sets."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     for name, settings in SCENARIOS.items():
         output_dir = folder / ("saved" if name == "plain" else name)
         trainer, results = run_scenario(folder, output_dir, **settings)
@@ -152,4 +136,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    # Forks of this process need not import the libraries, which takes longer than the steps.
+    start_processes(work, (Path(sys.argv[1]), port), nprocs=2, start_method="fork")
