@@ -21,7 +21,7 @@ ARCHITECTURES = {
     "poolformer": ["poolformer", "hidden_sizes=[8, 8, 8, 8]", "depths=[1, 1, 1, 1]"],
     "timm": ["timm/test_efficientnet"],
 }
-STEPS = ["--eval_strategy", "no", "--disable_tqdm", "--image_size", "32", "--max_steps", "4"]
+STEPS = ["--eval_strategy", "no", "--disable_tqdm", "--image_size", "32", "--max_steps", "3"]
 # A head that the labels teach, because its family has no token of a teacher.
 HEADS = ("classifier", "head")
 
