@@ -1,14 +1,12 @@
 """Measure image classifiers: metrics, predictions, attention.
 
-The metrics are plain functions of arrays. `TopKAccuracy`, `NegativeLogLikelihood` and `ExpectedCalibrationError` offer them
-as `evaluate` modules, for example for `evaluate.combine`.
+The metrics are plain functions of arrays; `hf_ibdistill.metrics` offers them as `evaluate` modules.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import datasets
-import evaluate
 import numpy as np
 import PIL.Image
 import scipy.special
@@ -167,37 +165,6 @@ def _calibration_gaps(logits: torch.Tensor, labels: torch.Tensor, num_bins: int)
     confidence, predicted = logits.double().softmax(-1).max(1)
     _, confidences, right = calibration_bins(confidence, predicted == labels, num_bins)
     return right - confidences
-
-
-class _LogitsMetric(evaluate.Metric):
-    """A metric of logits (rows of C numbers) against class ids."""
-
-    def _info(self):
-        features = {"predictions": datasets.List(datasets.Value("float32")), "references": datasets.Value("int64")}
-        return evaluate.MetricInfo(
-            description=self.__doc__, citation="", inputs_description="", features=datasets.Features(features)
-        )
-
-
-class TopKAccuracy(_LogitsMetric):
-    """[`top_k_accuracy`] as an `evaluate` module."""
-
-    def _compute(self, predictions, references, k=1):
-        return {"accuracy" if k == 1 else f"top_{k}_accuracy": top_k_accuracy(predictions, references, k)}
-
-
-class NegativeLogLikelihood(_LogitsMetric):
-    """[`negative_log_likelihood`] as an `evaluate` module."""
-
-    def _compute(self, predictions, references):
-        return {"negative_log_likelihood": negative_log_likelihood(predictions, references)}
-
-
-class ExpectedCalibrationError(_LogitsMetric):
-    """[`expected_calibration_error`] as an `evaluate` module."""
-
-    def _compute(self, predictions, references, num_bins=15):
-        return {"expected_calibration_error": expected_calibration_error(predictions, references, num_bins)}
 
 
 class RunningMetrics:

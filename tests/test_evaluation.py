@@ -17,10 +17,7 @@ from transformers import EvalPrediction, ResNetConfig, ResNetForImageClassificat
 
 from hf_ibdistill import IBViTConfig, IBViTForImageClassification, evaluate_model, predict, token_attention
 from hf_ibdistill.evaluation import (
-    ExpectedCalibrationError,
-    NegativeLogLikelihood,
     RunningMetrics,
-    TopKAccuracy,
     accuracy_interval,
     calibration_bins,
     classification_metrics,
@@ -31,6 +28,7 @@ from hf_ibdistill.evaluation import (
     top_k_accuracy,
 )
 from hf_ibdistill.logits.encoding import LogitsEncoding
+from hf_ibdistill.metrics import ExpectedCalibrationError, NegativeLogLikelihood, TopKAccuracy
 
 
 NAMES = ["cat", "dog", "owl"]

@@ -28,6 +28,7 @@ STAGES = [
     "students",
     "rednet",
     "evaluation",
+    "metrics",
     "recording",
     "publishing",
     "training",
