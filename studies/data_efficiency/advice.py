@@ -72,12 +72,13 @@ def features(cells: Mapping, method: str, images: int, seed: int) -> dict[str, f
     """The figures of the table that this student learned from."""
     cell, names = cells[method][images][seed], METHODS[method].teachers
     teachers = [cells[name][images][seed] for name in names]
-    ensemble = cells.get("ensemble", {}).get(images, {}).get(seed)
     best, temperature, is_pair = max(teachers, key=accuracy), cell["recipe"]["temperature"], len(names) == 2
     # The first cells were made without them.
     logits = defaultdict(lambda: np.nan, cell.get("logits", {}))
     gain = disagreement = divergence = 0.0
     if is_pair:
+        (mean,) = (name for name, of in METHODS.items() if of.is_ensemble and of.teachers == names)
+        ensemble = cells.get(mean, {}).get(images, {}).get(seed)
         gain = np.nan if ensemble is None else accuracy(ensemble) - accuracy(best)
         disagreement = float(np.mean(predicted(teachers[0]) != predicted(teachers[1])))
         divergence = logits["_".join(names) + "_divergence"]
@@ -104,7 +105,7 @@ def examples(data: str, cells: Mapping) -> Iterator[tuple[str, Example]]:
         if kind.logits not in ("row", "views") or kind.uses_folds or kind.recipe:
             continue
         for images, seed in ((images, seed) for images, by_seed in by_size.items() for seed in by_seed):
-            found = {name: by_size[images][seed] for name, by_size in cells.items() if seed in by_size.get(images, {})}
+            found = {name: of[images][seed] for name, of in cells.items() if seed in of.get(images, {})}
             if not found.keys() >= {*kind.teachers}:
                 continue
             figures, reached = features(cells, method, images, seed), accuracy(found[method])
