@@ -354,8 +354,16 @@ def test_an_error_at_the_start_of_one_ends_all(table, tmp_path):
         assert not threads() and [trainer.shared_reading for trainer in trainers] == [None, None]
 
 
+@pytest.fixture
+def heeds_ctrl_c():
+    """A shell starts what it runs in the background with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("place", ["step", "evaluation"])
-def test_ctrl_c_ends_all(place, table, tmp_path):
+def test_ctrl_c_ends_all(place, heeds_ctrl_c, table, tmp_path):
     pressed = []
 
     class Press(TrainerCallback):
