@@ -23,8 +23,9 @@ def separately(outputs, folder, *flags):
 
 def test_students_are_those_of_separate_commands(outputs, tmp_path, capsys):
     shared = ["--dataset", outputs.table, *STEPS, "--save_strategy", "steps", "--save_steps", "2"]
-    mobile = {"student_config": ["mobilenet_v2", "depth_multiplier=0.35"], "learning_rate": 1e-3}
-    students = [yaml.safe_dump(one, default_flow_style=True).strip() for one in (SMALL, LARGE, mobile)]
+    vit = {"student_config": ["vit", "patch_size=4", "hidden_size=24", "num_hidden_layers=1"], "learning_rate": 1e-3}
+    vit["student_config"] += ["num_attention_heads=2", "intermediate_size=48"]
+    students = [yaml.safe_dump(one, default_flow_style=True, width=1000).strip() for one in (SMALL, LARGE, vit)]
     run("distill", *shared, "--students", *students, "--output_dir", tmp_path / "several")
     shown = json.loads(capsys.readouterr().out)
     assert list(shown) == ["small", "large", "student_2"]
@@ -35,7 +36,7 @@ def test_students_are_those_of_separate_commands(outputs, tmp_path, capsys):
     flags = {
         "small": ["--hidden_size", "32", "--temperature", "2", "4"],
         "large": ["--hidden_size", "64", "--seed", "3", "--data_seed", "42"],  # 42 is the seed of transformers
-        "student_2": ["--student_config", *mobile["student_config"], "--learning_rate", "1e-3"],
+        "student_2": ["--student_config", *vit["student_config"], "--learning_rate", "1e-3"],
     }
     for name, own in flags.items():
         found = (tmp_path / "several" / name / "model.safetensors").read_bytes()

@@ -118,8 +118,9 @@ def assert_identical(trainer, other):
     [
         {},
         {"gradient_accumulation_steps": 3, "dataloader_num_workers": 1, "dataloader_persistent_workers": True},
-        {"dataloader_drop_last": True, "num_train_epochs": 1.5, "dataloader_num_workers": 1},
-        {"save_strategy": "epoch", "load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "bf16": True},
+        {"dataloader_drop_last": True, "num_train_epochs": 1.5},
+        {"save_strategy": "epoch", "load_best_model_at_end": True, "metric_for_best_model": "eval_loss"},
+        {"bf16": True, "num_train_epochs": 1, "eval_strategy": "no"},
         {"train_sampling_strategy": "sequential", "num_train_epochs": 1, "gradient_accumulation_steps": 2},
     ],
     ids=str,
