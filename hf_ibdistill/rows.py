@@ -115,25 +115,23 @@ class _RowDecoder:
         for number, same in itertools.groupby(zip(numbers, rows, views), key=lambda entry: entry[0]):
             _, rows_of_image, views_of_image = zip(*same)
             first, count = rows_of_image[0], len(rows_of_image)
-            kept = None if self._cache is None else self._cache.get(number)
-            if kept is None:
-                image, key = self._decode_image(number, first)
-            else:
-                image, key = kept
+            image, key = self._read_image(number, first)
             if self.views is None:
                 images = [PIL.Image.fromarray(image) if isinstance(image, np.ndarray) else image] * count
             else:
                 images = make_views([image] * count, self.views, [key] * count, views_of_image)
             # Otherwise it would be held while the next is decoded.
-            del image, kept
+            del image
             for row in rows_of_image:
                 row = dict(row)
                 if self.views is not None:
                     row.pop(ROW_KEY, None)
                 yield {**row, IMAGE: images.pop(0)}
 
-    def _decode_image(self, number: int, row: dict) -> tuple[PIL.Image.Image, int]:
-        """The image of a row and, for views, its key."""
+    def _read_image(self, number: int, row: dict) -> tuple[PIL.Image.Image | np.ndarray, int]:
+        """The image of a row, or its pixels if they are kept, and, for views, its key."""
+        if self._cache is not None and (kept := self._cache.get(number)) is not None:
+            return kept
         try:
             image = decode_image(row[IMAGE], self._mode)
         except ValueError as error:
@@ -184,7 +182,7 @@ class ImageRows(_RowDecoder, torch.utils.data.Dataset):
         if keeps_images and len(table):
             # Whoever reads the row reports it.
             with contextlib.suppress(ValueError):
-                image, _ = self._decode_image(0, _as_rows(self._encoded[:1])[0])
+                image, _ = self._read_image(0, _as_rows(self._encoded[:1])[0])
                 self._cache = build_cache(len(table), *image.size)
 
     def __len__(self) -> int:
