@@ -1,6 +1,5 @@
 """The pictures of the study."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,7 +9,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator
 
 
-_COLORS = (*(f"C{i}" for i in range(10)), "black", "gold")
+# Those of Okabe and Ito, which color-blind readers can tell apart. There are too few for many lines.
+_COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "black")
+_MORE_COLORS = (*(f"C{i}" for i in range(10)), "black", "gold")
+# In print and among many lines, colors alone are not enough.
+_MARKERS = "os^Dv<>PXphd"
 
 
 def plot_accuracy(
@@ -29,38 +32,65 @@ def plot_accuracy(
         xlabel: the quantity and its unit.
         highlight: a method to draw with a thicker line.
     """
+    _plot_lines(path, panels, xlabel, highlight, panels_a_row=2, panel_size=(6.5, 4.8))
+
+
+def plot_shifts(
+    path: str | Path,
+    panels: Mapping[str, Mapping[str, Mapping[float, Sequence[float]]]],
+    highlight: str | None = None,
+) -> None:
+    """Draw accuracy against the strength of a change of the images, in the way of [`plot_accuracy`]. Four panels make a row, and
+    all have one scale, so that a change that costs more is steeper.
+
+    Args:
+        path: the PNG file to write.
+        panels: kind of change → method → strength → accuracies (0 … 1), one a seed. Strength 0 is no change.
+        highlight: a method to draw with a thicker line.
+    """
+    xlabel = "strength (0: unchanged)"
+    _plot_lines(path, panels, xlabel, highlight, panels_a_row=4, panel_size=(3.3, 3.3), is_linear=True)
+
+
+def _plot_lines(path, panels, xlabel, highlight, panels_a_row, panel_size, is_linear=False):
     methods = list(dict.fromkeys(name for lines in panels.values() for name in lines))
-    rows, panels_a_row = -(-len(panels) // 2), min(2, len(panels))
-    width = 6.5 * panels_a_row
+    colors = _COLORS if len(methods) <= len(_COLORS) else _MORE_COLORS
+    rows, panels_a_row = -(-len(panels) // panels_a_row), min(panels_a_row, len(panels))
+    width = panel_size[0] * panels_a_row
     columns = max(2, int(width / 3.2))
-    height = 4.8 * rows + 0.22 * -(-len(methods) // columns)
+    height = panel_size[1] * rows + 0.22 * -(-len(methods) // columns)
     figure = Figure(figsize=(width, height), layout="constrained")
-    every_axes = figure.subplots(rows, panels_a_row, squeeze=False).flat
+    every_axes = figure.subplots(rows, panels_a_row, squeeze=False, sharey=is_linear).flat
     for axes in every_axes[len(panels) :]:
         axes.remove()
+    to_axis, from_axis = (np.float64, np.float64) if is_linear else (np.log, np.exp)
     drawn = {}
     for axes, (title, lines) in zip(every_axes, panels.items()):
-        counts = Counter(place for points in lines.values() for place in points)
-        # A two-hundredth of the axis.
-        step = (max(counts) / min(counts)) ** 0.005 if len(counts) > 1 else 1.01
+        found = sorted({place for points in lines.values() for place in points})
+        sharing = {place: [name for name in methods if place in lines.get(name, {})] for place in found}
+        # A small part of the axis.
+        step = (to_axis(found[-1]) - to_axis(found[0])) / 150 or 0.01
         for i, name in enumerate(methods):
             places = sorted(lines.get(name, {}))
             if not places:
                 continue
             values = [100 * np.asarray(lines[name][place]) for place in places]
             spreads = [value.std(ddof=1) if len(value) > 1 else 0.0 for value in values]
-            beside = step ** (i - (len(methods) - 1) / 2)
-            places = [place * beside if counts[place] > 1 else place for place in places]
-            style = {"color": _COLORS[i % len(_COLORS)], "linestyle": "-" if i < len(_COLORS) else "--"}
+            sides = [sharing[place].index(name) - (len(sharing[place]) - 1) / 2 for place in places]
+            places = [from_axis(to_axis(place) + step * side) for place, side in zip(places, sides)]
+            style = {"color": colors[i % len(colors)], "linestyle": "-" if i < len(colors) else "--"}
             style["zorder"] = 3 if name == highlight else 2
-            style |= {"linewidth": 3 if name == highlight else 1.2, "marker": "o", "markersize": 4, "capsize": 3}
+            style |= {"linewidth": 3 if name == highlight else 1.2, "capsize": 3}
+            style |= {"marker": _MARKERS[i % len(_MARKERS)], "markersize": 6 if name == highlight else 4}
             drawn[name] = axes.errorbar(places, [value.mean() for value in values], spreads, **style)
-        axes.set(xscale="log", xlabel=xlabel, ylabel="test accuracy (%)", title=title)
-        are_shared = max(counts.values()) > 1
-        axes.xaxis.set_major_locator(FixedLocator(sorted(counts)) if are_shared else LogLocator(subs=(1, 2, 5)))
+        axes.set(xscale="linear" if is_linear else "log", xlabel=xlabel, ylabel="test accuracy (%)", title=title)
+        are_few = is_linear or max(map(len, sharing.values())) > 1
+        axes.xaxis.set_major_locator(FixedLocator(found) if are_few else LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.xaxis.set_minor_formatter("")
         axes.grid(alpha=0.3, which="both")
+        if is_linear:
+            axes.label_outer(remove_inner_ticks=False)
     names = [name for name in methods if name in drawn]
     figure.legend([drawn[name] for name in names], names, loc="outside lower center", ncols=columns, fontsize=8)
     figure.savefig(path, dpi=110)

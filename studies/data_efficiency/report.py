@@ -20,9 +20,10 @@ from hf_ibdistill import build_image_processor, class_config, create_model_card,
 from hf_ibdistill.rows import ImageRows
 
 from . import tables
-from .plots import plot_accuracy, plot_attention, plot_corrections
+from .plots import plot_accuracy, plot_attention, plot_corrections, plot_shifts
 from .recipes import DATASETS, METHODS, TEACHERS, Recipe
 from .runs import Study, build_model, study_folders
+from .shifts import accuracies_by_strength, read_shifts
 from .tables import OURS
 
 
@@ -82,8 +83,8 @@ def draw_lines(title: str, cells: dict, folder: Path) -> None:
         METHODS[name].title: {images: tables.accuracies(by_seed) for images, by_seed in by_size.items()}
         for name, by_size in cells.items()
     }
-    ours = METHODS[OURS].title
-    plot_accuracy(folder / "accuracy_images.png", {title: by_images}, "training images", ours)
+    ours = _highlighted(cells)
+    plot_accuracy(folder / "accuracy_images.png", {title: by_images}, "labelled training images", ours)
     comparable = tables.on_one_machine(cells)
     found = tables.accuracies_by_seconds
     by_time = {
@@ -91,6 +92,18 @@ def draw_lines(title: str, cells: dict, folder: Path) -> None:
         for images in sizes
     }
     plot_accuracy(folder / "accuracy_time.png", by_time, "processor seconds: teachers, recording and training", ours)
+
+
+def _highlighted(cells):
+    """The title of the student that stands out in pictures: where there are unlabelled images, the one that learns from them."""
+    return METHODS["both_all" if "both_all" in cells else OURS].title
+
+
+def draw_shifts(folder: Path) -> None:
+    """Accuracy on changed images: one picture for each number of labelled images that has cells."""
+    for images in sorted({int(path.name.split("_")[0]) for path in (folder / "shifts").glob("*_base_[0-9].json")}):
+        cells = read_shifts(folder / "shifts", images)
+        plot_shifts(folder / f"shifts_{images}.png", accuracies_by_strength(cells), _highlighted(cells))
 
 
 def write_cards(study: Study, cells: dict, args: ReportArguments) -> None:
@@ -155,6 +168,7 @@ def main(arguments=None):
     (folder / "tables.md").write_text(text, encoding="utf-8")
     print(text)
     draw_lines(data.title, cells, folder)
+    draw_shifts(folder)
     # Of the few images that the method is for.
     smallest = min(cells[OURS].keys() & cells["undistilled"].keys())
     both = (cells[name][smallest].values() for name in ("undistilled", OURS))

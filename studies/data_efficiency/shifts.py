@@ -158,6 +158,35 @@ def _as_bitmap(picture):
     return {"bytes": file.getvalue(), "path": None}
 
 
+def read_shifts(folder: Path, images: int, variation: str = "base") -> dict[str, dict[int, dict]]:
+    """Method → seed → cell."""
+    cells = defaultdict(dict)
+    for method in METHODS:
+        for path in sorted(folder.glob(f"{images}_{method}_{variation}_[0-9].json")):
+            cells[method][int(path.stem[-1])] = json.loads(path.read_text())
+    return dict(cells)
+
+
+def accuracies_by_strength(cells: dict[str, dict[int, dict]]) -> dict[str, dict[str, dict[int, list[float]]]]:
+    """Kind of change, and their mean → method → strength → accuracies, one a seed. Strength 0 is the image as it is.
+
+    Args:
+        cells: method → seed → cell.
+    """
+
+    def of_seed(cell, kinds):
+        return [cell["clean"], *np.mean([cell["accuracy"][kind] for kind in kinds], axis=0)]
+
+    groups = {**{kind: [kind] for kind in KINDS}, "mean of the changes": list(KINDS)}
+    return {
+        title: {
+            METHODS[method].title: dict(enumerate(zip(*(of_seed(by_seed[seed], kinds) for seed in sorted(by_seed)))))
+            for method, by_seed in cells.items()
+        }
+        for title, kinds in groups.items()
+    }
+
+
 def shift_table(cells: dict[str, dict[int, dict]], baseline: str = "undistilled") -> str:
     """Accuracy by kind, its mean, and the difference to a baseline over the seeds of both.
 
@@ -210,11 +239,7 @@ def main(arguments=None):
         test = study.test_rows()
         test = test.select(range(min(args.num_images, len(test))))
         measure(list(models), test, lambda folder, cell: write(models[folder], cell))
-    cells = defaultdict(dict)
-    for method in METHODS:
-        for path in sorted((results_dir / "shifts").glob(f"{args.images}_{method}_{args.variation}_[0-9].json")):
-            cells[method][int(path.stem[-1])] = json.loads(path.read_text())
-    print(shift_table(cells))
+    print(shift_table(read_shifts(results_dir / "shifts", args.images, args.variation)))
 
 
 if __name__ == "__main__":

@@ -1,18 +1,33 @@
 """What the plots of the study show, read back from their pixels."""
 
+import itertools
 import statistics
 
 import numpy as np
 import PIL.Image
 import pytest
 import scipy.ndimage
+from matplotlib.colors import to_rgb
 
-from studies.data_efficiency.plots import plot_accuracy, plot_attention, plot_corrections
+from studies.data_efficiency.plots import _COLORS, plot_accuracy, plot_attention, plot_corrections, plot_shifts
 
 
 GREEN = (0, 200, 90)
-# The first two colors of lines in matplotlib, and a red.
-BLUE, ORANGE, CRIMSON = (31, 119, 180), (255, 127, 14), (220, 20, 60)
+# The first two colors of lines, and a red.
+BLUE, ORANGE, CRIMSON = (0, 114, 178), (230, 159, 0), (220, 20, 60)
+# What eyes without the cones of long or of medium waves see of linear RGB (Machado et al. 2009, doi 10.1109/TVCG.2009.113).
+COLOR_BLIND = {
+    "protanopia": [
+        [0.152286, 1.052583, -0.204868],
+        [0.114503, 0.786281, 0.099216],
+        [-0.003882, -0.048116, 1.051998],
+    ],
+    "deuteranopia": [
+        [0.367322, 0.860646, -0.227968],
+        [0.280085, 0.672501, 0.047413],
+        [-0.011820, 0.042940, 0.968881],
+    ],
+}
 
 
 def read(path):
@@ -97,6 +112,46 @@ def test_quantities_are_drawn_in_their_order(tmp_path):
     shuffled = {place: peak[place] for place in (100, 1, 10)}
     first, second = (draw_accuracy(tmp_path / "plot.png", panel={"plain": line}) for line in (peak, shuffled))
     np.testing.assert_array_equal(first, second)
+
+
+def draw_shifts(path, **panels):
+    plot_shifts(path, panels)
+    return read(path)
+
+
+def test_strengths_are_equally_far_apart_and_begin_at_zero(tmp_path):
+    steps = {"two": {0: [0.4], 2: [0.8]}, "four": {1: [0.2], 5: [0.6]}}
+    pixels = draw_shifts(tmp_path / "plot.png", noise=steps)
+    two, four = (np.ptp(largest_shape(pixels, color)[1]) for color in (BLUE, ORANGE))
+    # Up to the width of the bars' ends.
+    assert four == pytest.approx(2 * two, abs=14)
+
+
+def test_all_kinds_have_one_scale_and_four_make_a_row(tmp_path):
+    small, large = {"plain": {0: [0.5], 5: [0.4]}}, {"plain": {0: [0.9], 5: [0.1]}}
+    pixels = draw_shifts(tmp_path / "plot.png", a=small, b=large, c=small, d=large, e=small)
+    upper, lower = np.array_split(pixels[:-50], 2)
+    heights = [np.ptp(largest_shape(part, BLUE)[0]) for part in np.array_split(upper, 4, axis=1)]
+    np.testing.assert_allclose(np.divide(heights, heights[1]), [1 / 8, 1, 1 / 8, 1], atol=0.05)
+    first, *others = np.array_split(lower, 4, axis=1)
+    assert count(first, BLUE) > 50 and all((part == 255).mean() > 0.99 for part in others[1:])
+
+
+def smallest_distance(colors, blindness):
+    """Between two colors in CIE L*a*b*, as color-blind eyes see them."""
+    rgb = np.array([to_rgb(color) for color in colors])
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+    xyz = np.clip(linear @ np.transpose(COLOR_BLIND[blindness]), 0, 1) @ to_xyz.T / to_xyz.sum(axis=1)
+    x, y, z = np.where(xyz > 216 / 24389, np.cbrt(xyz), (24389 / 27 * xyz + 16) / 116).T
+    lab = np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=1)
+    return min(np.linalg.norm(one - other) for one, other in itertools.combinations(lab, 2))
+
+
+@pytest.mark.parametrize("blindness", COLOR_BLIND)
+def test_color_blind_readers_tell_the_lines_of_a_few_methods_apart(blindness):
+    usual = [f"C{i}" for i in range(len(_COLORS))]
+    assert smallest_distance(_COLORS, blindness) > 15 > 10 > smallest_distance(usual, blindness)
 
 
 def draw_attention(path, images, maps):

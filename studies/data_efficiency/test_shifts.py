@@ -92,6 +92,26 @@ def test_the_models_of_the_study_are_measured_and_compared(tmp_path, capsys):
     assert len(rows) == 4 and f" | {mean:.1f} | " in rows[2]
 
 
+def test_accuracies_by_strength_begin_with_the_unchanged_image_and_end_in_a_mean(tmp_path):
+    random, cells = np.random.default_rng(0), {}
+    for name in ("5000_conv_base_0", "5000_conv_base_1", "5000_conv_linear_0", "1000_conv_base_0"):
+        accuracy = {kind: random.random(5).tolist() for kind in shifts.KINDS}
+        cells[name] = {"clean": random.random(), "accuracy": accuracy}
+        (tmp_path / f"{name}.json").write_text(json.dumps(cells[name]))
+    found = shifts.accuracies_by_strength(shifts.read_shifts(tmp_path, 5000))
+    pair = [cells[f"5000_conv_base_{seed}"] for seed in (0, 1)]
+    unchanged = tuple(cell["clean"] for cell in pair)
+    assert list(found) == [*shifts.KINDS, "mean of the changes"]
+    for kind in shifts.KINDS:
+        changed = {i + 1: tuple(cell["accuracy"][kind][i] for cell in pair) for i in range(5)}
+        assert found[kind] == {"convolution teacher": {0: unchanged, **changed}}
+    by_strength = found["mean of the changes"]["convolution teacher"]
+    assert by_strength[0] == pytest.approx(unchanged)
+    for i in range(5):
+        expected = [sum(values[i] for values in cell["accuracy"].values()) / 7 for cell in pair]
+        assert by_strength[i + 1] == pytest.approx(expected)
+
+
 def test_differences_are_of_the_seeds_that_both_have():
     def cell(value):
         values = {kind: [value] * 5 for kind in shifts.KINDS}

@@ -21,6 +21,7 @@ from hf_ibdistill.logits.provenance import stored_views
 from studies.data_efficiency import report, runs, study, tables, targets
 from studies.data_efficiency.recipes import METHODS, TRIALS, Recipe, combine
 from studies.data_efficiency.runs import Study, build_model
+from studies.data_efficiency.shifts import KINDS
 
 
 RESULTS = Path(__file__).parents[2] / "results" / "data_efficiency"
@@ -362,6 +363,8 @@ def test_the_study_ends_in_tables_pictures_and_cards(tmp_path):
     run_study(tmp_path, "--methods", *methods, "--seeds", "0", "1")
     run_study(tmp_path, "--methods", "both_views", "--seeds", "1", "--variations", "hard+label_weight_0")
     (results / "README.md").write_text("by hand")
+    changed = {"clean": 0.5, "accuracy": {kind: [0.4] * 5 for kind in KINDS}}
+    runs.write(results / "shifts/100_conv_base_0.json", changed)
     flags = [
         "--name",
         "fashion_mnist",
@@ -397,7 +400,7 @@ def test_the_study_ends_in_tables_pictures_and_cards(tmp_path):
     assert re.search(rf"\| both, stored views \| 100 \| 2 \| [^|]+ \| {100 * mean:.1f} ± ", text)
     # The tokens are those of the best student, whose card shows them.
     attention = f"attention_100_{ours.index(max(ours))}"
-    for name in ("accuracy_images", "accuracy_time", attention, "corrections"):
+    for name in ("accuracy_images", "accuracy_time", attention, "corrections", "shifts_100"):
         PIL.Image.open(results / f"{name}.png").verify()
     card = ModelCard.load(tmp_path / "cards" / "fashion_mnist_100_student.md")
     found = {result.metric_type: result.metric_value for result in card.data.eval_results}
