@@ -17,6 +17,7 @@ class DataSet:
     Args:
         title: its name in tables and cards.
         source: its Hub id, or another source that every machine has.
+        copy: what the images of the cells are, if they differ from those of the source.
         classes: names of the classes, by id.
         steps: number of labelled training images → steps of a student.
         teacher_steps: the same for the teachers.
@@ -35,6 +36,7 @@ class DataSet:
     max_stored_views: int = 16
     validates_on_split: bool = True
     recipe: dict = field(default_factory=dict)
+    copy: str | None = None
 
 
 _FASHION = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
@@ -65,6 +67,7 @@ DATASETS = {
         teacher_steps={1000: 600, 5000: 1500, 50000: 6000},
         search_steps=600,
         max_stored_views=8,
+        copy="JPEG files of quality about 75, which are not the original arrays",
     ),
     "digits": DataSet(
         "scikit-learn's digits",

@@ -43,6 +43,7 @@ class ReportArguments:
     work_dir: str | None = HfArg(default=None, help="Folder of the models; by default outputs/data_efficiency/NAME.")
     cards_dir: str = HfArg(default="model_cards", help="Folder of the cards.")
     card_images: list[int] = HfArg(default_factory=lambda: [10000, 60000], help="Sizes whose best models get a card.")
+    card_student: str = HfArg(default=OURS, help="The student that gets a card.")
 
 
 def write_sections(name: str, variations: dict, labels: np.ndarray, search: Path) -> str:
@@ -107,12 +108,14 @@ def draw_shifts(folder: Path) -> None:
 
 
 def write_cards(study: Study, cells: dict, args: ReportArguments) -> None:
-    """The cards of the teachers and the student of the best seed, and the attention of that student if it is there."""
+    """The cards of the teachers and the student of the best seed, and the attention of the student of stored views if it is
+    there."""
     classes, side = class_config(study.train), build_image_processor(study.train).size["height"]
     for images in args.card_images:
-        for name in (*TEACHERS, OURS) if images in cells[OURS] else ():
+        for name in (*TEACHERS, args.card_student) if images in cells[args.card_student] else ():
             by_seed, picture = cells[name][images], ""
             seed, cell = max(by_seed.items(), key=lambda item: item[1]["metrics"]["accuracy"])
+            method, on_accelerator = METHODS[name], bool(cell["machine"].get("accelerators"))
             # A card describes the shape of a model. Its weights may be on another machine.
             recipe = Recipe(**cell["recipe"])
             model = build_model(recipe, classes, side)
@@ -125,20 +128,35 @@ def write_cards(study: Study, cells: dict, args: ReportArguments) -> None:
                 if attention.exists():
                     target = Path(os.path.relpath(attention, args.cards_dir)).as_posix()
                     picture = f"\n\n![Where each token looks, on one test image of each class]({target})"
+            notes = [
+                f"Test accuracy of the seeds {sorted(by_seed)}: "
+                f"{', '.join(f'{100 * value:.2f}' for value in tables.accuracies(by_seed))} %. This card is of seed {seed}."
+            ]
+            if method.uses_unlabelled:
+                notes.append(f"It trained on {cell['rows']:,} images, of which {images:,} have a label.")
+            if study.data.copy:
+                notes.append(
+                    f"The images are a copy of `{study.data.source}`: {study.data.copy}. "
+                    "Compare these figures with each other only."
+                )
             results = {
-                "title": f"{METHODS[name].title}, {images:,} images of {study.data.title}",
-                "data": study.data.source,
+                "title": f"{method.title}, {images:,} {'labelled ' if method.uses_unlabelled else ''}images of "
+                f"{study.data.title}",
+                # Figures of other images are none of the source.
+                "data": study.data.title if study.data.copy else study.data.source,
                 "split": "test",
                 "metrics": cell["metrics"],
                 "recipe": cell["recipe"],
                 # The teachers of its own seed.
-                "teachers": {t: {"metrics": cells[t][images][seed]["metrics"]} for t in METHODS[name].teachers},
+                "teachers": {t: {"metrics": cells[t][images][seed]["metrics"]} for t in method.teachers},
                 "machine": cell["machine"],
-                "train_seconds": cell["seconds"]["training"]["cpu"],
-                "notes": f"Test accuracy of the seeds {sorted(by_seed)}: "
-                f"{', '.join(f'{100 * value:.2f}' for value in tables.accuracies(by_seed))} %.{picture}",
+                # Processor seconds leave out what an accelerator does.
+                "train_seconds": cell["seconds"]["training"]["wall" if on_accelerator else "cpu"],
+                "notes": " ".join(notes) + picture,
             }
-            path = Path(args.cards_dir) / f"{study.name}_{images}_{'student' if name == OURS else name}.md"
+            if method.teachers == METHODS["ensemble"].teachers:
+                results["ensemble"] = cells.get("ensemble", {}).get(images, {}).get(seed, {}).get("metrics")
+            path = Path(args.cards_dir) / f"{study.name}_{images}_{name if name in TEACHERS else 'student'}.md"
             path.parent.mkdir(parents=True, exist_ok=True)
             create_model_card(model, results).save(path)
 
@@ -158,7 +176,9 @@ def main(arguments=None):
     data, (folder, work_dir) = DATASETS[args.name], study_folders(args.name, args.results_dir, args.work_dir)
     variations = tables.read_cells(folder / "grid")
     cells = variations.get("base", {})
-    missing = [name for name in (*TEACHERS, "undistilled", OURS) if name not in cells]
+    missing = [
+        name for name in dict.fromkeys((*TEACHERS, "undistilled", OURS, args.card_student)) if name not in cells
+    ]
     if missing:
         raise ValueError(
             f"{folder / 'grid'} has no cells of {', '.join(missing)}. Run studies.data_efficiency.study --stage grid first."
