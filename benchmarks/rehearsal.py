@@ -49,6 +49,8 @@ from hf_ibdistill.publishing.cards import markdown_table
 
 
 SIZE, TEMPLATES, NOISE = 32, 64, 1 << 20
+# What the teachers see of an image, so that they cost no more than the rest.
+TEACHER_SIZE = 16
 TEACHERS = {"conv": "convolution-small", "inv": "involution-small"}
 # Rows that the stream makes in one go. Continuing makes the rows of one part again.
 PART = 1000
@@ -107,12 +109,11 @@ def class_names(bench: RehearsalArguments) -> list[str]:
 def make_teachers(bench: RehearsalArguments, folder: Path) -> None:
     for name, preset in TEACHERS.items():
         names = dict(enumerate(class_names(bench)))
-        # The stem divides the resolution by four: the teachers are to cost no more than the rest.
         shape = {"stem": "imagenet", "embedding_size": 32}
         shape |= {"depths": (1, 1), "hidden_sizes": (16, 32), "downsample_strides": (1, 2)}
         config = IBResNetConfig.from_preset(preset, **shape, num_labels=len(names), id2label=names)
         IBResNetForImageClassification(config).save_pretrained(folder / name)
-        ViTImageProcessor(size={"height": SIZE, "width": SIZE}).save_pretrained(folder / name)
+        ViTImageProcessor(size={"height": TEACHER_SIZE, "width": TEACHER_SIZE}).save_pretrained(folder / name)
 
 
 def record(bench: RehearsalArguments, folder: Path) -> dict:
@@ -158,7 +159,8 @@ def train(bench: RehearsalArguments, folder: Path) -> dict:
     )  # fmt: skip
     arguments = DistillationArguments(
         str(folder / "student"), max_steps=bench.steps, per_device_train_batch_size=bench.train_batch_size,
-        eval_strategy="no", save_strategy="no", logging_steps=max(1, bench.steps // 10), report_to=[], disable_tqdm=True,
+        eval_strategy="no", save_strategy="no", logging_strategy="steps", logging_steps=max(1, bench.steps // 10),
+        report_to=[], disable_tqdm=True,
     )  # fmt: skip
     student, processor = IBViTForImageClassification(config), ViTImageProcessor(size={"height": SIZE, "width": SIZE})
     trainer = EnsembleDistillationTrainer(student, arguments, train_dataset=table, processing_class=processor)

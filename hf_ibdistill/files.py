@@ -73,17 +73,22 @@ def user_path(path: str | os.PathLike, argument: str) -> str:
     return os.path.expanduser(os.fspath(path))
 
 
+def is_address(path: str | os.PathLike) -> bool:
+    """Whether a path names a place in another file system than this machine's, such as `hf://datasets/user/table`."""
+    # Windows has paths such as "C:/tables". A `Path` has made one slash of two.
+    return re.match("[a-z0-9+.-]{2,}:/", str(path), re.IGNORECASE) is not None
+
+
 def output_folder(path: str | os.PathLike) -> Path:
     """The `output_dir` that a user gives, which need not exist yet.
 
     Raises:
         ValueError: it is no path but an address, or a file or a link to nothing is in its place or above it.
     """
-    # Windows has paths such as "C:/tables".
-    if (address := re.match("[a-z0-9+.-]{2,}:/", str(path), re.IGNORECASE)) is not None:
+    if is_address(path):
         raise ValueError(
-            f"output_dir={path} is an address ({address[0]}…), not a folder of this machine. Give the path of a folder, and "
-            "upload what is written there: to the Hub by hf-ibdistill push --folder."
+            f"output_dir={path} is an address, not a folder of this machine. Give the path of a folder, and upload what is "
+            "written there: to the Hub by hf-ibdistill push --folder."
         )
     folder = Path(user_path(path, "output_dir"))
     for part in (folder, *folder.parents):
@@ -99,6 +104,8 @@ def flush(path: str | os.PathLike) -> None:
         os.fsync(file.fileno())
 
 
+# The file of a table that has the checksums of the others.
+CHECKSUMS = "checksums.json"
 # The part of a file that one checksum covers, in bytes.
 PART = 1 << 24
 

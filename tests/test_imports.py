@@ -17,6 +17,7 @@ STAGES = [
     "checks",
     "files",
     "processes",
+    "mirror",
     "progress",
     "models",
     "data.columns",

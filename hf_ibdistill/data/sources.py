@@ -27,6 +27,8 @@ from datasets import (
 )
 from datasets.exceptions import DatasetGenerationError
 
+from ..files import is_address
+from ..mirror import Mirror
 from .columns import in_arrow
 from .folders import check_name, divide_rows, open_image_folder, report_files, split_in, walk
 from .splits import stratified_rows
@@ -81,6 +83,9 @@ def _open(source, load_kwargs, open_images):
     if not str(source).strip():
         raise ValueError(f"source={str(source)!r} names nothing. Pass a folder, a file or a Hub id; . is this folder.")
     check_name(str(source))
+    if is_address(source):
+        _refuse(source, load_kwargs)
+        return _open_address(source)
     path = Path(source).expanduser()
     if str(source) == "digits":
         if path.exists():
@@ -111,6 +116,19 @@ def _refuse(source, load_kwargs, names=None):
     ignored = [f"{name}={value!r}" for name, value in given.items() if names is None or name in names]
     if ignored:
         raise ValueError(f"{', '.join(ignored)} does not apply to {source}. Leave it out; it is for Hub ids.")
+
+
+def _open_address(source):
+    mirror = Mirror(source)
+    names = mirror.pull()
+    if any(name.endswith("recording.json") for name in names):
+        raise ValueError(f"{mirror.address} holds a recording that is not finished. Record again; it continues there.")
+    if not any(name.endswith("state.json") for name in names):
+        raise FileNotFoundError(
+            f"There is no saved table at {mirror.address}. Other files there are for datasets.load_dataset, whose tables and "
+            "streams the functions of this package take."
+        )
+    return open_saved(mirror.folder)
 
 
 def _open_folder(path, load_kwargs, open_images):

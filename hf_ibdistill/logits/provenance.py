@@ -20,7 +20,7 @@ from datasets import Dataset, IterableDataset
 from ..data.classes import check_class_names
 from ..data.columns import IMAGE, in_arrow, require_table
 from ..data.splits import spread
-from ..files import PART, in_threads, read_json, sha256
+from ..files import CHECKSUMS, PART, in_threads, read_json, sha256
 from ..images.decoding import decode_image, file_key
 from ..images.views import ViewRecipe, row_key
 from .encoding import (
@@ -135,7 +135,6 @@ def _split_description(dataset) -> Iterator[str | dict]:
     yield from filter(None, [text[start:].strip()])
 
 
-CHECKSUMS = "checksums.json"
 # Parts of 16 MiB that a quick check reads.
 _QUICK_PARTS = 16
 

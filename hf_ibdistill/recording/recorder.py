@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
 from accelerate.utils import gather_object, send_to_device
 from datasets import Dataset, DatasetDict, Features, Image, IterableDataset, IterableDatasetDict, Value
 from datasets.distributed import split_dataset_by_node
@@ -30,7 +30,7 @@ from ..checks import check_numbers
 from ..data.classes import check_labels, class_names, label_ids
 from ..data.columns import IMAGE, LABEL, as_image_table, require_table
 from ..data.sources import open_saved
-from ..files import in_threads, output_folder, write_text
+from ..files import in_threads, is_address, output_folder, write_text
 from ..images.preprocessing import pixel_values
 from ..images.views import ViewRecipe, make_view, row_key
 from ..logits.encoding import (
@@ -55,6 +55,7 @@ from ..logits.provenance import (
     read_records,
     teacher_differences,
 )
+from ..mirror import Mirror
 from ..processes import once_a_machine
 from ..progress import Progress
 from ..rows import SHUFFLE_BUFFER, default_num_workers, stream_steps
@@ -114,7 +115,9 @@ def record_teacher_logits(
             teacher. Of several splits, only "train" gets views. The others, which measure agreement with the teachers, get none.
         teachers: name → Hub id, folder, model loaded by `from_pretrained`, or (model, image processor). Logits are put into
             the order of the classes of the dataset, by name. A teacher may have further classes, which are dropped.
-        output_dir: folder of the finished table, which `datasets.load_from_disk` reads.
+        output_dir: folder of the finished table, which `datasets.load_from_disk` reads. Or an address that fsspec knows, such
+            as `hf://datasets/user/table`, whose repository exists: finished shards are uploaded once a minute, so the
+            recording continues on another machine. The table is in the cache folder of `datasets` as well.
         views: which views to record, and how many.
         top_k: store the k largest logits and the log-sum-exp of the rest; `None` stores all.
         dtype: `"float16"` or `"float32"`, the type of the stored logits; or `"packed"`, which stores `top_k` classes (26 if
@@ -147,7 +150,8 @@ def record_teacher_logits(
             be decoded, or a logit is not finite; the message names the row, and finished shards are kept.
         OSError: the disk is full; finished shards are kept.
     """
-    output_dir = output_folder(output_dir)
+    mirror = Mirror(output_dir) if is_address(output_dir) else None
+    output_dir = output_folder(output_dir) if mirror is None else mirror.folder
     teachers = load_teachers(teachers, bf16=bf16, trust_remote_code=trust_remote_code, classes=teacher_classes)
     check_teacher_names(teacher.name for teacher in teachers)
     encoding = LogitsEncoding(dtype, top_k)
@@ -158,8 +162,6 @@ def record_teacher_logits(
         raise TypeError(f"views={views!r} is not a ViewRecipe. Pass ViewRecipe(num_views=…).")
     dataset = as_image_table(dataset, image_column, label_column, needs_label=None)
     splits = dataset if isinstance(dataset, Mapping) else {None: dataset}
-    if isinstance(dataset, Mapping):
-        check_folder_of_splits(output_dir)
     # The first to finish waits for the last, however long that takes.
     accelerator = Accelerator(
         # Without it, processes that torchrun starts on a CPU would not know of each other and all write the same files.
@@ -169,6 +171,10 @@ def record_teacher_logits(
     titles = {name: f'split "{name}"' if name else "dataset" for name in splits}
     for name, split in splits.items():
         _check_before_recording(split, titles[name], teachers)
+    if mirror is not None:
+        once_a_machine(mirror.pull)
+    if isinstance(dataset, Mapping):
+        check_folder_of_splits(output_dir)
     hashes = once_a_machine(lambda: {teacher.name: teacher.weights_sha256() for teacher in teachers})
     plans, samples = {}, {}
     for name, split in splits.items():
@@ -183,7 +189,7 @@ def record_teacher_logits(
             name = next(iter(splits))
             _try(teacher, samples[name].image, plans[name].views)
         recorded = {
-            name: _record_split(accelerator, split, name, plans[name], output_dir / (name or ""), num_workers)
+            name: _record_split(accelerator, split, name, plans[name], output_dir / (name or ""), num_workers, mirror)
             for name, split in splits.items()
         }
     if not isinstance(dataset, Mapping):
@@ -193,6 +199,8 @@ def record_teacher_logits(
     # A finished recording may be in a folder that must not be written to.
     if accelerator.is_main_process and not (index.is_file() and index.read_bytes() == text.encode()):
         write_text(index, text)
+    if mirror is not None:
+        _share(mirror)
     accelerator.wait_for_everyone()
     return DatasetDict(recorded)
 
@@ -381,7 +389,13 @@ def _describe_dataset(dataset, sample_keys) -> dict:
     }
 
 
-def _record_split(accelerator, dataset, name, plan, folder, num_workers) -> Dataset:
+def _share(mirror: Mirror) -> None:
+    """Bring the finished files of the first machine to the address, and from there to the others."""
+    once_a_machine(lambda: PartialState().is_main_process and mirror.push())
+    once_a_machine(mirror.pull)
+
+
+def _record_split(accelerator, dataset, name, plan, folder, num_workers, mirror) -> Dataset:
     is_streamed = isinstance(dataset, IterableDataset)
     if num_workers is None:
         num_workers = default_num_workers(use_cpu=accelerator.device.type == "cpu")
@@ -400,13 +414,25 @@ def _record_split(accelerator, dataset, name, plan, folder, num_workers) -> Data
                 folder,
                 f" Its table has no columns {lacking}; add them to what is returned." if lacking else "",
             )
+            if mirror is not None:
+                _share(mirror)
             return table
+        if mirror is not None:
+            # An address that must not be written to is found out before time is spent.
+            once_a_machine(mirror.push)
         record = _record_stream if is_streamed else _record_table
-        shards = record(accelerator, dataset, name, plan, folder, num_workers)
+        uploads = mirror is not None and accelerator.is_local_main_process
+        with mirror.uploading() if uploads else nullcontext():
+            shards = record(accelerator, dataset, name, plan, folder, num_workers)
         accelerator.wait_for_everyone()
+        if mirror is not None:
+            once_a_machine(mirror.push)
+            once_a_machine(mirror.pull)
         if accelerator.is_main_process:
             finish(folder, dataset.info.copy(), dataset.split, plan.record, shards)
         accelerator.wait_for_everyone()
+        if mirror is not None:
+            _share(mirror)
         return open_saved(folder)
 
 
@@ -449,8 +475,9 @@ def _record_table(accelerator, dataset, name, plan, folder, num_workers) -> list
     if accelerator.is_main_process and recorded_teachers(dataset):
         check_images(dataset, range(len(dataset)))
     # No process writes before every process has listed the finished shards.
-    whole = {*gather_object(list(whole))}
-    with accelerator.split_between_processes([path for path in shards if path not in whole]) as own:
+    # Their names, because each machine may have a folder of its own.
+    whole = {*gather_object([path.name for path in whole])}
+    with accelerator.split_between_processes([path for path in shards if path.name not in whole]) as own:
         own = {path: shards[path] for path in own}
     size = plan.rows_per_batch
     batches = table_batches(dataset, plan.preparation(dataset), list(own.values()), size, num_workers) if own else None
@@ -490,7 +517,7 @@ def _record_stream(accelerator, stream, name, plan, folder, num_workers) -> list
             shards.append(path)
             row = note["rows"][1]
         progress.finish()
-    return gather_object(shards)
+    return [folder / name for name in gather_object([path.name for path in shards])]
 
 
 def _progress(accelerator, split, total):

@@ -21,9 +21,19 @@ from datasets.arrow_writer import ArrowWriter
 from filelock import FileLock, Timeout
 
 from ..data.sources import open_saved
-from ..files import checksums, explain_full_disk, flush, in_threads, read_json, sha256, write_text, write_whole
+from ..files import (
+    CHECKSUMS,
+    checksums,
+    explain_full_disk,
+    flush,
+    in_threads,
+    read_json,
+    sha256,
+    write_text,
+    write_whole,
+)
 from ..logits.encoding import FILE_KEY, ROW_KEY
-from ..logits.provenance import CHECKSUMS, attach_record, check_record, read_records, record_differences
+from ..logits.provenance import attach_record, check_record, read_records, record_differences
 
 
 logger = logging.getLogger(__name__)
@@ -168,15 +178,25 @@ _BATCH_ROWS, _BATCH_BYTES = 10_000, 1 << 26
 
 def _join(tables) -> Iterator[pa.Table]:
     """Larger tables of the same rows."""
-    held, num_rows, num_bytes = [], 0, 0
+    held = None
     for table in tables:
-        held.append(table)
-        num_rows, num_bytes = num_rows + len(table), num_bytes + table.nbytes
-        if num_rows >= _BATCH_ROWS or num_bytes >= _BATCH_BYTES:
-            yield pa.concat_tables(held)
-            held, num_rows, num_bytes = [], 0, 0
-    if held:
-        yield pa.concat_tables(held)
+        if held is None:
+            # In one piece of memory. Small tables that stay between the large arrays that they come from would keep the C
+            # library from using that memory again: 40 kB a row of ten views and 1,000 classes.
+            held = pa.BufferOutputStream()
+            writer, num_rows = pa.ipc.new_stream(held, table.schema), 0
+        writer.write_table(table)
+        num_rows += len(table)
+        if num_rows >= _BATCH_ROWS or held.tell() >= _BATCH_BYTES:
+            yield _read(held, writer)
+            held = None
+    if held is not None:
+        yield _read(held, writer)
+
+
+def _read(held, writer):
+    writer.close()
+    return pa.ipc.open_stream(held.getvalue()).read_all()
 
 
 def read_note(path: Path) -> dict | None:
