@@ -19,6 +19,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
+from ..files import is_address
 from ..progress import Progress
 
 
@@ -189,5 +190,5 @@ def teacher_flags(folder: str) -> list[str]:
 
 
 def beside(folder: str, name: str) -> str:
-    """A folder of this name beside another."""
-    return str(Path(folder).parent / name)
+    """A folder of this name beside another, or beside the others if that is an address."""
+    return str(Path("outputs" if is_address(folder) else Path(folder).parent) / name)

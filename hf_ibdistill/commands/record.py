@@ -46,7 +46,7 @@ class RecordingArguments:
     _argument_group_name = "recording"
 
     teachers: list[str] = HfArg(help="NAME=FOLDER or NAME=HUB_ID for each teacher.")
-    output_dir: str = HfArg(help="Folder of the table.")
+    output_dir: str = HfArg(help="Folder of the table, or an address such as hf://datasets/user/table.")
     top_k: int | None = HfArg(
         default=None, help="Store the k largest logits and the sum of the rest; all logits if not given."
     )

@@ -35,7 +35,7 @@ def load_image_dataset(
     Args:
         source: one of
             - `"digits"`: the 1,797 handwritten digits of scikit-learn, 8×8 pixels, bundled;
-            - a `save_to_disk` folder;
+            - a `save_to_disk` folder, also at an address such as `hf://datasets/user/table`;
             - a folder of class folders, with or without split folders above them;
             - a Parquet file, or a folder of them;
             - a folder of IDX files as MNIST and Fashion-MNIST have them (`train-images-idx3-ubyte`, …, also gzipped);

@@ -85,7 +85,7 @@ def _open(source, load_kwargs, open_images):
     check_name(str(source))
     if is_address(source):
         _refuse(source, load_kwargs)
-        return _open_address(source)
+        return open_address(source)
     path = Path(source).expanduser()
     if str(source) == "digits":
         if path.exists():
@@ -118,7 +118,14 @@ def _refuse(source, load_kwargs, names=None):
         raise ValueError(f"{', '.join(ignored)} does not apply to {source}. Leave it out; it is for Hub ids.")
 
 
-def _open_address(source):
+def open_address(source: str | os.PathLike) -> Dataset | DatasetDict:
+    """Open a saved table at an address that fsspec knows, such as `hf://datasets/user/table`. It is downloaded into the cache folder
+    of `datasets`, unless it is there.
+
+    Raises:
+        FileNotFoundError: there is no table.
+        ValueError: there is one that is not finished or damaged, or the address cannot be opened.
+    """
     mirror = Mirror(source)
     names = mirror.pull()
     if any(name.endswith("recording.json") for name in names):

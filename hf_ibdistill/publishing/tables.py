@@ -14,8 +14,8 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 
 from ..checks import check_numbers
 from ..data.columns import require_table
-from ..data.sources import load_parquet, open_saved
-from ..files import output_folder, read_json, user_path, write_text
+from ..data.sources import load_parquet, open_address, open_saved
+from ..files import is_address, output_folder, read_json, user_path, write_text
 from ..logits.encoding import column_name, recorded_teachers
 from ..logits.provenance import attach_record, check_complete, check_files, check_record, only_record
 from .cards import create_logits_card, teacher_source
@@ -139,15 +139,15 @@ def open_logits_table(
 
 
 def open_tables(source: str | os.PathLike) -> dict[str, Dataset]:
-    """Split → table of a recorded table in a folder, an exported one, or a published one, of which the training split is
-    opened. A table without splits is "train".
+    """Split → table of a recorded table in a folder or at an address, an exported one, or a published one, of which the training
+    split is opened. A table without splits is "train".
 
     Raises:
         ValueError: there is no such table, or a file is missing or damaged.
     """
     source = user_path(source, "source")
-    if Path(source).is_dir() and not Path(source, PROVENANCE).is_file():
-        tables = open_saved(source)
+    if is_address(source) or (Path(source).is_dir() and not Path(source, PROVENANCE).is_file()):
+        tables = open_address(source) if is_address(source) else open_saved(source)
         return dict(tables) if isinstance(tables, DatasetDict) else {"train": tables}
     files = sorted(Path(source, "data").glob("*.parquet"))
     names = dict.fromkeys(file.name.partition("-")[0] for file in files) or ["train"]

@@ -19,7 +19,9 @@ from launching import prepare_process, start_launcher
 
 from hf_ibdistill import ViewRecipe, load_image_dataset, record_teacher_logits
 from hf_ibdistill import mirror as mirror_module
+from hf_ibdistill.commands.display import beside
 from hf_ibdistill.mirror import Mirror
+from hf_ibdistill.publishing.tables import open_tables
 
 
 NUM_ROWS = 48
@@ -78,6 +80,13 @@ def test_the_table_at_an_address_is_that_of_a_folder(dataset, loaded, finished, 
     opened = load_image_dataset(address, validation_fraction=0.25)
     assert sum(map(len, opened.values())) == NUM_ROWS
     assert names(Mirror(address).folder) == FILES
+
+
+def test_commands_read_the_table_of_an_address(dataset, loaded, finished, tmp_path):
+    address = f"file://{tmp_path}/remote"
+    record_teacher_logits(dataset, loaded, output_dir=address, **SETTINGS)
+    assert same_bytes(open_tables(address)["train"], finished)
+    assert beside(address, "student") == str(Path("outputs", "student"))
 
 
 def test_splits_are_folders_at_the_address(dataset, loaded, machine, tmp_path):

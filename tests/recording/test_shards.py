@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -494,3 +495,43 @@ def test_damage_that_cannot_be_recorded_again_is_named(dataset, interrupted, loa
         with pytest.raises(ValueError, match=re.escape(f"{path} is a folder")):
             record_teacher_logits(dataset, loaded, output_dir=folder, **SETTINGS)
         path.rmdir()
+
+
+MEMORY_OF_A_SHARD = """
+import re
+import sys
+from pathlib import Path
+import pyarrow as pa
+import torch
+from datasets import Features
+from hf_ibdistill.logits.encoding import LogitsEncoding
+from hf_ibdistill.recording.shards import write_shard
+
+def megabytes():
+    return int(re.search("RssAnon:(.*)kB", Path("/proc/self/status").read_text())[1]) / 1024
+
+encoding, peak = LogitsEncoding(top_k=10), 0
+
+def tables():
+    global peak
+    for number in range(150):
+        table = pa.table({"conv_logits": encoding.encode(torch.randn(32, 10, 1000), views=True)})
+        peak = max(peak, megabytes())
+        yield table
+
+features = Features({"conv_logits": encoding.feature(1000, 10)})
+path = Path(sys.argv[1], "data-000000000000.arrow")
+write_shard(path, features, [next(tables())], {})
+before = peak
+write_shard(path, features, tables(), {})
+print(peak - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Reads the memory of a process as Linux shows it.")
+def test_a_shard_holds_the_encoded_logits_alone(tmp_path):
+    # 4,800 rows of 410 bytes, not of 40 kB, in a process that has done nothing else.
+    run = subprocess.run(
+        [sys.executable, "-c", MEMORY_OF_A_SHARD, tmp_path], capture_output=True, text=True, check=True
+    )
+    assert float(run.stdout) < 40
