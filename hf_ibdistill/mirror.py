@@ -69,7 +69,7 @@ class Mirror:
             names = sorted(self._listed(), key=lambda name: not name.endswith(".json"))
             for name in names:
                 path, source = self.folder / name, f"{self._root}/{name}"
-                if path.suffix == ".json" or not _has_content(path):
+                if path.suffix == ".json" or not (self._is_known(name) or _has_content(path)):
                     write_whole(path, lambda temporary, source=source: self._fs.get_file(source, str(temporary)))
                 self._known[name] = _signature(path)
         return names
@@ -78,13 +78,18 @@ class Mirror:
         """Upload what is whole in the folder and not at the address. Once a table is finished, what only its recording needed
         is removed there."""
         files = {name: _signature(self.folder / name) for name in self._names()}
-        new = [name for name, signature in files.items() if self._known.get(name) != signature]
+        new = [name for name in files if not self._is_known(name)]
         finished = {name.removesuffix(_STATE) for name in files if name.endswith(_STATE)}
         old = [name for name in self._known if name not in files and _folder_of(name) in finished]
         if new or old:
             # What marks a table as finished arrives last, in a file system without commits.
             self._change(sorted(new, key=lambda name: (name == _SPLITS, name.endswith(_STATE))), old)
         self._known = {name: files[name] for name in files}
+
+    def _is_known(self, name) -> bool:
+        """Whether this object has downloaded or uploaded the file as it is here."""
+        path = self.folder / name
+        return path.is_file() and self._known.get(name) == _signature(path)
 
     @contextmanager
     def uploading(self) -> Iterator[None]:
