@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
+from types import MethodType
 
 import torch
 from accelerate.utils import extract_model_from_parallel
@@ -226,7 +227,13 @@ def without_autocast(model: PreTrainedModel) -> PreTrainedModel:
 
     It is a shallow copy, so the model of the trainer stays as it is.
     """
-    return extract_model_from_parallel(copy.copy(model), keep_fp32_wrapper=False)
+    model = copy.copy(extract_model_from_parallel(model))
+    # accelerate's own way back (`keep_fp32_wrapper=False`) also takes off the decorators that the class has around `forward`.
+    original = vars(model).pop("_original_forward", None)
+    if original is not None:
+        # A method of the model that this is a copy of.
+        model.forward = MethodType(original.__func__, model) if isinstance(original, MethodType) else original
+    return model
 
 
 def available_device() -> torch.device:

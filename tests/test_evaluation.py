@@ -1,5 +1,6 @@
 """Metrics against scikit-learn and naive loops, and predictions against the model called by hand."""
 
+import copy
 import statistics
 
 import evaluate
@@ -29,6 +30,7 @@ from hf_ibdistill.evaluation import (
 )
 from hf_ibdistill.logits.encoding import LogitsEncoding
 from hf_ibdistill.metrics import ExpectedCalibrationError, NegativeLogLikelihood, TopKAccuracy
+from hf_ibdistill.teachers import without_autocast
 
 
 NAMES = ["cat", "dog", "owl"]
@@ -284,14 +286,23 @@ def test_predictions_are_the_models_in_the_order_of_the_rows(batch_size):
 def test_a_model_that_is_being_trained_in_bf16_is_measured_as_it_will_be_saved():
     model, dataset, pixels = student(), table(), torch.randn(2, 3, 8, 8)
     expected, exact = predict(model, PROCESSOR, dataset), model(pixels).logits
+    images = dataset["image"][:2]
+    expected_maps = token_attention(model, PROCESSOR, images)
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
         prepared = Accelerator(mixed_precision="bf16", cpu=True).prepare(model)
         rounded = prepared(pixels).logits
         found = predict(prepared, PROCESSOR, dataset)
+        # The pictures of a run, whose call needs what the class has around its `forward`.
+        maps = token_attention(prepared, PROCESSOR, images)
+        # Others may have put a function in the place of `forward`.
+        replaced = copy.copy(prepared)
+        replaced._original_forward = lambda pixel_values, **kwargs: "its own"
+        assert without_autocast(replaced)(pixels) == "its own"
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
     np.testing.assert_array_equal(found["logits"], expected["logits"])
+    np.testing.assert_equal(maps, expected_maps)
     # The training that goes on still runs in bf16.
     assert not torch.equal(rounded, exact) and torch.equal(prepared(pixels).logits, rounded)
 
