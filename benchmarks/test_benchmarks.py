@@ -40,7 +40,7 @@ FLAGS = {
     "versions": [
         *ONCE, "--old", ".", "--num_rows", "50", "--num_views", "2", "--num_files", "40", "--num_predictions", "20",
         "--num_classes", "10", "--num_recorded", "4", "--num_attached", "20", "--num_photos", "2", "--megapixels", "0.01",
-        "--num_published", "8", "--teacher_steps", "1",
+        "--num_published", "8", "--teacher_steps", "1", "--teacher_images", "32", "--teacher_batch_size", "8",
     ],
     "views_per_image": [
         *ONCE, "--photo_size", "40", "30", "--image_size", "16", "--num_photos", "8", "--epochs", "1", "--num_views", "4",

@@ -67,15 +67,15 @@ def time_in_turn(cases: Sequence[Case], repetitions: int, seed: int = 0) -> None
     for repetition in range(-1, repetitions):
         for index in rng.permutation(len(cases)):
             case, state = cases[index], np.random.default_rng((seed, repetition + 1))
-            wall, cpu = time.perf_counter(), _processor_seconds()
+            wall, cpu = time.perf_counter(), processor_seconds()
             case.run(state)
-            wall, cpu = time.perf_counter() - wall, _processor_seconds() - cpu
+            wall, cpu = time.perf_counter() - wall, processor_seconds() - cpu
             if repetition >= 0:
                 case.wall.append(wall / case.units)
                 case.cpu.append(cpu / case.units)
 
 
-def _processor_seconds() -> float:
+def processor_seconds() -> float:
     """Of this process and of its data loader workers that have ended."""
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
     return time.process_time() + children.ru_utime + children.ru_stime

@@ -3,7 +3,7 @@
     git worktree add outputs/version_0_1_0 7cf1b02
     OMP_NUM_THREADS=1 python benchmarks/versions.py --old outputs/version_0_1_0
 
-Each step is a process of its own, under either checkout in turn, with the same installed libraries and the same files. Today's
+Each step is a process of its own, under either checkout in turn, with the same installed libraries and files. Today's
 version writes the files, which the earlier one reads as well. A process runs its step twice: the first run fills caches
 and shows the growth of memory, the second is timed by processor seconds.
 
@@ -14,7 +14,7 @@ and shows the growth of memory, the second is timed by processor seconds.
     record      `record_teacher_logits` of digits in eight views, with two untrained teachers
     attach      `attach_teacher_logits` of that table's size to 1,000 digits
     photos      the same to large photos, by the keys of their files, and from a table that has keys of pixels alone
-    publish     `export_logits_table` without the images, of a trained teacher of 1,000 classes
+    publish     `export_logits_table` without the images, of a teacher of 1,000 classes that has learned little in 200 steps
 """
 
 import json
@@ -28,11 +28,12 @@ from pathlib import Path
 
 import numpy as np
 from datasets import load_from_disk
-from timing import _processor_seconds, parse, quartiles, spread, write_results
+from timing import parse, processor_seconds, quartiles, spread, write_results
 from transformers import ViTImageProcessor, set_seed
 from transformers.hf_argparser import HfArg
 
 import hf_ibdistill as package
+from hf_ibdistill.evaluation import classification_metrics
 from hf_ibdistill.publishing.cards import markdown_table
 
 
@@ -54,6 +55,8 @@ class VersionsArguments:
     megapixels: float = HfArg(default=12.0, help="Size of a photo.")
     num_published: int = HfArg(default=500, help="Images of the published table.")
     teacher_steps: int = HfArg(default=200, help="Training steps of the published table's teacher.")
+    teacher_images: int = HfArg(default=6400, help="Different images to train it on.")
+    teacher_batch_size: int = HfArg(default=64, help="Images of such a step.")
     repetitions: int = HfArg(default=3, help="How often each process runs.")
 
 
@@ -78,7 +81,9 @@ def prepare(bench: VersionsArguments, folder: Path) -> None:
     make_photos(photos, bench.megapixels, folder / "photos")
     record(photos, folder / "photos")
 
-    storage = StorageArguments(teacher_steps=bench.teacher_steps, teacher_images=6400, batch_size=64)
+    storage = StorageArguments(
+        teacher_steps=bench.teacher_steps, teacher_images=bench.teacher_images, batch_size=bench.teacher_batch_size
+    )
     splits = package.load_image_dataset("digits")
     processor = ViTImageProcessor(size={"height": 8, "width": 24})
     images = side_by_side(splits["train"], storage.teacher_images, 0)
@@ -91,9 +96,9 @@ def prepare(bench: VersionsArguments, folder: Path) -> None:
 def measure(run: Callable[[], object], units: int = 1) -> dict[str, float]:
     before = _peak_bytes()
     run()
-    growth, begin = _peak_bytes() - before, _processor_seconds()
+    growth, begin = _peak_bytes() - before, processor_seconds()
     run()
-    seconds = _processor_seconds() - begin
+    seconds = processor_seconds() - begin
     return {"s": seconds, "µs each": 1e6 * seconds / units, "MB more": growth / 1e6}
 
 
@@ -126,8 +131,6 @@ def start(bench, folder, work):
 
 
 def compute_metrics(bench, folder, work):
-    from hf_ibdistill.evaluation import classification_metrics
-
     rng = np.random.default_rng(0)
     logits = rng.standard_normal((bench.num_predictions, bench.num_classes), dtype=np.float32)
     labels = rng.integers(bench.num_classes, size=bench.num_predictions)
@@ -141,7 +144,7 @@ def record_digits(bench, folder, work):
         set_seed(seed)
         config = package.IBResNetConfig.from_preset("convolution-small", **package.class_config(digits))
         teachers[name] = (package.IBResNetForImageClassification(config), processor)
-    # In this process, whose memory is looked at.
+    # Processor seconds of one process vary less.
     how = {"views": package.ViewRecipe(num_views=8), "num_workers": 0}
     return measure(
         lambda: package.record_teacher_logits(digits, teachers, output_dir=tempfile.mkdtemp(dir=work), **how)
