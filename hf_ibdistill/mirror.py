@@ -53,7 +53,9 @@ class Mirror:
             self._fs, self._root = url_to_fs(address)
             self._repo = self._fs.resolve_path(self._root) if isinstance(self._fs, HfFileSystem) else None
         except (ImportError, ValueError, FileNotFoundError, NotImplementedError) as error:
-            raise ValueError(f"{self.address} cannot be opened: {error}") from error
+            raise ValueError(
+                f"{self.address} cannot be opened: {error}. Check the address; a repository of the Hub must exist."
+            ) from error
         name = hashlib.sha256(self.address.encode()).hexdigest()[:16]
         self.folder = Path(datasets.config.HF_DATASETS_CACHE) / "hf_ibdistill" / name
         # Name → size and time of the file that is at the address, as it was here.

@@ -99,14 +99,13 @@ def test_splits_are_folders_at_the_address(dataset, loaded, machine, tmp_path):
     assert same_bytes(load_from_disk(tmp_path / "remote")["train"], recorded["train"])
 
 
-def record_until_killed(dataset, loaded, address, folder):
+def record_until_killed(dataset, loaded, address):
     prepare_process()
     mirror_module._PAUSE = 0.05
     count = iter(range(100))
 
     def stop_in_the_fourth_shard(size):
         if next(count) == 3:
-            (folder / "stopped").touch()
             time.sleep(600)
 
     before_each_batch(loaded, stop_in_the_fourth_shard)
@@ -119,8 +118,7 @@ def test_another_machine_continues_what_a_killed_one_uploaded(
 ):
     rows = dataset.to_iterable_dataset() if is_streamed else dataset
     address, remote = f"file://{tmp_path}/remote", tmp_path / "remote"
-    arguments = (rows, loaded, address, tmp_path)
-    process = multiprocessing.get_context("fork").Process(target=record_until_killed, args=arguments)
+    process = multiprocessing.get_context("fork").Process(target=record_until_killed, args=(rows, loaded, address))
     process.start()
     uploaded = {f"data-{start:012d}.arrow" for start in (0, 8, 16)}
     while process.is_alive() and not uploaded | {f"{name}.json" for name in uploaded} <= names(remote):
