@@ -1,17 +1,21 @@
 """What an earlier version costs against today's, measured in one run.
 
-    git worktree add outputs/version_0_1_0 7cf1b02
+    git worktree add outputs/version_0_1_0 7136c32
     OMP_NUM_THREADS=1 python benchmarks/versions.py --old outputs/version_0_1_0
 
 Each step is a process of its own, under either checkout in turn, with the same installed libraries and files. Today's
 version writes the files, which the earlier one reads as well. A process runs its step twice: the first run fills caches
-and shows the growth of memory, the second is timed by processor seconds.
+and shows the growth of memory, the second is timed by processor seconds. Results that `datasets` keeps of the first run are
+not used in the second.
 
     open        `load_image_dataset` on a `save_to_disk` folder of digits
     folders     `load_image_dataset` on class folders of PNG files
     start       `EnsembleDistillationTrainer` on a recorded table, opening included
+    batch       the first batch of such a trainer
     metrics     `classification_metrics` of logits of many classes
     record      `record_teacher_logits` of digits in eight views, with two untrained teachers
+    rows        the same of many digits as they are, with one smaller teacher
+    pictures    the same of large photos
     attach      `attach_teacher_logits` of that table's size to 1,000 digits
     photos      the same to large photos, by the keys of their files, and from a table that has keys of pixels alone
     publish     `export_logits_table` without the images, of a teacher of 1,000 classes that has learned little in 200 steps
@@ -22,22 +26,25 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import datasets
 import numpy as np
 from datasets import load_from_disk
-from timing import parse, processor_seconds, quartiles, spread, write_results
 from transformers import ViTImageProcessor, set_seed
 from transformers.hf_argparser import HfArg
 
+# Nothing else of today's at the top, because the earlier version lacks the names.
 import hf_ibdistill as package
 from hf_ibdistill.evaluation import classification_metrics
-from hf_ibdistill.publishing.cards import markdown_table
 
 
 NEW = Path(__file__).resolve().parents[1]
+# A teacher that costs little beside what recording does.
+SMALL = {"depths": (1, 1, 1), "hidden_sizes": (16, 16, 16)}
 
 
 @dataclass
@@ -49,9 +56,10 @@ class VersionsArguments:
     num_files: int = HfArg(default=5000, help="PNG files of the class folders.")
     num_predictions: int = HfArg(default=20_000, help="Rows of the logits whose metrics are computed.")
     num_classes: int = HfArg(default=1000, help="Classes of these logits.")
-    num_recorded: int = HfArg(default=600, help="Digits to record.")
+    num_recorded: int = HfArg(default=600, help="Digits to record in views.")
+    num_recorded_rows: int = HfArg(default=20_000, help="Digits to record as they are.")
     num_attached: int = HfArg(default=1000, help="Digits that get logits.")
-    num_photos: int = HfArg(default=20, help="Photos that get logits.")
+    num_photos: int = HfArg(default=64, help="Photos to record, or that get logits.")
     megapixels: float = HfArg(default=12.0, help="Size of a photo.")
     num_published: int = HfArg(default=500, help="Images of the published table.")
     teacher_steps: int = HfArg(default=200, help="Training steps of the published table's teacher.")
@@ -62,7 +70,6 @@ class VersionsArguments:
 
 def prepare(bench: VersionsArguments, folder: Path) -> None:
     """Write what the steps read."""
-    # Here, because the earlier version lacks names that these import.
     from memory import MemoryArguments, make_photos, record
     from scale import ScaleArguments, make_table
     from storage import StorageArguments, side_by_side, train_teacher
@@ -70,6 +77,7 @@ def prepare(bench: VersionsArguments, folder: Path) -> None:
     digits = package.load_image_dataset("digits")["train"]
     digits.select(np.arange(bench.num_rows) % len(digits)).save_to_disk(folder / "open")
     digits.select(range(min(bench.num_recorded, len(digits)))).save_to_disk(folder / "recorded")
+    digits.select(np.arange(bench.num_recorded_rows) % len(digits)).save_to_disk(folder / "rows")
     digits.select(range(min(bench.num_attached, len(digits)))).save_to_disk(folder / "attached")
     make_table(digits, bench.num_rows, bench.num_views, ScaleArguments(), folder / "table")
     for number in range(bench.num_files):
@@ -96,9 +104,9 @@ def prepare(bench: VersionsArguments, folder: Path) -> None:
 def measure(run: Callable[[], object], units: int = 1) -> dict[str, float]:
     before = _peak_bytes()
     run()
-    growth, begin = _peak_bytes() - before, processor_seconds()
+    growth, begin = _peak_bytes() - before, time.process_time()
     run()
-    seconds = processor_seconds() - begin
+    seconds = time.process_time() - begin
     return {"s": seconds, "µs each": 1e6 * seconds / units, "MB more": growth / 1e6}
 
 
@@ -116,18 +124,24 @@ def open_folders(bench, folder, work):
     return measure(lambda: package.load_image_dataset(folder / "folders"), bench.num_files)
 
 
-def start(bench, folder, work):
+def make_trainer(folder, work):
     shape = {"image_size": 8, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    table = load_from_disk(folder / "table")
+    config = package.IBViTConfig(teacher_names=("conv",), intermediate_size=16, **shape, **package.class_config(table))
+    # Processor seconds of one process vary less.
+    how = {"max_steps": 1, "eval_strategy": "no", "report_to": [], "dataloader_num_workers": 0}
+    arguments = package.DistillationArguments(str(work), **how)
+    model, processor = package.IBViTForImageClassification(config), package.build_image_processor(table)
+    return package.EnsembleDistillationTrainer(model, arguments, train_dataset=table, processing_class=processor)
 
-    def run():
-        table = load_from_disk(folder / "table")
-        classes = package.class_config(table)
-        config = package.IBViTConfig(teacher_names=("conv",), intermediate_size=16, **shape, **classes)
-        arguments = package.DistillationArguments(str(work), max_steps=1, eval_strategy="no", report_to=[])
-        model, processor = package.IBViTForImageClassification(config), package.build_image_processor(table)
-        package.EnsembleDistillationTrainer(model, arguments, train_dataset=table, processing_class=processor)
 
-    return measure(run)
+def start(bench, folder, work):
+    return measure(lambda: make_trainer(folder, work))
+
+
+def read_batch(bench, folder, work):
+    trainers = [make_trainer(folder, work) for _ in range(2)]
+    return measure(lambda: next(iter(trainers.pop().get_train_dataloader())))
 
 
 def compute_metrics(bench, folder, work):
@@ -137,22 +151,35 @@ def compute_metrics(bench, folder, work):
     return measure(lambda: classification_metrics(logits, labels))
 
 
-def record_digits(bench, folder, work):
-    digits, teachers = load_from_disk(folder / "recorded"), {}
-    processor = package.build_image_processor(digits)
-    for seed, name in enumerate(("first", "second")):
+def record(images, work, presets, views=None, **shape):
+    processor, teachers = package.build_image_processor(images, image_size=8), {}
+    for seed, preset in enumerate(presets):
         set_seed(seed)
-        config = package.IBResNetConfig.from_preset("convolution-small", **package.class_config(digits))
-        teachers[name] = (package.IBResNetForImageClassification(config), processor)
-    # Processor seconds of one process vary less.
-    how = {"views": package.ViewRecipe(num_views=8), "num_workers": 0}
-    return measure(
-        lambda: package.record_teacher_logits(digits, teachers, output_dir=tempfile.mkdtemp(dir=work), **how)
-    )
+        config = package.IBResNetConfig.from_preset(preset, **shape, **package.class_config(images))
+        teachers[f"teacher_{seed}"] = (package.IBResNetForImageClassification(config), processor)
+
+    def run():
+        folder = tempfile.mkdtemp(dir=work)
+        package.record_teacher_logits(images, teachers, output_dir=folder, views=views, num_workers=0)
+
+    return measure(run, len(images))
+
+
+def record_digits(bench, folder, work):
+    views = package.ViewRecipe(num_views=8)
+    return record(load_from_disk(folder / "recorded"), work, ["convolution-small"] * 2, views)
+
+
+def record_rows(bench, folder, work):
+    return record(load_from_disk(folder / "rows"), work, ["convolution-small"], **SMALL)
+
+
+def record_photos(bench, folder, work):
+    return record(load_from_disk(folder / "photos" / "images"), work, ["convolution-small"], **SMALL)
 
 
 def attach(images, table):
-    return measure(lambda: package.attach_teacher_logits(images, table, num_workers=0), len(images))
+    return measure(lambda: package.attach_teacher_logits(images, table), len(images))
 
 
 def attach_digits(bench, folder, work):
@@ -181,8 +208,11 @@ ROWS = [
     ("open a saved table of {num_rows:,} digits", open_table, ["s"]),
     ("open {num_files:,} PNG files in class folders", open_folders, ["µs each"]),
     ("start a trainer on {num_rows:,} rows × {num_views} views", start, ["s"]),
+    ("read the first batch of it", read_batch, ["s"]),
     ("metrics of {num_predictions:,} × {num_classes:,} logits", compute_metrics, ["s", "MB more"]),
     ("record {num_recorded:,} digits × 8 views, two teachers", record_digits, ["s"]),
+    ("record {num_recorded_rows:,} digits, a small teacher", record_rows, ["µs each"]),
+    ("record {num_photos:,} photos of {megapixels:g} megapixels", record_photos, ["s", "MB more"]),
     ("attach {num_rows:,} rows to {num_attached:,} digits", attach_digits, ["µs each"]),
     ("attach to {num_photos:,} photos of {megapixels:g} megapixels", attach_photos, ["s", "MB more"]),
     ("attach to these photos by their pixels", attach_photos_by_pixels, ["s", "MB more"]),
@@ -197,6 +227,7 @@ def run_step(name: str, arguments: str, folder: str, checkout: str) -> None:
     if found != Path(checkout):
         raise ImportError(f"hf_ibdistill is that of {found}, not of {checkout}.")
     with tempfile.TemporaryDirectory() as work:
+        datasets.disable_caching()
         measured = STEPS[name](VersionsArguments(**json.loads(arguments)), Path(folder), Path(work))
     print(json.dumps(measured))
 
@@ -219,6 +250,10 @@ def commit_of(checkout: Path) -> str:
 
 
 def main():
+    from timing import parse, quartiles, spread, write_results
+
+    from hf_ibdistill.publishing.cards import markdown_table
+
     bench = parse(VersionsArguments, __doc__)
     sides = {"old": Path(bench.old).resolve(), "new": NEW}
     measured = {name: {side: [] for side in sides} for name in STEPS}

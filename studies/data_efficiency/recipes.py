@@ -262,6 +262,7 @@ VARIATIONS = {
     "target_teachers": {"unlabelled_target": "teachers"},
     "target_pseudo_labels": {"unlabelled_target": "pseudo_labels"},
     "views_1": {"num_views": 1},
+    "views_4": {"num_views": 4},
     "views_32": {"num_views": 32},
     "views_64": {"num_views": 64},
     "views_per_image_2": {"views_per_image": 2},
