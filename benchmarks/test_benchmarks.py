@@ -38,7 +38,7 @@ FLAGS = {
     "streaming": [*ONCE, "--rows", "40", "--files", "2", "--num_workers", "0"],
     # Against itself, because a clone may lack the history.
     "versions": [
-        *ONCE, "--old", ".", "--num_rows", "50", "--num_views", "2", "--num_files", "40", "--num_predictions", "20",
+        *ONCE, "--old", ".", "--steps", "read_batch", "record_photos", "attach_digits", "publish", "--num_rows", "50", "--num_views", "2", "--num_files", "40", "--num_predictions", "20",
         "--num_classes", "10", "--num_recorded", "4", "--num_recorded_rows", "8", "--num_attached", "20", "--num_photos", "2", "--megapixels", "0.01",
         "--num_published", "8", "--teacher_steps", "1", "--teacher_images", "32", "--teacher_batch_size", "8",
     ],

@@ -8,17 +8,18 @@ version writes the files, which the earlier one reads as well. A process runs it
 and shows the growth of memory, the second is timed by processor seconds. Results that `datasets` keeps of the first run are
 not used in the second.
 
-    open        `load_image_dataset` on a `save_to_disk` folder of digits
-    folders     `load_image_dataset` on class folders of PNG files
-    start       `EnsembleDistillationTrainer` on a recorded table, opening included
-    batch       the first batch of such a trainer
-    metrics     `classification_metrics` of logits of many classes
-    record      `record_teacher_logits` of digits in eight views, with two untrained teachers
-    rows        the same of many digits as they are, with one smaller teacher
-    pictures    the same of large photos
-    attach      `attach_teacher_logits` of that table's size to 1,000 digits
-    photos      the same to large photos, by the keys of their files, and from a table that has keys of pixels alone
-    publish     `export_logits_table` without the images, of a teacher of 1,000 classes that has learned little in 200 steps
+    open_table, open_folders   `load_image_dataset` on a `save_to_disk` folder of digits, on class folders of PNG files
+    start                      `EnsembleDistillationTrainer` on a recorded table, opening included
+    read_batch, read_rows      its first batch; its first 64 batches
+    evaluate                   `evaluate_model`
+    compute_metrics            `classification_metrics` of logits of many classes
+    record_digits              `record_teacher_logits` of digits in eight views, with two untrained teachers
+    record_rows, record_photos the same with a smaller teacher, without views, of many digits and of large photos
+    attach_digits              `attach_teacher_logits` of that table's size to 1,000 digits
+    attach_photos              the same to large photos, by the keys of their files
+    attach_photos_by_pixels    the same, from a table that has keys of pixels alone
+    publish                    `export_logits_table` without the images, of a teacher of 1,000 classes that has learned
+                               little in 200 steps
 """
 
 import json
@@ -27,8 +28,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 
 import datasets
@@ -43,6 +46,7 @@ from hf_ibdistill.evaluation import classification_metrics
 
 
 NEW = Path(__file__).resolve().parents[1]
+BATCHES = 64
 # A teacher that costs little beside what recording does.
 SMALL = {"depths": (1, 1, 1), "hidden_sizes": (16, 16, 16)}
 
@@ -51,13 +55,14 @@ SMALL = {"depths": (1, 1, 1), "hidden_sizes": (16, 16, 16)}
 class VersionsArguments:
     old: str = HfArg(default="outputs/version_0_1_0", help="A checkout of the earlier version.")
     output_file: str = HfArg(default="outputs/benchmark_versions.json", help="Where the results go.")
+    steps: list[str] | None = HfArg(default=None, help="Names of the steps to measure; by default all.")
     num_rows: int = HfArg(default=100_000, help="Rows of the tables of digits.")
     num_views: int = HfArg(default=10, help="Views of an image of these tables and of the published one.")
     num_files: int = HfArg(default=5000, help="PNG files of the class folders.")
     num_predictions: int = HfArg(default=20_000, help="Rows of the logits whose metrics are computed.")
     num_classes: int = HfArg(default=1000, help="Classes of these logits.")
     num_recorded: int = HfArg(default=600, help="Digits to record in views.")
-    num_recorded_rows: int = HfArg(default=20_000, help="Digits to record as they are.")
+    num_recorded_rows: int = HfArg(default=20_000, help="Digits to record as they are, and to evaluate on.")
     num_attached: int = HfArg(default=1000, help="Digits that get logits.")
     num_photos: int = HfArg(default=64, help="Photos to record, or that get logits.")
     megapixels: float = HfArg(default=12.0, help="Size of a photo.")
@@ -129,7 +134,7 @@ def make_trainer(folder, work):
     table = load_from_disk(folder / "table")
     config = package.IBViTConfig(teacher_names=("conv",), intermediate_size=16, **shape, **package.class_config(table))
     # Processor seconds of one process vary less.
-    how = {"max_steps": 1, "eval_strategy": "no", "report_to": [], "dataloader_num_workers": 0}
+    how = {"max_steps": BATCHES, "eval_strategy": "no", "report_to": [], "dataloader_num_workers": 0}
     arguments = package.DistillationArguments(str(work), **how)
     model, processor = package.IBViTForImageClassification(config), package.build_image_processor(table)
     return package.EnsembleDistillationTrainer(model, arguments, train_dataset=table, processing_class=processor)
@@ -142,6 +147,17 @@ def start(bench, folder, work):
 def read_batch(bench, folder, work):
     trainers = [make_trainer(folder, work) for _ in range(2)]
     return measure(lambda: next(iter(trainers.pop().get_train_dataloader())))
+
+
+def read_rows(bench, folder, work):
+    trainers = [make_trainer(folder, work) for _ in range(2)]
+    return measure(lambda: deque(islice(trainers.pop().get_train_dataloader(), BATCHES), maxlen=0), BATCHES * 64)
+
+
+def evaluate(bench, folder, work):
+    images, model = load_from_disk(folder / "rows"), make_trainer(folder, work).model
+    processor = package.build_image_processor(images)
+    return measure(lambda: package.evaluate_model(model, processor, images), len(images))
 
 
 def compute_metrics(bench, folder, work):
@@ -209,6 +225,8 @@ ROWS = [
     ("open {num_files:,} PNG files in class folders", open_folders, ["µs each"]),
     ("start a trainer on {num_rows:,} rows × {num_views} views", start, ["s"]),
     ("read the first batch of it", read_batch, ["s"]),
+    ("read rows of it in random order", read_rows, ["µs each"]),
+    ("evaluate a student on {num_recorded_rows:,} digits", evaluate, ["µs each", "MB more"]),
     ("metrics of {num_predictions:,} × {num_classes:,} logits", compute_metrics, ["s", "MB more"]),
     ("record {num_recorded:,} digits × 8 views, two teachers", record_digits, ["s"]),
     ("record {num_recorded_rows:,} digits, a small teacher", record_rows, ["µs each"]),
@@ -256,7 +274,10 @@ def main():
 
     bench = parse(VersionsArguments, __doc__)
     sides = {"old": Path(bench.old).resolve(), "new": NEW}
-    measured = {name: {side: [] for side in sides} for name in STEPS}
+    unknown = sorted(set(bench.steps or ()) - set(STEPS))
+    if unknown:
+        raise ValueError(f"steps={unknown} are unknown. Choose from {', '.join(STEPS)}.")
+    measured = {name: {side: [] for side in sides} for name in bench.steps or STEPS}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prepare(bench, folder)
@@ -267,6 +288,8 @@ def main():
                     of_step[side].append(run_under(sides[side], step, bench, folder))
     cells, figures = [], []
     for what, step, units in ROWS:
+        if step.__name__ not in measured:
+            continue
         for unit in units:
             old, new = (np.array([run[unit] for run in measured[step.__name__][side]]) for side in sides)
             # Memory may not grow at all.
