@@ -14,7 +14,6 @@ from pathlib import Path
 from types import MethodType
 
 import torch
-from accelerate.utils import extract_model_from_parallel
 from huggingface_hub import HfApi
 from huggingface_hub.errors import StrictDataclassError
 from transformers import (
@@ -223,12 +222,12 @@ def require_model(model: object) -> None:
 
 
 def without_autocast(model: PreTrainedModel) -> PreTrainedModel:
-    """The model without the autocast or the DDP wrapper that a trainer in this process may have left around it.
+    """The model without the autocast that a trainer in this process may have left around its `forward`.
 
     It is a shallow copy, so the model of the trainer stays as it is.
     """
-    model = copy.copy(extract_model_from_parallel(model))
-    # accelerate's own way back (`keep_fp32_wrapper=False`) also takes off the decorators that the class has around `forward`.
+    model = copy.copy(model)
+    # accelerate's own way back, `extract_model_from_parallel(keep_fp32_wrapper=False)`, also takes off the decorators that the class has around `forward`.
     original = vars(model).pop("_original_forward", None)
     if original is not None:
         # A method of the model that this is a copy of.

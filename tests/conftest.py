@@ -5,6 +5,7 @@ import gc
 import pytest
 import torch
 from hub_server import run_hub  # noqa: F401  the fixture `hub`
+from huggingface_hub import constants
 from small import make_images, make_teacher
 
 
@@ -27,6 +28,15 @@ def freeze_imported_objects():
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+@pytest.fixture
+def own_hub(hub, monkeypatch):
+    """`hub` as the Hub of this process, not only of those that a test starts."""
+    monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+    template = f"{hub.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    return hub
 
 
 @pytest.fixture(scope="session")

@@ -173,7 +173,8 @@ def draw_attention(study: Study, weights: Path, path: Path) -> None:
 def main(arguments=None):
     parser = HfArgumentParser(ReportArguments, description=__doc__.splitlines()[0])
     (args,) = parser.parse_args_into_dataclasses(arguments)
-    data, (folder, work_dir) = DATASETS[args.name], study_folders(args.name, args.results_dir, args.work_dir)
+    folder, work_dir = study_folders(args.name, args.results_dir, args.work_dir)
+    data = DATASETS[args.name]
     variations = tables.read_cells(folder / "grid")
     cells = variations.get("base", {})
     missing = [

@@ -59,7 +59,13 @@ from .targets import ConsistencyTrainer
 
 
 def study_folders(name: str, results_dir: str | None, work_dir: str | None) -> tuple[Path, Path]:
-    """The folders of the cells and of the models, by default those of this data set."""
+    """The folders of the cells and of the models, by default those of this data set.
+
+    Raises:
+        ValueError: there is no study of this name.
+    """
+    if name not in DATASETS:
+        raise ValueError(f"name={name} is unknown. Choose from {', '.join(DATASETS)}.")
     return (
         Path(results_dir or f"results/data_efficiency/{name}"),
         Path(work_dir or f"outputs/data_efficiency/{name}"),

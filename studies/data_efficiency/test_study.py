@@ -18,7 +18,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, pi
 from hf_ibdistill import EnsembleDistillationTrainer
 from hf_ibdistill.images.views import make_view, row_key
 from hf_ibdistill.logits.provenance import stored_views
-from studies.data_efficiency import report, runs, study, tables, targets
+from studies.data_efficiency import compression, report, runs, shifts, study, tables, targets
 from studies.data_efficiency.recipes import METHODS, TRIALS, Recipe, combine
 from studies.data_efficiency.runs import Study, build_model
 from studies.data_efficiency.shifts import KINDS
@@ -582,3 +582,9 @@ def test_consistency_needs_pairs_of_views(tmp_path):
     with pytest.raises(ValueError, match="views_per_image=4"):
         cell = ["--stage", "search", "--methods", "both_all", "--seeds", "0"]
         run_study(tmp_path, *cell, "--variations", "consistency+views_per_image_4")
+
+
+@pytest.mark.parametrize("command", [report.main, shifts.main, compression.main])
+def test_commands_refuse_an_unknown_study(command):
+    with pytest.raises(ValueError, match="name=cifar100.*cifar10, digits"):
+        command(["--name", "cifar100"])

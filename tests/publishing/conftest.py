@@ -5,13 +5,10 @@ from huggingface_hub import constants
 
 
 @pytest.fixture
-def author(hub, monkeypatch, tmp_path):
-    """Makes `hub` this process's, which has no token but the one that a test gives."""
-    monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
-    template = f"{hub.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+def author(own_hub, monkeypatch, tmp_path):
+    """The Hub of this process, which has no token but the one that a test gives."""
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(name, raising=False)
-    return hub
+    return own_hub

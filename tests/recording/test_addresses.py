@@ -54,14 +54,11 @@ def machine(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def author(hub, monkeypatch):
-    monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
-    template = f"{hub.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+def author(own_hub, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", False)
     monkeypatch.setenv("HF_TOKEN", WRITE_TOKEN)
     HfFileSystem.clear_instance_cache()
-    yield hub
+    yield own_hub
     HfFileSystem.clear_instance_cache()
 
 
