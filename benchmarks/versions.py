@@ -15,6 +15,7 @@ not used in the second.
     compute_metrics            `classification_metrics` of logits of many classes
     record_digits              `record_teacher_logits` of digits in eight views, with two untrained teachers
     record_rows, record_photos the same with a smaller teacher, without views, of many digits and of large photos
+    record_large               the same of digits as images of 224 pixels, with an untrained MobileNetV2
     attach_digits              `attach_teacher_logits` of that table's size to 1,000 digits
     attach_photos              the same to large photos, by the keys of their files
     attach_photos_by_pixels    the same, from a table that has keys of pixels alone
@@ -37,7 +38,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 from datasets import load_from_disk
-from transformers import ViTImageProcessor, set_seed
+from transformers import MobileNetV2Config, MobileNetV2ForImageClassification, ViTImageProcessor, set_seed
 from transformers.hf_argparser import HfArg
 
 # Nothing else of today's at the top, because the earlier version lacks the names.
@@ -64,6 +65,7 @@ class VersionsArguments:
     num_recorded: int = HfArg(default=600, help="Digits to record in views.")
     num_recorded_rows: int = HfArg(default=20_000, help="Digits to record as they are, and to evaluate on.")
     num_attached: int = HfArg(default=1000, help="Digits that get logits.")
+    num_recorded_large: int = HfArg(default=256, help="Digits to record as images of 224 pixels.")
     num_photos: int = HfArg(default=64, help="Photos to record, or that get logits.")
     megapixels: float = HfArg(default=12.0, help="Size of a photo.")
     num_published: int = HfArg(default=500, help="Images of the published table.")
@@ -173,7 +175,10 @@ def record(images, work, presets, views=None, **shape):
         set_seed(seed)
         config = package.IBResNetConfig.from_preset(preset, **shape, **package.class_config(images))
         teachers[f"teacher_{seed}"] = (package.IBResNetForImageClassification(config), processor)
+    return record_with(images, teachers, work, views)
 
+
+def record_with(images, teachers, work, views=None):
     def run():
         folder = tempfile.mkdtemp(dir=work)
         package.record_teacher_logits(images, teachers, output_dir=folder, views=views, num_workers=0)
@@ -188,6 +193,13 @@ def record_digits(bench, folder, work):
 
 def record_rows(bench, folder, work):
     return record(load_from_disk(folder / "rows"), work, ["convolution-small"], **SMALL)
+
+
+def record_large(bench, folder, work):
+    images = load_from_disk(folder / "rows").select(range(bench.num_recorded_large))
+    set_seed(0)
+    model = MobileNetV2ForImageClassification(MobileNetV2Config(**package.class_config(images)))
+    return record_with(images, {"large": (model, package.build_image_processor(images, image_size=224))}, work)
 
 
 def record_photos(bench, folder, work):
@@ -230,6 +242,7 @@ ROWS = [
     ("metrics of {num_predictions:,} × {num_classes:,} logits", compute_metrics, ["s", "MB more"]),
     ("record {num_recorded:,} digits × 8 views, two teachers", record_digits, ["s"]),
     ("record {num_recorded_rows:,} digits, a small teacher", record_rows, ["µs each"]),
+    ("record {num_recorded_large} images of 224 pixels, MobileNetV2", record_large, ["s"]),
     ("record {num_photos:,} photos of {megapixels:g} megapixels", record_photos, ["s", "MB more"]),
     ("attach {num_rows:,} rows to {num_attached:,} digits", attach_digits, ["µs each"]),
     ("attach to {num_photos:,} photos of {megapixels:g} megapixels", attach_photos, ["s", "MB more"]),

@@ -19,6 +19,7 @@ from .data.classes import check_class_names, check_labels, class_names, config_c
 from .data.columns import LABEL, as_image_table, require_table
 from .logits.encoding import column_name, describe_column
 from .models.modeling_ibvit import IBViTForImageClassification, IBViTImageClassifierOutput
+from .passes import run_in_parts
 from .progress import Progress
 from .rows import DistillationCollator, ImageRows
 from .teachers import on_device, require_model, without_autocast
@@ -351,13 +352,18 @@ def _predict(
     loader, network = accelerator.prepare(loader), without_autocast(model)
     names = ("logits", "class_logits", "teacher_token_logits") if hasattr(config, "teacher_names") else ("logits",)
     progress = Progress("predict", len(dataset), is_shown=accelerator.is_local_main_process)
+    sizes = {}
+
+    def run(pixel_values) -> dict[str, torch.Tensor]:
+        outputs = network(pixel_values=pixel_values)
+        # Models with `return_dict=False` return tuples, in the order of the names.
+        outputs = dict(zip(names, outputs)) if isinstance(outputs, tuple) else outputs
+        return {name: outputs[name] for name in names if outputs.get(name) is not None}
+
     with on_device(network, accelerator.device), _evaluation_mode(network), progress:
         for batch in loader:
-            with torch.no_grad():
-                outputs = network(pixel_values=batch["pixel_values"].to(network.dtype))
-            # Models with `return_dict=False` return tuples, in the order of the names.
-            outputs = dict(zip(names, outputs)) if isinstance(outputs, tuple) else outputs
-            found = {name: outputs.get(name) for name in names}
+            parts = run_in_parts(run, network, batch["pixel_values"].to(network.dtype), sizes)
+            found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
             found |= {name: batch.get(name) for name in ("labels", "teacher_logits")}
             if not has_labels:
                 del found["labels"]

@@ -8,7 +8,7 @@ import os
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Integral
 from pathlib import Path
 from types import MethodType
@@ -26,6 +26,7 @@ from transformers import (
 
 from .data.classes import check_class_names, config_class_names, normalize_names
 from .logits.encoding import LogitsEncoding
+from .passes import run_in_parts
 
 
 logger = logging.getLogger(__name__)
@@ -55,6 +56,8 @@ class Teacher:
     classes: ClassMapping | None = None
     # The names of the classes of `logits`, and for each the numbers of the teacher's classes.
     _matched: dict[str, list[int]] | None = None
+    # Images of a forward pass, by the shape of an image.
+    _sizes: dict[tuple[int, ...], int] = field(default_factory=dict)
 
     @property
     def class_names(self) -> list[str]:
@@ -132,10 +135,8 @@ class Teacher:
         # Set in either case, because the autocast of a caller must not change what is recorded.
         with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.bf16):
             try:
-                outputs = self.model(pixel_values=pixel_values.to(device, self.model.dtype))
-                # Models with their own code may return tuples. As in transformers, logits come first if there is no loss.
-                if not isinstance(outputs, torch.Tensor):
-                    outputs = outputs[0] if isinstance(outputs, tuple) else outputs["logits"]
+                pixel_values = pixel_values.to(device, self.model.dtype)
+                outputs = torch.cat(run_in_parts(self._run, self.model, pixel_values, self._sizes))
                 found = tuple(outputs.shape)
             except torch.OutOfMemoryError:
                 raise
@@ -156,6 +157,13 @@ class Teacher:
         if all(len(numbers) == 1 for numbers in groups):
             return outputs[:, [number for (number,) in groups]]
         return torch.stack([outputs[:, numbers].logsumexp(1) for numbers in groups], dim=1)
+
+    def _run(self, pixel_values) -> torch.Tensor:
+        outputs = self.model(pixel_values=pixel_values)
+        # Models with their own code may return tuples. As in transformers, logits come first if there is no loss.
+        if not isinstance(outputs, torch.Tensor):
+            outputs = outputs[0] if isinstance(outputs, tuple) else outputs["logits"]
+        return outputs
 
     def describe(self, encoding: LogitsEncoding, weights_sha256: str | None = None) -> dict:
         """The record that identifies the column of this teacher, as a dict for JSON.
