@@ -14,6 +14,7 @@ ONCE = ["--repetitions", "1"]
 FLAGS = {
     "deit": [*ONCE, "--num_rows", "2", "--batch_size", "2", "--steps", "1", "--num_classes", "10"],
     "export": [*ONCE, "--batch_sizes", "1", "--images", "1"],
+    "freed_memory": [*ONCE, "--models", "convolution teacher", "--batch_size", "2", "--steps", "1"],
     "involution": [*ONCE, "--large_size", "64", "--large_batch_size", "1", "--small_sizes", "8", "--small_batch_size", "2"],
     "loading": [*ONCE, "--rows", "20", "40", "--classes", "10", "--rows_read", "8", "--num_views", "2"],
     "memory": ["--num_rows", "300", "--num_classes", "10", "--megapixels", "0.01", "--num_photos", "2"],

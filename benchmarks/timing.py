@@ -14,10 +14,10 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 import datasets
 import numpy as np
+from process_memory import STATUS
 from transformers import HfArgumentParser
 
 from hf_ibdistill.files import write_text
@@ -28,7 +28,6 @@ from hf_ibdistill.publishing.machine import describe_machine
 # Small tables are mapped as large ones are, whatever the environment asks for.
 datasets.config.IN_MEMORY_MAX_SIZE = 0
 CLOCKS = ("wall", "cpu")
-STATUS = Path("/proc/self/status")
 KINDS = {"RssAnon": "anonymous", "RssFile": "mapped_files", "VmHWM": "resident"}
 
 

@@ -38,6 +38,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 from datasets import load_from_disk
+from process_memory import peak_bytes
 from transformers import MobileNetV2Config, MobileNetV2ForImageClassification, ViTImageProcessor, set_seed
 from transformers.hf_argparser import HfArg
 
@@ -109,18 +110,12 @@ def prepare(bench: VersionsArguments, folder: Path) -> None:
 
 
 def measure(run: Callable[[], object], units: int = 1) -> dict[str, float]:
-    before = _peak_bytes()
+    before = peak_bytes()
     run()
-    growth, begin = _peak_bytes() - before, time.process_time()
+    growth, begin = peak_bytes() - before, time.process_time()
     run()
     seconds = time.process_time() - begin
     return {"s": seconds, "µs each": 1e6 * seconds / units, "MB more": growth / 1e6}
-
-
-def _peak_bytes() -> int:
-    # getrusage would give at least the peak of the parent process.
-    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
-    return int(line.split()[1]) * 1024
 
 
 def open_table(bench, folder, work):

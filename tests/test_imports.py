@@ -25,6 +25,7 @@ STAGES = [
     "data",
     "logits",
     "rows",
+    "passes",
     "teachers",
     "students",
     "rednet",

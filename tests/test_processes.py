@@ -1,9 +1,13 @@
 """What one process can do for all is done once, and its error reaches all of them."""
 
+import multiprocessing
 import os
+import platform
+import resource
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate import PartialState
 from datasets import ClassLabel, Value
 from launching import prepare_process, start_launcher
@@ -13,7 +17,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 import hf_ibdistill.recording.recorder
 import hf_ibdistill.training.trainer
 from hf_ibdistill import DistillationArguments, EnsembleDistillationTrainer, record_teacher_logits
-from hf_ibdistill.processes import once_a_machine
+from hf_ibdistill.processes import keep_freed_memory, once_a_machine
 from hf_ibdistill.teachers import Teacher
 
 
@@ -128,3 +132,34 @@ def test_one_process_calls_the_function_itself():
     with pytest.raises(KeyError, match="missing"):
         once_a_machine(lambda: {}["missing"])
     assert once_a_machine(lambda: 3) == 3
+
+
+def count_page_faults(is_kept: bool, queue) -> None:
+    is_set = is_kept and keep_freed_memory()
+    # 64 MB, which glibc takes from the system and gives back by default.
+    for _ in range(3):
+        torch.ones(1 << 24)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.ones(1 << 24)
+    queue.put((is_set, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before))
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_freed_memory_is_used_again(monkeypatch):
+    for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"):
+        monkeypatch.delenv(name, raising=False)
+    context = multiprocessing.get_context("spawn")
+    found = {}
+    for is_kept in (False, True):
+        queue = context.Queue()
+        process = context.Process(target=count_page_faults, args=(is_kept, queue))
+        process.start()
+        found[is_kept] = queue.get(timeout=120)
+        process.join()
+    assert found[True][0] and found[True][1] * 10 < found[False][1]
+
+
+def test_a_variable_of_the_user_says_what_is_kept(monkeypatch):
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1000")
+    assert not keep_freed_memory()

@@ -27,6 +27,7 @@ from ..data.unlabelled import add_unlabelled
 from ..files import read_json
 from ..images.decoding import scale_pixels
 from ..images.views import ViewRecipe
+from ..processes import keep_freed_memory
 from ..progress import Progress
 from ..publishing.results import RESULTS, evaluate_and_save
 from ..training.arguments import ImageTrainingArguments
@@ -436,10 +437,16 @@ def train_and_save(trainer: Trainer, splits: DatasetDict, following: Sequence[Se
     show_results(metrics, header, [*rows, *metric_rows(metrics)], *following)
 
 
+# A training step allocates the same tensors as the step before.
+TRAINING_COMMANDS = ("quickstart", "train-teacher", "distill", "finetune")
+
+
 def run(command: str, main: Callable[[Sequence[str]], None], arguments: Sequence[str] | None = None) -> None:
     """Run a command on its arguments, by default those of this process. A mistake in its input ends in one sentence, or with
     `--traceback` in a traceback."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if command in TRAINING_COMMANDS:
+        keep_freed_memory()
     try:
         with displaying():
             main(arguments)
