@@ -18,8 +18,7 @@ read by `ImageRows`, torch's `DataLoader` and `DistillationCollator`:
 
 The whole of `train()` is timed, without logging, evaluation and saving. Ratios differ by some hundredths from run to run:
 ask for more repetitions if one is near its limit. The main cause is glibc, which returns memory after one step and fetches
-it for the next, sometimes more and sometimes less. It keeps the memory if MALLOC_TRIM_THRESHOLD_ and
-MALLOC_MMAP_THRESHOLD_ are set to 4000000000.
+it for the next, sometimes more and sometimes less. freed_memory.py measures this.
 
 Training the teachers, which online distillation needs as well, and recording are timed once. Recording pays after
 (its seconds) / (seconds of an epoch online − seconds of an epoch stored) epochs, over all students trained on the table.

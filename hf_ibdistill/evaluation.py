@@ -274,7 +274,7 @@ def predict(
         model: any image classifier.
         image_processor: its image processor.
         dataset: a table with an image column.
-        batch_size: images in a forward pass.
+        batch_size: images in a batch.
         num_workers: processes that decode images ahead of the model.
         image_column: the image column; found if not given.
         label_column: the label column; found if not given. A table without labels is predicted as well.

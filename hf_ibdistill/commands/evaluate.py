@@ -29,7 +29,7 @@ class EvaluationArguments:
 
     model: str = HfArg(help="Folder or Hub id of the model.")
     split: str | None = HfArg(default=None, help="By default test, otherwise validation.")
-    batch_size: int = HfArg(default=256, help="Images per forward pass.")
+    batch_size: int = HfArg(default=256, help="Images in a batch.")
     output_file: str | None = HfArg(default=None, help="Write the metrics to this file, as JSON.")
     trust_remote_code: bool = HfArg(default=False, help="Run the code of the model repository.")
 

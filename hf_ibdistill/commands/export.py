@@ -36,7 +36,7 @@ class ExportArguments:
     max_accuracy_drop: float = HfArg(
         default=0.003, help="Delete a quantized file whose accuracy is lower by more than this."
     )
-    batch_size: int = HfArg(default=256, help="Images per forward pass.")
+    batch_size: int = HfArg(default=256, help="Images in a batch.")
     trust_remote_code: bool = HfArg(default=False, help="Run the code of the model repository.")
 
     def folder(self) -> Path:

@@ -46,7 +46,7 @@ class PredictionArguments:
     images: list[str] = HfArg(default_factory=list, help="Files and folders of images; the flag may be left out.")
     top_k: int = HfArg(default=1, help="Classes of each image, the most probable first.")
     csv: str | None = HfArg(default=None, help="Write the predictions to this file instead of printing them.")
-    batch_size: int = HfArg(default=64, help="Images per forward pass.")
+    batch_size: int = HfArg(default=64, help="Images in a batch.")
     trust_remote_code: bool = HfArg(default=False, help="Run the code of the model repository.")
 
 

@@ -57,7 +57,7 @@ class RecordingArguments:
     bf16: bool = HfArg(
         default=False, help="Run the teachers under bf16 autocast: faster on hardware with bf16 units, less exact."
     )
-    batch_size: int = HfArg(default=64, help="Images (views) per forward pass.")
+    batch_size: int = HfArg(default=64, help="Images (views) in a batch.")
     shard_size: int | None = HfArg(
         default=None, help="Rows per shard: what an interruption can cost. 4096, or a share of what is larger."
     )

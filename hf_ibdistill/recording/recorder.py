@@ -123,7 +123,7 @@ def record_teacher_logits(
         dtype: `"float16"` or `"float32"`, the type of the stored logits; or `"packed"`, which stores `top_k` classes (26 if
             not given) that the views of an image share, at eight levels.
         bf16: run the teachers under bf16 autocast: faster on hardware with bf16 units, but rounded to three digits.
-        batch_size: images (views) in a forward pass.
+        batch_size: images (views) in a batch. On a CPU, the teachers run parts of it.
         shard_size: rows in a shard, rounded up to whole batches: what an interruption can cost. `None` is 4,096, or a 128th
             of a larger table, or a 32nd of the rows that a stream had before. A shard is a file of the finished table.
         num_workers: processes that decode images and make views ahead of the teachers, or threads if the images come from
