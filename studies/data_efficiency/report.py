@@ -9,6 +9,7 @@ the best models and, if the best student is in WORK_DIR, draws the attention of 
 
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from hf_ibdistill.rows import ImageRows
 
 from . import tables
 from .plots import plot_accuracy, plot_attention, plot_corrections, plot_shifts
-from .recipes import DATASETS, METHODS, TEACHERS, Recipe
+from .recipes import DATASETS, FAMILIES, METHODS, TEACHERS, Recipe
 from .runs import Study, build_model, study_folders
 from .shifts import accuracies_by_strength, read_shifts
 from .tables import OURS
@@ -51,8 +52,11 @@ def write_sections(name: str, variations: dict, labels: np.ndarray, search: Path
     cells = variations["base"]
     rows = tables.difference_table(cells, labels, "both_row", ("conv_row", "inv_row"))
     unlabelled = {
-        f"{METHODS[method].title}, against": tables.difference_table(cells, labels, method, rivals)
+        f"{METHODS[method].title}{changed}, against": tables.difference_table(
+            {**cells, method: students}, labels, method, rivals
+        )
         for method, rivals in WITH_UNLABELLED.items()
+        for changed, students in _with_changes(variations, method)
     }
     sections = {
         "Test accuracy (%)": tables.accuracy_table(cells),
@@ -74,6 +78,13 @@ def write_sections(name: str, variations: dict, labels: np.ndarray, search: Path
     # A table without rows, of cells that this data set has not, is its two lines of header.
     filled = (f"## {title}\n\n{table}" for title, table in sections.items() if len(table.splitlines()) > 2)
     return "\n\n".join([HEADER.format(name), *filled]) + "\n"
+
+
+def _with_changes(variations, method) -> Iterator[tuple[str, dict]]:
+    """The cells of a method: those of its recipe, then those of each change of it."""
+    for variation in ("base", *sorted(variations.keys() - {"base", *FAMILIES})):
+        if method in variations[variation]:
+            yield "" if variation == "base" else f" ({variation})", variations[variation][method]
 
 
 def draw_lines(title: str, cells: dict, folder: Path) -> None:
