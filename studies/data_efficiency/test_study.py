@@ -322,6 +322,24 @@ def test_the_committed_tables_are_those_of_the_committed_cells(name):
     assert (folder / "tables.md").read_text() == text
 
 
+def test_a_longer_schedule_is_compared_with_what_its_recipe_is_compared_with():
+    folder, change = RESULTS / "fashion_mnist_unlabelled", "views_4+patience_2"
+    text = (folder / "tables.md").read_text()
+    section = text.split(f"with unlabelled images ({change}), against")[1].split("\n## ")[0]
+    rows = {
+        line.split(" | ")[1]: line.split(" | ")[2:4] for line in section.splitlines() if line.startswith("| 1,000")
+    }
+    cells = {path.stem: json.loads(path.read_text()) for path in (folder / "grid").iterdir()}
+    for title, method in (("both, stored views", "both_views"), ("convolution teacher", "conv")):
+        pairs = [
+            cells[f"1000_both_all_{change}_{seed}"]["metrics"]["accuracy"]
+            - cells[f"1000_{method}_base_{seed}"]["metrics"]["accuracy"]
+            for seed in range(5)
+            if f"1000_both_all_{change}_{seed}" in cells
+        ]
+        assert rows[title] == [str(len(pairs)), f"{100 * statistics.mean(pairs):+.2f}"]
+
+
 def test_methods_with_unlabelled_images_train_on_every_image(tmp_path):
     results = tmp_path / "results"
     results.mkdir()
