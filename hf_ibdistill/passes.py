@@ -26,18 +26,19 @@ def run_in_parts(
 
     Args:
         run: a forward pass of the model.
-        model: in evaluation mode. On a CPU, its outputs are measured in the first pass of all, which has one image.
+        model: in evaluation mode. On a CPU, one image runs before the first batch, so that its outputs can be measured.
         pixel_values: (N, channels, H, W), on the device of the model.
         sizes: images of a part, by the shape of an image; filled here, for the next batches.
     """
     if pixel_values.device.type != "cpu":
         return [run(pixel_values)]
-    shape, first = tuple(pixel_values.shape[1:]), []
+    shape = tuple(pixel_values.shape[1:])
     if shape not in sizes:
-        first.append(_measure(run, model, pixel_values[:1], sizes))
-        pixel_values = pixel_values[1:]
-    parts = pixel_values.split(sizes[shape]) if len(pixel_values) else ()
-    return [*first, *map(run, parts)]
+        result = _measure(run, model, pixel_values[:1], sizes)
+        if len(pixel_values) == 1:
+            return [result]
+    # Always the same parts: an image on its own may be rounded differently, and a resumed training must see the same logits.
+    return [run(part) for part in pixel_values.split(sizes[shape])]
 
 
 def _measure(run, model, image, sizes):
