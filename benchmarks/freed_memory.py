@@ -59,7 +59,10 @@ MODELS = {
 def train(bench: FreedMemoryArguments, name: str, is_kept: bool) -> tuple[float, int]:
     """Seconds of the fastest step, and the peak of memory in bytes."""
     if is_kept and not keep_freed_memory():
-        raise OSError("The C library is not glibc, or a variable of the environment says what it keeps.")
+        raise OSError(
+            "What is kept cannot be set here. Run this under glibc, without MALLOC_TRIM_THRESHOLD_, MALLOC_MMAP_THRESHOLD_ and "
+            "GLIBC_TUNABLES in the environment."
+        )
     torch.set_num_threads(1)
     set_seed(0)
     image_size, build = MODELS[name]

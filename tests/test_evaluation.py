@@ -16,7 +16,7 @@ from scipy.special import log_softmax as scipys_log_softmax
 from sklearn.metrics import accuracy_score, log_loss, top_k_accuracy_score
 from transformers import EvalPrediction, ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
-from hf_ibdistill import IBViTConfig, IBViTForImageClassification, evaluate_model, predict, token_attention
+from hf_ibdistill import IBViTConfig, IBViTForImageClassification, evaluate_model, passes, predict, token_attention
 from hf_ibdistill.evaluation import (
     RunningMetrics,
     accuracy_interval,
@@ -281,6 +281,19 @@ def test_predictions_are_the_models_in_the_order_of_the_rows(batch_size):
     np.testing.assert_allclose(outputs["logits"], by_hand(model, dataset), atol=1e-5)
     np.testing.assert_array_equal(outputs["labels"], dataset["label"][:])
     assert outputs["logits"].dtype == np.float32
+
+
+def test_parts_of_a_batch_are_predicted_as_the_whole(monkeypatch):
+    model, dataset, sizes = student(), table(), []
+    expected = predict(model, PROCESSOR, dataset)
+    model.register_forward_hook(lambda module, inputs, outputs: sizes.append(len(outputs.logits)))
+    # No output fits, so that a part has one image for each thread.
+    monkeypatch.setattr(passes, "_LARGEST_OUTPUT", 1)
+    found = predict(model, PROCESSOR, dataset)
+    assert sum(sizes) == 1 + len(dataset) and max(sizes) == torch.get_num_threads()
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        np.testing.assert_allclose(found[name], values, atol=1e-5)
 
 
 def test_a_model_that_is_being_trained_in_bf16_is_measured_as_it_will_be_saved():

@@ -14,6 +14,7 @@ from transformers.utils.import_utils import BACKENDS_MAPPING
 
 from hf_ibdistill.commands import COMMANDS, main
 from hf_ibdistill.commands.arguments import DataArguments, ViewArguments, last_checkpoint, name_folders, parse
+from hf_ibdistill.commands.arguments import run as run_command
 from hf_ibdistill.commands.distill import StudentArguments
 from hf_ibdistill.training.arguments import DistillationArguments
 
@@ -392,3 +393,13 @@ def test_a_traceback_is_shown_on_request():
         run("evaluate", "--model", "x", "--split", "dev", "--traceback")
     with pytest.raises(ValueError, match="--qqq"):
         run("evaluate", "--model", "x", "--traceback", "--qqq")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_commands_that_train_keep_freed_memory(monkeypatch, name):
+    called = []
+    monkeypatch.setattr("hf_ibdistill.commands.arguments.keep_freed_memory", lambda: called.append("memory"))
+    run_command(name, called.append, [])
+    # Before the command allocates.
+    trains = name in ("quickstart", "train-teacher", "distill", "finetune")
+    assert called == (["memory", []] if trains else [[]])
