@@ -4,6 +4,7 @@ import gc
 
 import pytest
 import torch
+from datasets import Features
 from hub_server import run_hub  # noqa: F401  the fixture `hub`
 from huggingface_hub import constants
 from small import make_images, make_teacher
@@ -37,6 +38,15 @@ def own_hub(hub, monkeypatch):
     template = f"{hub.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     return hub
+
+
+@pytest.fixture
+def feature_copies(monkeypatch):
+    """How often `datasets` copies or writes out the features of a table, with the names of all classes."""
+    copies, copy, schema = [], Features.copy, Features.arrow_schema.fget
+    monkeypatch.setattr(Features, "copy", lambda self: copies.append(self) or copy(self))
+    monkeypatch.setattr(Features, "arrow_schema", property(lambda self: copies.append(self) or schema(self)))
+    return copies
 
 
 @pytest.fixture(scope="session")

@@ -153,8 +153,10 @@ def _decode(table):
     """Each image, or the error about its row."""
     encoded = table.with_format(None).select_columns([IMAGE]).cast_column(IMAGE, Image(decode=False))
     cells = (cell for batch in encoded.iter(batch_size=64) for cell in batch[IMAGE])
+    # Reading `features` copies all class names.
+    mode = table.features[IMAGE].mode
     for row, cell in enumerate(cells):
         try:
-            yield decode_image(cell, table.features[IMAGE].mode)
+            yield decode_image(cell, mode)
         except ValueError as error:
             yield ValueError(f"Row {row}: {error}")

@@ -357,6 +357,7 @@ class StoredLogits:
     """Random access to one view in a logits column. Indexing the table would first copy all views of the rows."""
 
     def __init__(self, dataset: Dataset, column: str):
+        self.encoding = describe_column(dataset.features[column])[0]
         self._dataset, self._column, self._chunks = dataset, column, None
 
     def __getstate__(self):
@@ -376,9 +377,8 @@ class StoredLogits:
     def nearest(self, rows: Sequence[int], logits: np.ndarray, view: int | None = None) -> np.ndarray:
         """Other logits of these rows, (N, C), as the rows would hold them: what equals the recorded logits but for rounding
         becomes what [`read`] returns. Errors are those of [`read`]."""
-        encoding = describe_column(self._dataset.features[self._column])[0]
-        if not encoding.is_packed:
-            return decode(encoding.encode(logits), logits.shape[1])
+        if not self.encoding.is_packed:
+            return decode(self.encoding.encode(logits), logits.shape[1])
         return _round_alike(self._read_parts(rows, view), logits)
 
     def _read_parts(self, rows, view):

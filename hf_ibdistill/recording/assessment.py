@@ -180,10 +180,10 @@ def _measure(dataset: Dataset, sample: np.ndarray, temperature: float) -> dict[s
     columns, size = {}, len(sample)
     for name in names:
         column = column_name(name)
-        encoding, num_views, num_classes = describe_column(dataset.features[column])
+        _, num_views, num_classes = describe_column(dataset.features[column])
         num_classes = len(class_names(dataset)) if is_named else described.get(name, num_classes)
         views = [None] if num_views is None else range(num_views)
-        columns[name] = StoredLogits(dataset, column), encoding, views, num_classes
+        columns[name] = StoredLogits(dataset, column), views, num_classes
         size = min(size, max(1, _BLOCK_VALUES // (len(views) * num_classes)))
     labels, sums = _labels(dataset.select(sample)), defaultdict(float)
     # Those of each teacher, and of the mean probability of several.
@@ -191,11 +191,11 @@ def _measure(dataset: Dataset, sample: np.ndarray, temperature: float) -> dict[s
     for start in range(0, len(sample), size):
         rows, own = sample[start : start + size], labels[start : start + size]
         probabilities, predictions = {}, []
-        for name, (stored, encoding, views, num_classes) in columns.items():
+        for name, (stored, views, num_classes) in columns.items():
             # Only top-k logits depend on the temperature.
             read = {
                 tau: np.stack([stored.read(rows, num_classes, view, tau) for view in views]).astype(np.float32)
-                for tau in ({temperature} if encoding.top_k is None else {temperature, 1.0})
+                for tau in ({temperature} if stored.encoding.top_k is None else {temperature, 1.0})
             }
             logits = read[temperature]
             predictions.append(read.get(1.0, logits)[:, own != -1])

@@ -54,11 +54,13 @@ def sample_images(dataset: Dataset | IterableDataset, title: str) -> Sample:
         cells = {row: rows[row : row + 1][IMAGE][0].as_py() for row in spread(range(len(dataset)), _SAMPLE)}
     if not cells:
         raise ValueError(f"The {title} is empty. Pass at least one row.")
+    # Reading `features` copies all class names.
+    mode = dataset.features[IMAGE].mode
     first, keys, sizes, problem = None, [], [], None
     for row, cell in cells.items():
         try:
             content = _with_content(cell)
-            image = decode_image(content, dataset.features[IMAGE].mode)
+            image = decode_image(content, mode)
         except ValueError as error:
             problem = problem or ValueError(f"Row {row}: {error}")
             keys.append(None)

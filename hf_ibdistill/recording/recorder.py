@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import partial
+from functools import cached_property, partial
 from itertools import chain, islice
 from pathlib import Path
 
@@ -224,6 +224,11 @@ class _Plan:
     features: Features  # the columns of the table
     grows: bool  # whether later shards are larger, because the number of rows is not known
     warned: set[str] = field(default_factory=set)  # teachers whose large logits were reported
+
+    @cached_property
+    def schema(self) -> pa.Schema:
+        """That of the columns, with their features. Each call of `datasets` for it writes out all class names."""
+        return self.features.arrow_schema
 
     @property
     def new_views(self) -> range | None:
@@ -454,7 +459,7 @@ def _adopt_old_shards(dataset, plan, folder) -> None:
         }
         # The first version had no file keys.
         columns = {name: columns.get(name, pa.nulls(len(rows), pa.int64())) for name in plan.features}
-        table = embed_table_storage(pa.table(columns).cast(plan.features.arrow_schema), remote_files=False)
+        table = embed_table_storage(pa.table(columns).cast(plan.schema), remote_files=False)
         note = {"rows": [first, last], "skipped": sorted({*range(first, last)} - {*numbers})}
         write_shard(shard_path(folder, first), plan.features, [table], note)
 
@@ -582,7 +587,7 @@ def _run(plan, batch, inputs) -> pa.Table:
                 numbers[largest.argmax()],
             )
         columns[column] = concatenate_views(columns[column], encoded) if first > 0 else encoded
-    table = pa.table({name: columns[name] for name in plan.features}).cast(plan.features.arrow_schema)
+    table = pa.table({name: columns[name] for name in plan.features}).cast(plan.schema)
     return _embed_other_files(table, plan.features) if plan.layout.get("with_images", True) else table
 
 

@@ -22,7 +22,6 @@ from ..logits.encoding import (
     StoredLogits,
     check_keys,
     column_name,
-    describe_column,
     recorded_teachers,
     unusable_rows,
 )
@@ -133,14 +132,14 @@ def verify_teacher_logits(
     largest = {teacher.name: float("inf") for teacher in loaded}
     for name, batches in predicted.items():
         fresh, column = np.concatenate(batches), column_name(name)
-        encoding, stored = describe_column(dataset.features[column])[0], StoredLogits(dataset, column)
+        stored = StoredLogits(dataset, column)
         places = [([row], None if recipe is None else view) for row, view in zip(sample, views)]
         recorded = np.concatenate([stored.read(row, fresh.shape[1], view) for row, view in places])
         # What the encoding leaves out is missing on both sides.
         fresh = [stored.nearest(row, logits[None], view) for (row, view), logits in zip(places, fresh)]
         fresh = np.concatenate(fresh).astype(np.float32)
         # Packed rows were compared in the classes that they hold.
-        top_k = None if encoding.is_packed else encoding.top_k
+        top_k = None if stored.encoding.is_packed else stored.encoding.top_k
         differences = _largest_differences(
             log_softmax(fresh.astype(float)), log_softmax(recorded.astype(float)), top_k
         )

@@ -46,6 +46,15 @@ def test_a_folder_of_images_at_any_depth(labelled, tmp_path, caplog):
     assert "adds 4 images without labels to 12 training images" in caplog.text and "1 with .txt" in caplog.text
 
 
+def test_reading_more_images_copies_no_more_class_names(labelled, feature_copies):
+    counts = set()
+    for number in (10, 60):
+        feature_copies.clear()
+        load_image_dataset(labelled, unlabelled=of_images(range(100, 100 + number)))
+        counts.add(len(feature_copies))
+    assert len(counts) == 1, counts
+
+
 def test_a_table_a_stream_and_other_sources(labelled, tmp_path, caplog):
     found = [100, 101, 102]
     other = of_images(found, "photo")
