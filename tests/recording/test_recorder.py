@@ -61,14 +61,15 @@ def viewed(loaded, tmp_path_factory, images):
 
 
 def test_reading_more_images_copies_no_more_class_names(images, loaded, feature_copies, tmp_path):
-    counts = set()
-    for number in (40, 60):  # more than verification reads
+    counts = []
+    for number in (33, 40, 60):  # more than verification reads
         table = images(number)
         feature_copies.clear()
         recorded = record_teacher_logits(table, loaded, output_dir=tmp_path / str(number), batch_size=4)
         verify_teacher_logits(recorded, loaded)
-        counts.add(len(feature_copies))
-    assert len(counts) == 1, counts
+        counts.append(len(feature_copies))
+    # The first use of a library in a process may copy some more.
+    assert counts[1] == counts[2], counts
 
 
 def test_the_columns_are_what_each_teacher_predicts_alone(recorded, teachers, images):
