@@ -6,6 +6,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
+from operator import itemgetter
 
 import numpy as np
 import PIL.Image
@@ -112,21 +113,20 @@ class _RowDecoder:
     def _decode(self, rows: Iterable[dict], numbers: Iterable[int], views: Iterable[int | None]) -> Iterator[dict]:
         """One image at a time, so that a caller decides how many decoded images are held. Views of one image that follow
         one another are made together."""
-        for number, same in itertools.groupby(zip(numbers, rows, views), key=lambda entry: entry[0]):
-            _, rows_of_image, views_of_image = zip(*same)
-            first, count = rows_of_image[0], len(rows_of_image)
-            image, key = self._read_image(number, first)
+        for number, same in itertools.groupby(zip(numbers, rows, views), key=itemgetter(0)):
+            same = list(same)
+            image, key = self._read_image(number, same[0][1])
             if self.views is None:
-                images = [PIL.Image.fromarray(image) if isinstance(image, np.ndarray) else image] * count
+                images = [PIL.Image.fromarray(image) if isinstance(image, np.ndarray) else image] * len(same)
             else:
-                images = make_views([image] * count, self.views, [key] * count, views_of_image)
+                images = make_views([image] * len(same), self.views, [key] * len(same), [view for _, _, view in same])
             # Otherwise it would be held while the next is decoded.
             del image
-            for row in rows_of_image:
-                row = dict(row)
+            for _, row, _ in same:
+                row = {**row, IMAGE: images.pop(0)}
                 if self.views is not None:
                     row.pop(ROW_KEY, None)
-                yield {**row, IMAGE: images.pop(0)}
+                yield row
 
     def _read_image(self, number: int, row: dict) -> tuple[PIL.Image.Image | np.ndarray, int]:
         """The image of a row, or its pixels if they are kept, and, for views, its key."""
@@ -150,6 +150,8 @@ def _as_rows(table: pa.Table) -> list[dict]:
 
 def _with_logits(rows: Iterable[dict], logits: Mapping[str, np.ndarray]) -> Iterator[dict]:
     """The rows with the logits of each column. An array is (rows, …)."""
+    if not logits:
+        return iter(rows)
     return (row | {name: values[place] for name, values in logits.items()} for place, row in enumerate(rows))
 
 

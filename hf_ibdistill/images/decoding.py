@@ -214,8 +214,14 @@ def _without_metadata(png) -> bytes:
     return b"".join(kept)
 
 
+# Entries of `Image.info` that may hold the orientation.
+_METADATA = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}
+
+
 def _upright(picture, image):
     """`picture`, turned as the metadata of `image` demand. Cameras leave the pixels unturned."""
+    if not hasattr(image, "tag_v2") and _METADATA.isdisjoint(image.info):
+        return picture
     orientation = None
     with contextlib.suppress(Exception):  # which error broken metadata raise depends on what is broken
         orientation = image.getexif().get(_ORIENTATION)

@@ -387,6 +387,7 @@ class StoredLogits:
             self._starts = np.cumsum([0, *map(len, chunks)])
             self._parts = [_as_one(arrays) for arrays in zip(*map(_to_parts, chunks))]
             self._missing = {start + row for start, chunk in zip(self._starts, chunks) for row in missing_rows(chunk)}
+            self._most_views = max(num_views for _, _, num_views in self._parts)
             self._chunks = chunks  # keeps the memory of the parts alive
         given = rows = np.asarray(rows) % len(self._dataset)
         # `select` and `shuffle` leave the files alone and list the rows here.
@@ -398,9 +399,8 @@ class StoredLogits:
         chunks = np.searchsorted(self._starts, rows, side="right") - 1
         rows = rows - self._starts[chunks]
         parts = []
-        most_views = max(num_views for _, _, num_views in self._parts)
         for values, starts, num_views in self._parts:
-            row = rows if view is None else rows * num_views + _group(view, num_views, most_views)
+            row = rows if view is None else rows * num_views + _group(view, num_views, self._most_views)
             parts.append(values[starts[chunks] + row * values.shape[1]])
         return parts
 
@@ -481,8 +481,9 @@ def _expand(parts, num_classes, temperature):
         logits[is_outside] = np.nan
         return logits
     ids, differences, rest, gap = parts
-    is_outside = (ids >= num_classes).any(axis=1)
-    if is_outside.any():
+    is_outside = None
+    if ids.max(initial=0) >= num_classes:
+        is_outside = (ids >= num_classes).any(axis=1)
         ids = np.where(ids < num_classes, ids, 0)
     even = rest.astype(np.float32) - np.float32(np.log(num_classes - ids.shape[1]))
     # τ·(μ/τ + g/τ²), with μ = even − g.
@@ -492,7 +493,8 @@ def _expand(parts, num_classes, temperature):
     rows = np.arange(len(ids))
     logits[rows, ids[:, 0]] = 0
     logits[rows[:, None], ids[:, 1:]] = differences
-    logits[is_outside] = np.nan
+    if is_outside is not None:
+        logits[is_outside] = np.nan
     return logits
 
 
