@@ -181,8 +181,14 @@ def _load(content) -> PIL.Image.Image:
         PIL.ImageFile.LOAD_TRUNCATED_IMAGES = may_be_truncated
 
 
+# How the files of most data sets begin. Of the others, Pillow asks each of its formats in turn, which takes as long as to
+# decode a small image.
+_BEGINNINGS = {b"\x89PNG\r\n\x1a\n": ["PNG"], b"\xff\xd8\xff": ["JPEG"]}
+
+
 def _open(content):
-    image = PIL.Image.open(io.BytesIO(content))
+    formats = next((formats for beginning, formats in _BEGINNINGS.items() if content.startswith(beginning)), None)
+    image = PIL.Image.open(io.BytesIO(content), formats=formats)
     limit = PIL.Image.MAX_IMAGE_PIXELS
     if limit is not None and image.width * image.height > limit:
         raise ValueError(

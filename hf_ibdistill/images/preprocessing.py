@@ -1,6 +1,5 @@
 """Decoded images → pixel values, by the image processor of each model."""
 
-import math
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -87,7 +86,8 @@ def _groups(images):
     """Lists of images with up to 17 million pixels together, or one image with more."""
     group, pixels = [], 0
     for image in images:
-        size = math.prod(_size(image))
+        width, height = _size(image)
+        size = width * height
         if group and pixels + size > PIXELS:
             yield group
             group, pixels = [], 0
