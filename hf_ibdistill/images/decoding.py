@@ -181,8 +181,7 @@ def _load(content) -> PIL.Image.Image:
         PIL.ImageFile.LOAD_TRUNCATED_IMAGES = may_be_truncated
 
 
-# How the files of most data sets begin. Of the others, Pillow asks each of its formats in turn, which takes as long as to
-# decode a small image.
+# How the files of most data sets begin. Otherwise Pillow asks each of its formats in turn, a sixth of the time of a small image.
 _BEGINNINGS = {b"\x89PNG\r\n\x1a\n": ["PNG"], b"\xff\xd8\xff": ["JPEG"]}
 
 

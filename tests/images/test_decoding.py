@@ -8,6 +8,8 @@ import numpy as np
 import PIL.features
 import PIL.Image
 import PIL.ImageFile
+import PIL.ImageOps
+import PIL.PngImagePlugin
 import pytest
 from cells import UNREADABLE, cell_table, encoded, gray, random_image, random_pixels, tiff
 from datasets import DatasetDict, Image, load_from_disk
@@ -175,6 +177,25 @@ def test_the_orientation_of_a_camera_is_applied(orientation):
     upright = {1: pixels, 3: pixels[::-1, ::-1], 6: np.rot90(pixels, -1), 8: np.rot90(pixels)}[orientation]
     np.testing.assert_array_equal(np.asarray(Image().decode_example(cell)), upright)
     np.testing.assert_array_equal(decoded_pixels(cell), upright)
+
+
+@pytest.mark.parametrize("entry", ["XML:com.adobe.xmp", "Raw profile type exif"])
+def test_the_orientation_in_a_text_of_a_png_file_is_applied(entry):
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    profile = exif.tobytes()
+    texts = {
+        "XML:com.adobe.xmp": '<x tiff:Orientation="6"/>',
+        "Raw profile type exif": f"\nexif\n{len(profile)}\n{profile.hex()}\n",
+    }
+    chunks = PIL.PngImagePlugin.PngInfo()
+    chunks.add_itxt(entry, texts[entry])
+    image = random_image((9, 6))
+    cell = encoded(image, pnginfo=chunks)
+    # As Pillow turns it.
+    turned = PIL.ImageOps.exif_transpose(PIL.Image.open(io.BytesIO(cell["bytes"])))
+    assert turned.size == (6, 9)
+    np.testing.assert_array_equal(decoded_pixels(cell), np.asarray(turned.convert("RGB")))
 
 
 def test_a_file_is_read_by_its_path(tmp_path):
