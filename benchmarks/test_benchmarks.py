@@ -43,6 +43,10 @@ FLAGS = {
         "--num_classes", "10", "--num_recorded", "4", "--num_recorded_rows", "8", "--num_attached", "20", "--num_photos", "2", "--megapixels", "0.01",
         "--num_published", "8", "--teacher_steps", "1", "--teacher_images", "32", "--teacher_batch_size", "8",
     ],
+    "views_accuracy": [
+        "--images_per_class", "4", "--num_test", "20", "--photo_size", "24", "--image_size", "16", "--teacher_size", "8",
+        "--num_views", "4", "--steps", "2", "--seeds", "0", "--teacher_steps", "2", "--batch_size", "8",
+    ],
     "views_per_image": [
         *ONCE, "--photo_size", "40", "30", "--image_size", "16", "--num_photos", "8", "--epochs", "1", "--num_views", "4",
         "--batch_size", "4",

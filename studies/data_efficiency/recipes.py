@@ -281,6 +281,8 @@ VARIATIONS = {
     "rand_augment": {"rand_augment": 7},
     "linear": {"patch_embedding": "linear"},
     "bias_stems": {"patch_embedding": "bias_stems"},
+    # Four times as wide, with heads of the same size.
+    "wide": {"hidden_size": 384, "num_attention_heads": 16},
     **{family: {"student": family} for family in FAMILIES},
 }
 # Every student has the same number of trials. The teachers keep the defaults of the package.
