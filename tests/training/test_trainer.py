@@ -828,8 +828,10 @@ def test_the_image_processor_is_saved_with_every_checkpoint(table, tmp_path):
 
 
 @pytest.mark.parametrize("average", [True, False])
-def test_data_parallel_takes_the_same_steps(average, table, tmp_path):
-    # Two devices in one process. There are none here, so the model runs on the whole batch, which is what it gathers.
+def test_data_parallel_takes_the_same_steps(average, table, tmp_path, monkeypatch):
+    # Two devices in one process. Without a device, the model runs on the whole batch, which is what it gathers. With one, it
+    # would go there alone.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     expected = distill(tmp_path, table, per_device_train_batch_size=8, num_train_epochs=2, learning_rate=0.1)
     settings = {"gradient_accumulation_steps": 2, "average_tokens_across_devices": average}
     args = arguments(tmp_path, per_device_train_batch_size=2, num_train_epochs=2, learning_rate=0.1, **settings)
