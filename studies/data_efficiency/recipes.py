@@ -191,11 +191,13 @@ class Recipe:
     patch_size: int = 4
     student: str = "ibvit"
     views_per_image: int = 1
-    # Of ingredients.py. `ema` is the decay of the average, `rand_augment` a magnitude.
+    # Of ingredients.py. `ema` is the decay of the average, `rand_augment` a magnitude. `early_stopping` keeps the weights that
+    # were best on half of the held-out images.
     mixing: str = "none"
     drop_path: float = 0.0
     ema: float = 0.0
     rand_augment: int = 0
+    early_stopping: bool = False
     seed_offset: int = 0
     fold: int | None = None
     consistency: float | None = None
@@ -206,6 +208,10 @@ class Recipe:
             raise ValueError(
                 f"mixing={self.mixing} and rand_augment={self.rand_augment} change images, but {self.method} has stored "
                 "logits of unchanged images. Choose a method with online teachers, or none."
+            )
+        if self.early_stopping and not self.held_out:
+            raise ValueError(
+                "early_stopping=True needs held-out images, and the test images choose no weights. Run it with --stage search."
             )
         if self.drop_path and (method.preset or self.student != "ibvit"):
             raise ValueError(
@@ -279,12 +285,15 @@ VARIATIONS = {
     "drop_path": {"drop_path": 0.1},
     "ema": {"ema": 0.999},
     "rand_augment": {"rand_augment": 7},
+    "early_stopping": {"early_stopping": True},
     "linear": {"patch_embedding": "linear"},
     "bias_stems": {"patch_embedding": "bias_stems"},
     # Four times as wide, with heads of the same size.
     "wide": {"hidden_size": 384, "num_attention_heads": 16},
     **{family: {"student": family} for family in FAMILIES},
 }
+# What strong recipes have and the package has not. Each is compared with the same variation without it.
+INGREDIENTS = ("mixup", "cutmix", "drop_path", "ema", "rand_augment", "early_stopping")
 # Every student has the same number of trials. The teachers keep the defaults of the package.
 _LABEL_TRIALS = ("base", "learning_rate_1e-3", "label_smoothing_0.1")
 _LOGITS_TRIALS = ("base", "learning_rate_1e-3", "temperature_1")

@@ -75,6 +75,9 @@ def write_sections(name: str, variations: dict, labels: np.ndarray, search: Path
         "Processor seconds, one thread": tables.time_table(tables.on_one_machine(cells)),
         "Search on held-out images": tables.trial_table(search),
     }
+    if (search.parent / "validation_labels.json").exists():
+        held_out = tables.undigits(json.loads((search.parent / "validation_labels.json").read_text()))
+        sections["Ingredients of strong recipes, on held-out images"] = tables.ingredient_table(search, held_out)
     # A table without rows, of cells that this data set has not, is its two lines of header.
     filled = (f"## {title}\n\n{table}" for title, table in sections.items() if len(table.splitlines()) > 2)
     return "\n\n".join([HEADER.format(name), *filled]) + "\n"

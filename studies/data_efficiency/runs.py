@@ -210,8 +210,9 @@ class Study:
             **cell,
             "machine": describe_machine(),
         }
-        labels_path = self.results_dir / "test_labels.json"
-        if held_out is None and not labels_path.exists():
+        # Those of a search on parts of the training images are other images for each seed.
+        labels_path = self.results_dir / f"{'test' if held_out is None else 'validation'}_labels.json"
+        if (held_out is None or self.data.validates_on_split) and not labels_path.exists():
             write(labels_path, digits(label_ids(measured)))
         write(path, cell)
         print(f"{path.name}: {100 * cell['metrics']['accuracy']:.2f} %", flush=True)
@@ -224,7 +225,12 @@ class Study:
         else:
             processor = build_image_processor(train)
             model = build_model(recipe, class_config(train), processor.size["height"])
-        trainer, recording, logits = self._prepare(recipe, model, processor, train)
+        evaluated = {}
+        if recipe.early_stopping:
+            # What chooses the weights does not measure them.
+            evaluated["eval_dataset"] = measured.select(range(0, len(measured), 2))
+            measured = measured.select(range(1, len(measured), 2))
+        trainer, recording, logits = self._prepare(recipe, model, processor, train, **evaluated)
         seconds = stopwatch()
         trainer.train()
         seconds = seconds()
@@ -242,6 +248,8 @@ class Study:
             "logits": logits,
             "seconds": {"training": seconds, "prediction": prediction, **recording},
             "losses": [entry for entry in trainer.state.log_history if "loss" in entry],
+            # Of early stopping, whose weights are those of the best.
+            "validation": [entry["eval_accuracy"] for entry in trainer.state.log_history if "eval_accuracy" in entry],
             # One digit an image, in the order of the split.
             "predictions": digits(outputs["logits"].argmax(-1)),
             "bf16": trainer.args.bf16,
@@ -274,13 +282,14 @@ class Study:
             seconds.append(cell["seconds"]["training"])
         return folders, seconds
 
-    def _prepare(self, recipe, model, processor, train):
+    def _prepare(self, recipe, model, processor, train, **kwargs):
         """The trainer, the seconds of recording, and the metrics of the recorded logits."""
         method = METHODS[recipe.method]
         if method.logits is None:
-            return self._trainer(recipe, model, processor, train), {}, {}
+            return self._trainer(recipe, model, processor, train, **kwargs), {}, {}
         if method.logits == "online":
-            return self._trainer(recipe, model, processor, train, teachers=self._teachers(recipe)[0]), {}, {}
+            kwargs["teachers"] = self._teachers(recipe)[0]
+            return self._trainer(recipe, model, processor, train, **kwargs), {}, {}
         if method.uses_folds:
             table, seconds = self._record_folds(recipe, train)
         else:
@@ -288,7 +297,7 @@ class Study:
             table, recording = self._record(recipe, train, self._teachers(recipe)[0], views)
             seconds = {"recording": recording}
         logits = logits_metrics(table, temperature=recipe.temperature)
-        return self._trainer(recipe, model, processor, table), seconds, logits
+        return self._trainer(recipe, model, processor, table, **kwargs), seconds, logits
 
     def _record_folds(self, recipe, train):
         """The table whose labelled rows have the logits of teachers that did not train on them, in the order of `train`. Rows
@@ -342,12 +351,17 @@ class Study:
         if METHODS[recipe.method].teachers:
             arguments, loss = DistillationArguments, recipe.loss()
             trainer, mixed_trainer = EnsembleDistillationTrainer, MixedDistillationTrainer
+        evaluation = {"eval_strategy": "no"}
+        if recipe.early_stopping:
+            every = max(1, recipe.steps // 20)
+            evaluation = {"eval_strategy": "steps", "eval_steps": every, "save_strategy": "steps", "save_steps": every}
+            evaluation |= {"load_best_model_at_end": True, "metric_for_best_model": "accuracy", "save_total_limit": 1}
         args = arguments(
             str(self.folder(recipe) / "trainer"),
             max_steps=recipe.steps,
             per_device_train_batch_size=recipe.batch_size,
             label_smoothing_factor=recipe.label_smoothing,
-            eval_strategy="no",
+            **evaluation,
             logging_strategy="steps",
             logging_steps=max(1, recipe.steps // 10),
             disable_tqdm=True,

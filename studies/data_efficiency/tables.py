@@ -12,7 +12,7 @@ from hf_ibdistill.evaluation import paired_difference
 from hf_ibdistill.models.configuration_ibvit import FUSIONS
 from hf_ibdistill.publishing.cards import markdown_table, mean_and_spread
 
-from .recipes import FAMILIES, METHODS, PAIRS, TEACHERS
+from .recipes import FAMILIES, INGREDIENTS, METHODS, PAIRS, TEACHERS
 
 
 OURS = "both_views"
@@ -352,6 +352,40 @@ def accuracies_by_seconds(cells: dict, comparable: dict, method: str, images: in
     place beside another method's."""
     spent = [sum(seconds(comparable, method, images, seed).values()) for seed in comparable[method].get(images, {})]
     return {np.mean(spent): accuracies(cells[method][images])} if spent else {}
+
+
+def ingredient_table(folder: Path, labels: np.ndarray) -> str:
+    """The effect of one ingredient on the held-out accuracy of the search's cells: each against the same variation without it, over
+    the seeds that have both.
+
+    Args:
+        folder: of the search's cells.
+        labels: of the held-out images, which must be the same for all seeds.
+    """
+    cells, rows = read_cells(folder), []
+    for variation, by_method in sorted(cells.items()):
+        parts = variation.split("+")
+        added = [part for part in parts if part in INGREDIENTS]
+        without = "+".join(part for part in parts if part not in INGREDIENTS) or "base"
+        for name, images, by_seed in walk(by_method) if len(added) == 1 else ():
+            unchanged = cells.get(without, {}).get(name, {}).get(images, {})
+            seeds = sorted(by_seed.keys() & unchanged.keys())
+            if not seeds:
+                continue
+            # The weights of early stopping were chosen on the other half of the images.
+            part = slice(1, None, 2) if added == ["early_stopping"] else slice(None)
+            right = [
+                np.mean([predicted(by_seed[seed]) == labels[part] for seed in seeds], axis=0),
+                np.mean([predicted(unchanged[seed])[part] == labels[part] for seed in seeds], axis=0),
+            ]
+            difference = paired_difference(*right)
+            steps = f"{by_seed[seeds[0]]['recipe']['steps']:,}"
+            row = [METHODS[name].title, f"{images:,}", added[0], without, steps, len(seeds)]
+            row += [f"{100 * side.mean():.1f}" for side in right]
+            rows.append([*row, _points(difference[:1]), _interval(difference)])
+    header = ["method", "images", "ingredient", "recipe", "steps", "seeds", "held-out accuracy with it (%)", "without (%)",
+              "points", "95 % interval over held-out images"]  # fmt: skip
+    return markdown_table(header, rows)
 
 
 def trial_table(folder: Path) -> str:

@@ -11,7 +11,14 @@ from torch.nn import functional as F
 from torchvision.transforms import InterpolationMode, v2
 from transformers import AutoModelForImageClassification, TrainerCallback
 
-from hf_ibdistill import ImageTrainingArguments, ViewRecipe, build_image_processor, class_config
+from hf_ibdistill import (
+    ImageTrainingArguments,
+    ViewRecipe,
+    build_image_processor,
+    class_config,
+    evaluate_model,
+)
+from studies.data_efficiency import tables
 from studies.data_efficiency.ingredients import (
     AveragedWeights,
     MixedClassificationTrainer,
@@ -19,12 +26,11 @@ from studies.data_efficiency.ingredients import (
     draw_mixture,
     mix,
 )
-from studies.data_efficiency.recipes import METHODS, VARIATIONS, Recipe, combine
+from studies.data_efficiency.recipes import INGREDIENTS, METHODS, VARIATIONS, Recipe, combine
 from studies.data_efficiency.runs import Study, build_model
 
 
 RESULTS = Path(__file__).parents[2] / "results" / "data_efficiency"
-INGREDIENTS = ("mixup", "cutmix", "drop_path", "ema", "rand_augment")
 
 
 def digits_study(folder, **kwargs):
@@ -92,6 +98,49 @@ def test_a_cell_with_every_ingredient(method, tmp_path):
     model = AutoModelForImageClassification.from_pretrained(folder)
     assert model.config.drop_path_rate == 0.1 and cell["recipe"]["rand_augment"] == 7
     assert all(np.isfinite(list(entry.values())).all() for entry in cell["losses"]) and len(cell["losses"]) == 3
+
+
+def test_the_images_that_choose_the_weights_do_not_measure_them(tmp_path):
+    parent = digits_study(tmp_path, student_steps=20)
+    recipe = parent.recipe("undistilled", 100, 0, combine("early_stopping"))
+    cell = parent.run_cell(recipe, "early_stopping")
+    work, held_out = tmp_path / "work" / "100_0_held_out", parent.rows(recipe)[1]
+    model = AutoModelForImageClassification.from_pretrained(work / "undistilled_early_stopping")
+    choosing, measuring = (held_out.select(range(first, len(held_out), 2)) for first in (0, 1))
+    rights = [
+        evaluate_model(model, build_image_processor(held_out), rows)["accuracy"] for rows in (choosing, measuring)
+    ]
+    tried = cell["validation"]
+    assert len(tried) == 20 and min(tried) < max(tried)
+    assert [max(tried), cell["metrics"]["accuracy"]] == pytest.approx(rights)
+    assert len(cell["predictions"]) == len(measuring) == len(held_out) // 2
+    with pytest.raises(ValueError, match="early_stopping=True .*--stage search"):
+        digits_study(tmp_path, is_search=False).recipe("undistilled", 100, 0, combine("early_stopping"))
+
+
+def test_an_ingredient_is_compared_with_the_same_recipe_without_it(tmp_path):
+    labels = np.array([0, 1, 2, 3, 4, 5])
+    cells = {
+        ("mixup+patience_2", 0): "012345",
+        ("patience_2", 0): "012300",
+        ("patience_2", 1): "000000",
+        # The halves that measure have the classes 1, 3 and 5.
+        ("early_stopping+patience_2", 0): "130",
+        ("early_stopping+patience_2", 1): "135",
+        # Of no use here: two ingredients, and one without its recipe.
+        ("ema+mixup+patience_2", 0): "012345",
+        ("cutmix", 0): "012345",
+    }
+    for (variation, seed), predictions in cells.items():
+        recipe = {"method": "co_advise", "images": 100, "seed": seed, "steps": 1200}
+        cell = {"recipe": recipe, "variation": variation, "predictions": predictions}
+        (tmp_path / f"100_co_advise_{variation}_{seed}.json").write_text(json.dumps(cell))
+    rows = tables.ingredient_table(tmp_path, labels).splitlines()[2:]
+    assert len(rows) == 2
+    # 2 of 3 and 3 of 3 are right, against 2 of 3 and none.
+    start = "| Co-advise: both, online | 100 | {} | patience_2 | 1,200 | {} | {} | {} | {} |"
+    assert rows[0].startswith(start.format("early_stopping", 2, "83.3", "33.3", "+50.00"))
+    assert rows[1].startswith(start.format("mixup", 1, "100.0", "66.7", "+33.33"))
 
 
 # Mixed images
