@@ -302,10 +302,15 @@ def test_a_second_teacher_differs_by_its_seed_and_sees_the_same_images(tmp_path)
     assert second.views() == other.views() != first.views()
 
 
-@pytest.mark.parametrize("path", sorted(RESULTS.glob("*/recipes.json")), ids=lambda path: path.parent.name)
-def test_the_recipes_of_today_are_those_of_the_committed_cells(path):
-    made = Study(path.parent.name, "not opened", path.parent, path.parent / "no models")
-    for file in (path.parent / "grid").glob("*.json"):
+def committed(file):
+    """The folders of cells that have a file of this name, some of them within that of their data set."""
+    return {"argvalues": [path.parent for path in sorted(RESULTS.rglob(file))], "ids": lambda folder: folder.name}
+
+
+@pytest.mark.parametrize("folder", **committed("recipes.json"))
+def test_the_recipes_of_today_are_those_of_the_committed_cells(folder):
+    made = Study(folder.relative_to(RESULTS).parts[0], "not opened", folder, folder / "no models")
+    for file in (folder / "grid").glob("*.json"):
         cell = json.loads(file.read_text())
         recipe = Recipe(**cell["recipe"])
         # The number of views of unlabelled images follows from the number of all images.
@@ -314,9 +319,9 @@ def test_the_recipes_of_today_are_those_of_the_committed_cells(path):
             assert made.recipe(recipe.method, recipe.images, recipe.seed, changes) == recipe, file.name
 
 
-@pytest.mark.parametrize("name", sorted(file.parent.name for file in RESULTS.glob("*/tables.md")))
-def test_the_committed_tables_are_those_of_the_committed_cells(name):
-    folder = RESULTS / name
+@pytest.mark.parametrize("folder", **committed("tables.md"))
+def test_the_committed_tables_are_those_of_the_committed_cells(folder):
+    name = folder.relative_to(RESULTS).parts[0]
     labels = tables.undigits(json.loads((folder / "test_labels.json").read_text()))
     text = report.write_sections(name, tables.read_cells(folder / "grid"), labels, folder / "search")
     assert (folder / "tables.md").read_text() == text
