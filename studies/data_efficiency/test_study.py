@@ -245,8 +245,15 @@ def test_stored_logits_and_online_teachers_compare_in_time_on_one_machine():
     found = {"linear": {"both_views": {1000: stored}, "co_advise": {1000: online}}}
     (row,) = tables.online_table(found, labels).splitlines()[2:]
     common = {seed: stored[seed] for seed in range(3)}
-    assert row.startswith(f"| 1,000 | linear | 3 | {signed_interval(common, online, labels)} |")
+    assert row.startswith(f"| 1,000 | both, stored views | linear | 3 | {signed_interval(common, online, labels)} |")
     assert row.endswith("| 2 | 120 | 400 | 0.30 |")
+    # Online teachers store no views, so more of them are compared with the same students.
+    found = {"base": found["linear"], "views_32": {"both_row": {1000: stored}, "both_views": {1000: stored}}}
+    rows = [row.split(" | ") for row in tables.online_table(found, labels).splitlines()[2:]]
+    both = ["both, stored views", "both, one stored row"]
+    assert [row[1:3] for row in rows] == [[both[0], "base"], [both[0], "views_32"], [both[1], "views_32"]]
+    assert rows[0][3:] == rows[1][3:] == rows[2][3:]
+    found = {"linear": found["base"]}
     for cell in online.values():
         cell["machine"] = {"cpu": "slow"}
     (row,) = tables.online_table(found, labels).splitlines()[2:]
