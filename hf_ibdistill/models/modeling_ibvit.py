@@ -85,13 +85,16 @@ class IBViTPatchProjection(nn.Conv2d):
         size, weight = self.kernel_size[0], self.weight
         # Pixels left over at the right and the bottom are dropped, as by the convolution.
         height, width = (side // size * size for side in pixel_values.shape[2:])
-        pixel_values = pixel_values[:, :, :height, :width]
-        # (N, C, H/patch, patch, W/patch, patch)
-        patches = pixel_values.unflatten(3, (-1, size)).unflatten(2, (-1, size))
         if pixel_values.is_contiguous(memory_format=torch.channels_last):
-            # A patch in the order of the memory, so that whole runs of channels are copied, not single numbers.
-            patches, weight = patches.permute(0, 2, 4, 3, 5, 1), weight.permute(0, 2, 3, 1)
+            # A patch in the order of the memory, so that whole runs of channels are copied, not single numbers. The gradient is
+            # in that order as well: if it were in another than the pixels, a GELU before would take several times as long.
+            pixels = pixel_values.permute(0, 2, 3, 1)[:, :height, :width]
+            # (N, H/patch, patch, W/patch, patch, C)
+            patches = pixels.unflatten(2, (-1, size)).unflatten(1, (-1, size)).transpose(2, 3)
+            weight = weight.permute(0, 2, 3, 1)
         else:
+            # (N, C, H/patch, patch, W/patch, patch)
+            patches = pixel_values[:, :, :height, :width].unflatten(3, (-1, size)).unflatten(2, (-1, size))
             patches = patches.permute(0, 2, 4, 1, 3, 5)
         return nn.functional.linear(patches.flatten(3), weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 

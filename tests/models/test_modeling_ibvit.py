@@ -475,6 +475,16 @@ def test_the_patch_projection_is_a_strided_convolution(channels, patch_size, siz
         assert (seen - wanted).norm() < (0.01 if bf16 else 1e-5) * wanted.norm()
 
 
+@pytest.mark.parametrize("side", [16, 19])
+def test_the_gradient_of_the_patch_projection_has_the_memory_order_of_the_pixels(side):
+    projection = IBViTPatchProjection(8, 24, 4, 4)
+    pixel_values = torch.randn(2, 8, side, side).to(memory_format=torch.channels_last).requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = projection(pixel_values)
+    (gradient,) = torch.autograd.grad(output.sum(), pixel_values)
+    assert gradient.stride() == pixel_values.stride()
+
+
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("patch_embedding", PATCH_EMBEDDINGS)
 def test_a_row_does_not_depend_on_the_other_rows(patch_embedding, training):
