@@ -20,7 +20,7 @@ import torch
 from datasets import concatenate_datasets
 from timing import parse
 from training import PRESETS
-from transformers import TrainerCallback
+from transformers import TrainerCallback, set_seed
 from transformers.hf_argparser import HfArg
 from views_accuracy import enlarge
 
@@ -126,6 +126,8 @@ def main():
     if bench.photo_size:
         images = enlarge(images, bench.photo_size, work / "photos")
     processor, classes = build_image_processor(images, image_size=size), class_config(images)
+    # The same networks in every run.
+    set_seed(0)
     teachers = {
         name: (IBResNetForImageClassification(IBResNetConfig.from_preset(preset, **classes)), processor)
         for name, preset in PRESETS.items()
