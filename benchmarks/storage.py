@@ -3,7 +3,7 @@
     python benchmarks/storage.py
     python benchmarks/storage.py --rows 1000 --teacher_steps 300
     python benchmarks/storage.py --rows 1000 --teacher_steps 300 --student_steps 1000 --top_k 10
-    python benchmarks/storage.py --photos photos/ --rows 250 --num_views 10
+    PYTHONPATH=. python benchmarks/storage.py --photos photos/ --rows 250 --num_views 10
 
 The images are three of scikit-learn's handwritten digits side by side (8×24 pixels), the classes the numbers 000 to 999.
 A convolution teacher is trained on random triples of the training digits; triples of the test digits are recorded.

@@ -118,6 +118,16 @@ def test_the_images_that_choose_the_weights_do_not_measure_them(tmp_path):
         digits_study(tmp_path, is_search=False).recipe("undistilled", 100, 0, combine("early_stopping"))
 
 
+def test_a_search_keeps_the_labels_of_a_validation_split(tmp_path):
+    folders = tmp_path / "results", tmp_path / "work"
+    parent = Study("fashion_mnist_unlabelled", "digits", *folders, is_search=True, student_steps=1, bf16=False)
+    recipe = parent.recipe("undistilled", 100, 0, {})
+    parent.run_cell(recipe, "base")
+    labels = json.loads((tmp_path / "results" / "validation_labels.json").read_text())
+    assert labels == "".join(map(str, parent.rows(recipe)[1]["label"])) and len(labels) == 144
+    assert not (tmp_path / "results" / "test_labels.json").exists()
+
+
 def test_an_ingredient_is_compared_with_the_same_recipe_without_it(tmp_path):
     labels = np.array([0, 1, 2, 3, 4, 5])
     cells = {
