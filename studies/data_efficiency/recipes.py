@@ -292,6 +292,8 @@ VARIATIONS = {
     "wide": {"hidden_size": 384, "num_attention_heads": 16},
     **{family: {"student": family} for family in FAMILIES},
 }
+# Changes that make another student, which is compared with others of its own shape.
+OTHER_STUDENTS = ("linear", "bias_stems", "wide", *FAMILIES)
 # What strong recipes have and the package has not. Each is compared with the same variation without it.
 INGREDIENTS = ("mixup", "cutmix", "drop_path", "ema", "rand_augment", "early_stopping")
 # Every student has the same number of trials. The teachers keep the defaults of the package.
