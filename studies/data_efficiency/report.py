@@ -93,12 +93,13 @@ def _with_changes(variations, method) -> Iterator[tuple[str, dict]]:
 
 
 def draw_lines(title: str, cells: dict, folder: Path) -> None:
-    """Accuracy against the number of images, and against processor time. Pairs of one kind have a table of their own."""
+    """Accuracy against the number of images, and against processor time. Pairs of one kind have a table of their own, and what has
+    one size among methods of several is in the tables alone."""
     cells = {name: of for name, of in cells.items() if not {"conv_b", "inv_b"} & {name, *METHODS[name].teachers}}
     sizes = sorted({images for _, images, _ in tables.walk(cells)})
     by_images = {
         METHODS[name].title: {images: tables.accuracies(by_seed) for images, by_seed in by_size.items()}
-        for name, by_size in cells.items()
+        for name, by_size in ({name: of for name, of in cells.items() if len(of) > 1} or cells).items()
     }
     ours = _highlighted(cells)
     plot_accuracy(folder / "accuracy_images.png", {title: by_images}, "labelled training images", ours)

@@ -352,6 +352,23 @@ def test_a_longer_schedule_is_compared_with_what_its_recipe_is_compared_with():
         assert rows[title] == [str(len(pairs)), f"{100 * statistics.mean(pairs):+.2f}"]
 
 
+def test_a_student_of_another_shape_is_compared_with_its_own_shape_alone():
+    folder = RESULTS / "cifar10"
+    assert list((folder / "grid").glob("5000_both_all_linear_*.json"))
+    sections = dict(part.split("\n", 1) for part in (folder / "tables.md").read_text().split("\n## ")[1:])
+    assert not [title for title in sections if "(linear)" in title]
+    rows = [line.split(" | ") for line in sections["With the linear patch embedding"].splitlines()]
+    found = {row[2]: row[5] for row in rows if row[:2] == ["| 5,000", "linear"]}
+    gains = [
+        statistics.mean(
+            json.loads((folder / f"grid/5000_{method}_linear_{seed}.json").read_text())["metrics"]["accuracy"]
+            for seed in range(3)
+        )
+        for method in ("both_all", "undistilled")
+    ]
+    assert found["both, stored views, with unlabelled images"] == f"{100 * (gains[0] - gains[1]):+.2f}"
+
+
 def test_methods_with_unlabelled_images_train_on_every_image(tmp_path):
     results = tmp_path / "results"
     results.mkdir()
