@@ -50,6 +50,23 @@ def test_a_figure_that_decides_is_found_and_noise_is_not():
     assert all(assess(make_examples(seed))["supported"] is None for seed in range(3))
 
 
+def test_advice_that_is_right_less_often_than_always_the_same_answer_is_none():
+    # Data set → divergence → answers. What the others say most often is wrong for each data set, so it is easy to beat.
+    answers = {"a": {0.0: [False] * 4, 1.0: [False] * 16}, "b": {0.0: [False], 1.0: [True] * 5}}
+    answers["c"] = {0.0: [False], 1.0: [True] * 8}
+    names = (*FEATURES, "divergence_as_trained", "temperature")
+    given = [
+        Example(data, {**dict.fromkeys(names, 0.5), "divergence": value}, 1.0 if is_yes else -1.0)
+        for data, by_value in answers.items()
+        for value, of_value in by_value.items()
+        for is_yes in of_value
+    ]
+    found = assess(given)
+    right = {name: rule["right"] for name, rule in found["rules"].items()}
+    assert right["constant"] == right["teacher_accuracy"] == 2 and right["best_on_the_others"] == 4 + 6 + 9
+    assert len(given) - found["yes"] == 20 + 1 + 1 and found["supported"] is None
+
+
 def test_the_data_set_that_is_asked_about_is_left_out():
     seen = []
     given = make_examples()
