@@ -2,9 +2,9 @@
 
     python -m studies.data_efficiency.shifts --name cifar10 --images 5000 --seeds 0 1 --methods conv inv undistilled both_views
 
-There are seven kinds of change (those of CIFAR-10-C that need no files of its own, arXiv 1903.12261), in five strengths. A
-change is a function of the image, its kind, its strength and the seed: anyone makes the same images. A cell is one model. Its
-file in RESULTS_DIR/shifts holds the accuracies; a model with a file is not measured again. The table at the end is of all cells.
+There are seven kinds of change in five strengths: four of CIFAR-10-C (arXiv 1903.12261) that need no files of its own, and shift,
+scale and rotation. A change is a function of the image, its kind, its strength and the seed: anyone makes the same images. A cell
+is one model. Its file in RESULTS_DIR/shifts holds the accuracies; a model with a file is not measured again. The table at the end is of all cells.
 """
 
 import hashlib
