@@ -4,8 +4,10 @@ import multiprocessing
 import os
 import platform
 import resource
+import statistics
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
@@ -139,10 +141,12 @@ def count_page_faults(is_kept: bool, queue) -> None:
     # 64 MB, which glibc takes from the system and gives back by default.
     for _ in range(3):
         torch.ones(1 << 24)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(10):
+    counts = []
+    for _ in range(11):
+        counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
         torch.ones(1 << 24)
-    queue.put((is_set, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before))
+    # The median, because a kernel may take back pages of a process that waits, which costs a few allocations.
+    queue.put((is_set, statistics.median(np.diff(counts))))
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
@@ -157,8 +161,7 @@ def test_freed_memory_is_used_again(monkeypatch):
         process.start()
         found[is_kept] = queue.get(timeout=120)
         process.join()
-    # Not none: a kernel may take back pages of a process that waits.
-    assert found[True][0] and found[True][1] * 2 < found[False][1]
+    assert found[True][0] and found[True][1] * 10 < found[False][1]
 
 
 def test_a_variable_of_the_user_says_what_is_kept(monkeypatch):
