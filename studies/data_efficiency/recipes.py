@@ -254,6 +254,7 @@ _CONSISTENCY = {"consistency": 0.0, "views_per_image": 2, "unlabelled_target": "
 # Changes of the recipe; "+" joins several. "patience" multiplies the steps.
 VARIATIONS = {
     "base": {},
+    "learning_rate_5e-4": {"learning_rate": 5e-4},
     "learning_rate_1e-3": {"learning_rate": 1e-3},
     "learning_rate_4e-3": {"learning_rate": 4e-3},
     "label_smoothing_0.1": {"label_smoothing": 0.1},
