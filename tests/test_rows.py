@@ -23,7 +23,7 @@ from hf_ibdistill.recording import batches
 from hf_ibdistill.rows import DistillationCollator, ImageRows, SharedCollator, StreamedImageRows, default_num_workers
 
 
-RECIPE = ViewRecipe(num_views=3, crop="pad", horizontal_flip=0.5, photometric_ops=1)
+RECIPE = ViewRecipe(num_views=3, crop="pad", horizontal_flip=0.5, photometric_ops=1, geometric_ops=1)
 
 
 def stream(table, **options):

@@ -125,7 +125,8 @@ class ViewArguments:
     min_scale: float = HfArg(default=0.5, help="For resized, the smallest share of the area.")
     horizontal_flip: float = HfArg(default=0.0, help="Probability of a mirrored view.")
     photometric_ops: int = HfArg(default=0, help="Color operations on each view.")
-    magnitude: float = HfArg(default=5.0, help="Strength of the color operations, 0 to 10.")
+    geometric_ops: int = HfArg(default=0, help="Shears, shifts and rotations of each view.")
+    magnitude: float = HfArg(default=5.0, help="Strength of the color and the geometric operations, 0 to 10.")
     erasing: float = HfArg(default=0.0, help="Probability of a gray rectangle in a view.")
     view_size: int | None = HfArg(default=None, help="Side of a view; that of the image if not given.")
     view_seed: int = HfArg(default=0, help="Another seed makes other views.")
@@ -134,8 +135,8 @@ class ViewArguments:
         """The view recipe; `None` without views."""
         if self.num_views == 0:
             return None
-        names = ("num_views", "crop", "padding", "horizontal_flip", "photometric_ops", "magnitude", "erasing")
-        same = {name: getattr(self, name) for name in names}
+        names = ("num_views", "crop", "padding", "horizontal_flip", "photometric_ops", "geometric_ops", "magnitude")
+        same = {name: getattr(self, name) for name in (*names, "erasing")}
         return ViewRecipe(image_size=self.view_size, scale=(self.min_scale, 1.0), seed=self.view_seed, **same)
 
 
@@ -161,28 +162,29 @@ CLASSES_HELP = (
 _TEACHING = ("teachers", "logits", "teacher_names", "teacher_classes", "temperature", "teacher_weights", "label_weight",
              "distillation_mode", "standardize_logits", "confidence_weighting", "unlabelled_target", "min_confidence",
              "unlabelled", "keep_rest", "fusion")  # fmt: skip
-_SHAPE = ("patch_size", "patch_embedding", "hidden_size", "num_hidden_layers", "num_attention_heads", "mlp_ratio")
+_SHAPE = ("patch_size", "patch_embedding", "hidden_size", "num_hidden_layers", "num_attention_heads", "mlp_ratio",
+          "drop_path_rate")  # fmt: skip
 _VIEWS = tuple(field.name for field in dataclasses.fields(ViewArguments) if field.name != "num_views")
-# An argument, whether its value leaves others without effect, and these others.
+# Arguments, whether such a value of each leaves others without effect, and these others.
 _WITHOUT_EFFECT = [
-    ("student", bool, ("student_config", *_SHAPE)),
-    ("student_config", bool, ("fusion", *_SHAPE)),
-    ("model", lambda value: not value, ("linear_probe", "layer_decay", "freeze_layers")),
-    ("teachers", lambda value: not value, ("teacher_classes",)),
-    ("teachers", bool, ("logits",)),
-    ("streaming", bool, ("validation_fraction", "split_seed")),
-    ("images_per_class", lambda value: not value, ("keep_rest",)),
-    ("space", lambda value: not value, ("teachers",)),
-    ("space", bool, ("with_images", "split", "revision", "create_pr")),
-    ("unlabelled_target", lambda value: value != "pseudo_labels", ("min_confidence",)),
-    ("without_teachers", bool, _TEACHING),
-    ("linear_probe", bool, ("layer_decay", "freeze_layers")),
-    ("num_views", lambda value: value == 0, _VIEWS),
-    ("crop", lambda value: value != "pad", ("padding",)),
-    ("crop", lambda value: value != "resized", ("min_scale",)),
-    ("photometric_ops", lambda value: value == 0, ("magnitude",)),
+    (("student",), bool, ("student_config", *_SHAPE)),
+    (("student_config",), bool, ("fusion", *_SHAPE)),
+    (("model",), lambda value: not value, ("linear_probe", "layer_decay", "freeze_layers")),
+    (("teachers",), lambda value: not value, ("teacher_classes",)),
+    (("teachers",), bool, ("logits",)),
+    (("streaming",), bool, ("validation_fraction", "split_seed")),
+    (("images_per_class",), lambda value: not value, ("keep_rest",)),
+    (("space",), lambda value: not value, ("teachers",)),
+    (("space",), bool, ("with_images", "split", "revision", "create_pr")),
+    (("unlabelled_target",), lambda value: value != "pseudo_labels", ("min_confidence",)),
+    (("without_teachers",), bool, _TEACHING),
+    (("linear_probe",), bool, ("layer_decay", "freeze_layers")),
+    (("num_views",), lambda value: value == 0, _VIEWS),
+    (("crop",), lambda value: value != "pad", ("padding",)),
+    (("crop",), lambda value: value != "resized", ("min_scale",)),
+    (("photometric_ops", "geometric_ops"), lambda value: value == 0, ("magnitude",)),
     *(
-        (f"{kind}_strategy", lambda value: value != "steps", (f"{kind}_steps",))
+        ((f"{kind}_strategy",), lambda value: value != "steps", (f"{kind}_steps",))
         for kind in ("save", "eval", "logging")
     ),
 ]
@@ -268,13 +270,16 @@ def parse(command: str, description: str, arguments: Sequence[str], *types: type
         parser.error(str(error))
     given = {known[name].dest for flag in flags if (name := flag.partition("=")[0]) in known}
     values = {name: value for part in parsed for name, value in vars(part).items()}
-    for cause, is_cause, names in _WITHOUT_EFFECT:
+    for causes, is_cause, names in _WITHOUT_EFFECT:
+        if not all(cause in values and is_cause(values[cause]) for cause in causes):
+            continue
         for name in names:
             # A flag without effect may be false.
-            if name in given and values[name] is not False and cause in values and is_cause(values[cause]):
-                value = getattr(values[cause], "value", values[cause])
+            if name in given and values[name] is not False:
+                shown = " and ".join(f"{cause}={getattr(values[cause], 'value', values[cause])}" for cause in causes)
+                others = " or ".join(f"--{cause}" for cause in causes)
                 raise ValueError(
-                    f"{name}={values[name]} has no effect with {cause}={value}. Leave out --{name}, or change --{cause}."
+                    f"{name}={values[name]} has no effect with {shown}. Leave out --{name}, or change {others}."
                 )
     if values.get("image_size") is not None:
         check_numbers(2, whole=True, image_size=values["image_size"])

@@ -101,6 +101,9 @@ class StudentArguments:
     num_hidden_layers: int = HfArg(default=4, help="Depth.")
     num_attention_heads: int = HfArg(default=4, help="Attention heads; they divide the width.")
     mlp_ratio: float = HfArg(default=2.0, help="Width of the feed-forward layers over the width.")
+    drop_path_rate: float = HfArg(
+        default=0.0, help="Stochastic depth: probability that a step drops a residual branch of the last layer."
+    )
     fusion: str | None = HfArg(
         default=None,
         help="Fusion of the predictions of the tokens: mean_probabilities, mean_logits or class_token; by default that "
@@ -145,6 +148,7 @@ class StudentArguments:
             num_hidden_layers=self.num_hidden_layers,
             num_attention_heads=self.num_attention_heads,
             intermediate_size=round(self.hidden_size * self.mlp_ratio),
+            drop_path_rate=self.drop_path_rate,
             **classes,
         )
         return IBViTForImageClassification(config), processor

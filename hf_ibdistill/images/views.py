@@ -45,10 +45,12 @@ class ViewRecipe:
         ratio: for `"resized"`, the smallest and the largest ratio of width to height.
         horizontal_flip: probability of a mirrored view.
         photometric_ops: number of color operations in a row, drawn from brightness, contrast, saturation, sharpness,
-            posterize, solarize, autocontrast and equalize (RandAugment, arXiv 1909.13719, without geometry).
-        magnitude: strength of the color operations, 0 to 10.
+            posterize, solarize, autocontrast and equalize: those of RandAugment (arXiv 1909.13719).
+        magnitude: strength of the color and the geometric operations, 0 to 10.
         erasing: probability that a random rectangle becomes gray (arXiv 1708.04896).
         seed: another seed makes other views.
+        geometric_ops: number of geometric operations in a row, drawn from shear and shift along each axis and rotation:
+            those of RandAugment.
 
     Raises:
         ValueError: a value out of range.
@@ -65,11 +67,12 @@ class ViewRecipe:
     magnitude: float = 5.0
     erasing: float = 0.0
     seed: int = 0
+    geometric_ops: int = 0
 
     def __post_init__(self):
         image_size = 1 if self.image_size is None else self.image_size
         check_numbers(1, whole=True, num_views=self.num_views, image_size=image_size)
-        check_numbers(0, whole=True, photometric_ops=self.photometric_ops)
+        check_numbers(0, whole=True, photometric_ops=self.photometric_ops, geometric_ops=self.geometric_ops)
         check_numbers(-(2**63), 2**63 - 1, whole=True, seed=self.seed)
         check_numbers(0, 10, magnitude=self.magnitude)
         check_numbers(0, 1, horizontal_flip=self.horizontal_flip, erasing=self.erasing, padding=self.padding)
@@ -90,7 +93,11 @@ class ViewRecipe:
 
     def to_dict(self) -> dict:
         """The recipe as a dict for JSON."""
-        return {**asdict(self), "scale": list(self.scale), "ratio": list(self.ratio)}
+        fields = {**asdict(self), "scale": list(self.scale), "ratio": list(self.ratio)}
+        # Records of earlier versions lack it, and equal recipes must have equal records.
+        if self.geometric_ops == 0:
+            del fields["geometric_ops"]
+        return fields
 
     def same_views(self, other: "ViewRecipe") -> bool:
         """Whether both recipes make the same views, apart from their number."""
@@ -149,6 +156,8 @@ def _view(image, whole, recipe, random):
         view = whole.copy()
     if recipe.horizontal_flip and _share(random) < recipe.horizontal_flip:
         view = view[:, ::-1].copy()
+    for _ in range(recipe.geometric_ops):
+        view = _move(view, recipe.magnitude / 10, random)
     view = torch.from_numpy(view).permute(2, 0, 1)
     for _ in range(recipe.photometric_ops):
         view = _change_colors(view, recipe.magnitude / 10, random)
@@ -165,6 +174,47 @@ def _shift(pixels, top, left):
     rows, columns = (slice(max(0, -by), size - max(0, by)) for by, size in ((top, height), (left, width)))
     shifted[rows, columns] = pixels[rows.start + top : rows.stop + top, columns.start + left : columns.stop + left]
     return shifted
+
+
+def _move(pixels, strength, random):
+    """Shift or shear along one axis, or rotate."""
+    operation, amount = _integer(random, 5), _uniform(random, -strength, strength)
+    if operation < 2:
+        shift = round(0.45 * amount * pixels.shape[operation])
+        return _shift(pixels, *((shift, 0) if operation == 0 else (0, shift)))
+    slope, angle = 0.3 * amount, math.radians(30 * amount)
+    if operation == 2:
+        return _sample(pixels, ((1, slope), (0, 1)))
+    if operation == 3:
+        return _sample(pixels, ((1, 0), (slope, 1)))
+    return _sample(pixels, ((math.cos(angle), -math.sin(angle)), (math.sin(angle), math.cos(angle))))
+
+
+def _sample(pixels, matrix):
+    """Pixel p, a position (y, x) from the middle, is that at matrix · p, bilinear, or black outside."""
+    height, width, _ = pixels.shape
+    # One number holds the three colors, 21 bits each: 8 of the color, and 6 for the share of a neighbor along each axis.
+    # Two black pixels around, so that all four neighbors of each position exist.
+    packed = np.zeros((height + 4, width + 4), np.int64)
+    for channel in range(3):
+        packed[2:-2, 2:-2] |= pixels[..., channel].astype(np.int64) << 21 * channel
+    # Twice a position from the middle is a whole number. Places are rounded to 64ths of a pixel.
+    rows, columns = (2 * np.arange(size, dtype=np.int64) - (size - 1) for size in (height, width))
+    index, shares = 0, []
+    for size, stride, factors in zip((height, width), (width + 4, 1), matrix):
+        by_row, by_column = (round(factor * _ONE) for factor in factors)
+        place = (by_row * rows)[:, None] + (by_column * columns + (size + 3) * _ONE + (1 << _BITS - 6))
+        place = (place >> _BITS - 5).clip(0, size + 2 << 6)
+        index = index + (place >> 6) * stride
+        shares.append(place & 63)
+    down, right = shares
+    upper, lower = (
+        packed.take(index + start) * (64 - right) + packed.take(index + start + 1) * right for start in (0, width + 4)
+    )
+    sums = upper * (64 - down) + lower * down
+    # Rounded to the nearest; the conversion keeps the last 8 bits.
+    channels = [sums + (1 << 21 * channel + 11) >> 21 * channel + 12 for channel in range(3)]
+    return np.stack(channels, axis=-1).astype(np.uint8)
 
 
 def _resize(pixels, height, width):

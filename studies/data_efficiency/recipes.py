@@ -201,6 +201,9 @@ class Recipe:
     seed_offset: int = 0
     fold: int | None = None
     consistency: float | None = None
+    # Of the views, and so of stored logits too.
+    photometric_ops: int = 0
+    geometric_ops: int = 0
 
     def __post_init__(self):
         method = METHODS[self.method]
@@ -223,7 +226,9 @@ class Recipe:
         return self.seed + self.seed_offset
 
     def views(self) -> ViewRecipe:
-        same = self.pick("num_views", "crop", "padding", "horizontal_flip", "erasing")
+        same = self.pick(
+            "num_views", "crop", "padding", "horizontal_flip", "erasing", "photometric_ops", "geometric_ops"
+        )
         return ViewRecipe(scale=(self.min_scale, 1.0), seed=self.training_seed, **same)
 
     def loss(self) -> dict:
@@ -286,6 +291,8 @@ VARIATIONS = {
     "drop_path": {"drop_path": 0.1},
     "ema": {"ema": 0.999},
     "rand_augment": {"rand_augment": 7},
+    # As strong, but of the package, so that logits of such views can be stored.
+    "color_and_geometry": {"photometric_ops": 1, "geometric_ops": 1},
     "early_stopping": {"early_stopping": True},
     "linear": {"patch_embedding": "linear"},
     "bias_stems": {"patch_embedding": "bias_stems"},
@@ -295,8 +302,8 @@ VARIATIONS = {
 }
 # Changes that make another student, which is compared with others of its own shape.
 OTHER_STUDENTS = ("linear", "bias_stems", "wide", *FAMILIES)
-# What strong recipes have and the package has not. Each is compared with the same variation without it.
-INGREDIENTS = ("mixup", "cutmix", "drop_path", "ema", "rand_augment", "early_stopping")
+# Of strong recipes. Each is compared with the same variation without it.
+INGREDIENTS = ("mixup", "cutmix", "drop_path", "ema", "rand_augment", "color_and_geometry", "early_stopping")
 # Every student has the same number of trials. The teachers keep the defaults of the package.
 _LABEL_TRIALS = ("base", "learning_rate_1e-3", "label_smoothing_0.1")
 _LOGITS_TRIALS = ("base", "learning_rate_1e-3", "temperature_1")

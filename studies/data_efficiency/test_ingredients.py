@@ -76,6 +76,13 @@ def test_ingredients_combine_with_each_other_and_with_more_steps(tmp_path):
     assert METHODS["both_online"].teachers == METHODS["co_advise"].teachers and set(INGREDIENTS) <= set(VARIATIONS)
 
 
+def test_geometry_of_the_package_is_stored(tmp_path):
+    recipe = digits_study(tmp_path).recipe("both_views", 100, 0, combine("color_and_geometry"))
+    assert (recipe.views().photometric_ops, recipe.views().geometric_ops) == (1, 1)
+    plain = digits_study(tmp_path).recipe("both_views", 100, 0, {}).views()
+    assert (plain.photometric_ops, plain.geometric_ops) == (0, 0)
+
+
 @pytest.mark.parametrize(
     ("method", "variation", "message"),
     [

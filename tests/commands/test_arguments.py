@@ -310,6 +310,7 @@ def test_mistakes_end_in_one_sentence(arguments, parts, tmp_path):
     ("arguments", "parts"),
     [
         (["distill", "--student", "y", "--hidden_size", "96"], ["hidden_size=96", "student=y"]),
+        (["distill", "--student", "y", "--drop_path_rate", "0.1"], ["drop_path_rate=0.1", "student=y"]),
         (["distill", "--model", "y", "--patch_size=2"], ["patch_size=2", "student=y"]),
         (
             ["distill", "--student_config", "resnet", "--hidden_size", "8"],
@@ -331,6 +332,10 @@ def test_mistakes_end_in_one_sentence(arguments, parts, tmp_path):
         (["distill", "--horizontal_flip", "0.5"], ["horizontal_flip=0.5", "num_views=0"]),
         (["record", "--crop", "resized", "--teachers", "a=y"], ["crop=resized", "num_views=0"]),
         (["record", "--num_views", "2", "--min_scale", "0.1", "--teachers", "a=y"], ["min_scale=0.1", "crop=pad"]),
+        (
+            ["record", "--num_views", "2", "--magnitude", "9", "--teachers", "a=y"],
+            ["magnitude=9", "photometric_ops=0", "geometric_ops=0"],
+        ),
         (["distill", "--without_teachers", "--temperature", "4"], ["temperature=[4.0]", "without_teachers=True"]),
         (["distill", "--without_teachers", "--label_weight", "0"], ["label_weight=0.0", "without_teachers=True"]),
         (

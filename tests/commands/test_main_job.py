@@ -103,8 +103,11 @@ def test_online_teachers_and_a_student_without_teachers(outputs, tmp_path):
     arguments = ["--dataset", outputs.images, *QUICK]
     run("distill", *arguments, "--teachers", outputs.teachers[0], "--output_dir", tmp_path / "online")
     assert read(tmp_path / "online" / "config.json")["teacher_names"] == ["conv"]
-    run("distill", *arguments, "--without_teachers", "--output_dir", tmp_path / "alone")
-    assert read(tmp_path / "alone" / "config.json")["teacher_names"] == []
+    alone = ["--without_teachers", "--drop_path_rate", "0.25", "--num_views", "2", "--geometric_ops", "3"]
+    run("distill", *arguments, *alone, "--output_dir", tmp_path / "alone")
+    config = read(tmp_path / "alone" / "config.json")
+    assert (config["teacher_names"], config["drop_path_rate"]) == ([], 0.25)
+    assert read(tmp_path / "alone" / "results.json")["recipe"]["views"]["geometric_ops"] == 3
 
 
 @pytest.fixture(scope="module")

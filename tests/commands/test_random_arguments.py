@@ -66,7 +66,7 @@ def calls(teachers, tmp_path_factory, images):
     return {
         "views": (
             lambda **given: make_view(PIL.Image.new("RGB", (8, 8)), ViewRecipe(**given), 5, 0),
-            names(ViewRecipe, "photometric_ops", "image_size"),
+            names(ViewRecipe, "photometric_ops", "geometric_ops", "image_size"),
         ),
         "record": (lambda **given: record_teacher_logits(table, conv, output_dir=next(folders), **given), recording),
         "distillation": (lambda **given: DistillationArguments(next(folders), use_cpu=True, **given), ours),

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import re
 from fractions import Fraction
 
@@ -11,7 +12,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import pil_to_tensor
+from torchvision.transforms.v2 import functional as F
 
 from hf_ibdistill import ViewRecipe
 from hf_ibdistill.images import views
@@ -23,6 +26,7 @@ RECIPES = [
     ViewRecipe(crop="resized", horizontal_flip=0.5, image_size=12),
     ViewRecipe(crop="none", photometric_ops=2, magnitude=9, erasing=0.5),
     ViewRecipe(image_size=10, padding=0.25, horizontal_flip=0.5, photometric_ops=1, erasing=1.0, seed=7),
+    ViewRecipe(crop="none", geometric_ops=2, photometric_ops=1),
 ]
 
 
@@ -133,24 +137,102 @@ def test_colors_follow_their_formulas(factor):
         assert np.abs(result.numpy() - expected + 0.5).max() < 0.5002
 
 
+def turned(pixels, degrees):
+    """Clockwise, and the same from torchvision."""
+    angle, image = math.radians(degrees), torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+    matrix = (math.cos(angle), -math.sin(angle)), (math.sin(angle), math.cos(angle))
+    return views._sample(pixels, matrix), F.rotate(image.float(), -degrees, InterpolationMode.BILINEAR)
+
+
+def sheared(pixels, slope, axis):
+    """Along the height (0) or the width, and the same from torchvision."""
+    image, shear = torch.from_numpy(pixels.copy()).permute(2, 0, 1), [math.degrees(math.atan(slope)), 0.0]
+    matrix = ((1, slope), (0, 1)) if axis == 0 else ((1, 0), (slope, 1))
+    expected = F.affine(image.float(), 0, [0, 0], 1, shear[:: 1 if axis else -1], InterpolationMode.BILINEAR)
+    return views._sample(pixels, matrix), expected
+
+
+@pytest.mark.parametrize("size", [(32, 32), (40, 31), (5, 1), (1, 1), (70, 90)])
+def test_rotations_and_shears_are_those_of_torchvision(size):
+    pixels = np.asarray(image(size=size))
+    pairs = [turned(pixels, degrees) for degrees in (-30, -7, 0, 13.3)]
+    pairs += [sheared(pixels, slope, axis) for slope in (-0.3, 0.11) for axis in (0, 1)]
+    for found, expected in pairs:
+        difference = np.abs(found - expected.permute(1, 2, 0).numpy())
+        # Noise differs by up to 255 from one pixel to the next, and places are rounded to 64ths of a pixel.
+        assert difference.max() < 4 and difference.mean() < 1
+
+
+def test_rotations_by_quarters_and_whole_shears_are_exact():
+    pixels = np.asarray(image(size=(9, 9)))
+    for quarters in range(4):
+        np.testing.assert_array_equal(turned(pixels, 90 * quarters)[0], np.rot90(pixels, -quarters))
+    rows = sheared(pixels, 1, axis=1)[0]
+    for row, offset in enumerate(range(-4, 5)):
+        padded = np.pad(pixels[row], ((9, 9), (0, 0)))
+        np.testing.assert_array_equal(rows[row], padded[9 + offset : 18 + offset])
+
+
+def test_each_geometric_operation_is_drawn_up_to_its_strength():
+    # A wave along each axis: every operation of another strength gives another image.
+    y, x = np.mgrid[:24, :20]
+    pixels = np.stack([128 + 120 * np.sin(y / 3), 128 + 120 * np.sin(x / 3), 255 - 5 * y - 5 * x], -1).astype(np.uint8)
+    steps = np.arange(-1, 1.01, 0.02)
+    candidates = {"rotation": [turned(pixels, 30 * step)[1] for step in steps]}
+    for axis, size in enumerate((24, 20)):
+        candidates[f"shear {axis}"] = [sheared(pixels, 0.3 * step, axis)[1] for step in steps]
+        candidates[f"shift {axis}"] = shifts = []
+        for shift in range(-round(0.45 * size), round(0.45 * size) + 1):
+            translate = [0, -shift] if axis == 0 else [-shift, 0]
+            shifts.append(F.affine(torch.from_numpy(pixels).permute(2, 0, 1), 0, translate, 1, [0, 0]).float())
+    recipe = ViewRecipe(crop="none", geometric_ops=1, magnitude=10)
+    found = {name: [] for name in candidates}
+    for index in range(200):
+        view = make_view(PIL.Image.fromarray(pixels), recipe, 4, index).float()
+        distances = {name: [(view - other).abs().mean() for other in others] for name, others in candidates.items()}
+        name = min(distances, key=lambda name: min(distances[name]))
+        assert min(distances[name]) < 3
+        found[name].append(int(np.argmin(distances[name])) / (len(distances[name]) - 1))
+    for shares in found.values():
+        # Each as often as the others, and to both sides.
+        assert 20 < len(shares) < 60 and min(shares) < 0.1 and max(shares) > 0.9 and 0.3 < np.mean(shares) < 0.7
+
+
+def test_records_without_geometry_are_those_of_earlier_versions():
+    assert "geometric_ops" not in ViewRecipe().to_dict()
+    assert ViewRecipe(geometric_ops=2).to_dict()["geometric_ops"] == 2
+    assert not ViewRecipe().same_views(ViewRecipe(geometric_ops=1))
+
+
+EARLIER = (
+    ViewRecipe(horizontal_flip=0.5, erasing=0.5),
+    ViewRecipe(crop="resized", image_size=32),
+    ViewRecipe(crop="none", image_size=72),
+    ViewRecipe(crop="resized", image_size=40, photometric_ops=3, magnitude=9, horizontal_flip=0.5, erasing=0.5),
+)
+GEOMETRIC = (ViewRecipe(geometric_ops=1, magnitude=10), ViewRecipe(geometric_ops=3, photometric_ops=1, erasing=0.5))
+
+
 @pytest.mark.parametrize("threads", [1, 2])
-def test_every_processor_makes_the_same_views(threads):
+@pytest.mark.parametrize(
+    ("recipes", "expected"),
+    [
+        (EARLIER, "fd9ddf5989b9c8df63e9caba98928dc2f3824e0cae82b488ceb82627a682cc55"),
+        (GEOMETRIC, "589410109ba51e8e4b98fbc1c17be414facced536d5b600290dc17aa2693cb5a"),
+    ],
+)
+def test_every_processor_makes_the_same_views(recipes, expected, threads):
     y, x = np.mgrid[:48, :60]
     pixels = np.stack([(5 * x + y * y // 9) % 256, (x * y // 7) % 256, (3 * y + x) % 256], axis=-1)
     picture, digest = PIL.Image.fromarray(pixels.astype(np.uint8)), hashlib.sha256()
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    for recipe in (
-        ViewRecipe(horizontal_flip=0.5, erasing=0.5),
-        ViewRecipe(crop="resized", image_size=32),
-        ViewRecipe(crop="none", image_size=72),
-        ViewRecipe(crop="resized", image_size=40, photometric_ops=3, magnitude=9, horizontal_flip=0.5, erasing=0.5),
-    ):
+    for recipe in recipes:
         for index in range(40):
             digest.update(make_view(picture, recipe, 11, index).contiguous().numpy())
     torch.set_num_threads(before)
     # The same with AVX2 and, by ATEN_CPU_CAPABILITY=default, without vector instructions.
-    assert digest.hexdigest() == "fd9ddf5989b9c8df63e9caba98928dc2f3824e0cae82b488ceb82627a682cc55"
+    assert digest.hexdigest() == expected
 
 
 def test_flips_are_as_frequent_as_asked():
@@ -187,6 +269,7 @@ def test_same_views_whatever_their_number():
         {"erasing": -1},
         {"magnitude": 11},
         {"photometric_ops": -1},
+        {"geometric_ops": -1},
     ],
 )
 def test_wrong_recipes_are_refused(settings):
