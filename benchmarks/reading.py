@@ -2,12 +2,15 @@
 
     python benchmarks/reading.py
     python benchmarks/reading.py --side 8 --format PNG
+    python benchmarks/reading.py --rand_augment
 
 Images are crops of the two photos that scikit-learn ships. In turn, batches of views (shifted and mirrored) as a model gets them:
 
     kept         rows of a trainer, whose decoded images stay in memory from epoch to epoch
     decoded      the same rows, decoded in every epoch
     torchvision  Pillow, `RandomCrop` with padding, `RandomHorizontalFlip`, scaled and normalized; one image after another
+
+With --rand_augment, the views have one color and one geometric operation more, and those of torchvision its `RandAugment` of two.
 """
 
 import io
@@ -34,6 +37,7 @@ class ReadingArguments:
     output_file: str = HfArg(default="outputs/benchmark_reading.json", help="Where the results go.")
     side: int = HfArg(default=32, help="Width and height of the images, in pixels.")
     format: str = HfArg(default="JPEG", help="Of the files: JPEG, PNG, …")
+    rand_augment: bool = HfArg(default=False, help="Change colors and geometry too.")
     num_images: int = HfArg(default=2048, help="Rows of the table.")
     batch_size: int = HfArg(default=64, help="Images in a batch.")
     repetitions: int = HfArg(default=7, help="How often each case is timed.")
@@ -51,13 +55,15 @@ def make_files(bench: ReadingArguments) -> list[bytes]:
 
 
 def make_cases(table: Dataset, files: list[bytes], bench: ReadingArguments) -> dict[str, Case]:
-    recipe = ViewRecipe(num_views=1000, padding=0.125, horizontal_flip=0.5, seed=bench.seed)
+    operations = {"photometric_ops": 1, "geometric_ops": 1} if bench.rand_augment else {}
+    recipe = ViewRecipe(num_views=1000, padding=0.125, horizontal_flip=0.5, seed=bench.seed, **operations)
     collate, epoch = DistillationCollator(build_image_processor(table)), iter(range(1000))
     augment = v2.Compose(
         [
             v2.ToImage(),
             v2.RandomCrop(bench.side, padding=round(0.125 * bench.side)),
             v2.RandomHorizontalFlip(),
+            *([v2.RandAugment(interpolation=v2.InterpolationMode.BILINEAR)] if bench.rand_augment else []),
             v2.ToDtype(torch.float32, scale=True),
             v2.Normalize([0.5] * 3, [0.5] * 3),
         ]
