@@ -135,8 +135,8 @@ class ViewArguments:
         """The view recipe; `None` without views."""
         if self.num_views == 0:
             return None
-        names = ("num_views", "crop", "padding", "horizontal_flip", "photometric_ops", "geometric_ops", "magnitude")
-        same = {name: getattr(self, name) for name in (*names, "erasing")}
+        names = {field.name for field in dataclasses.fields(ViewRecipe)}
+        same = {name: value for name, value in vars(self).items() if name in names}
         return ViewRecipe(image_size=self.view_size, scale=(self.min_scale, 1.0), seed=self.view_seed, **same)
 
 
